@@ -1,0 +1,59 @@
+"""ktlab: look inside hybrid mixture-of-experts inference, change a stage, measure what it costs.
+
+>>> import ktlab
+>>> model = ktlab.load("tiny")
+>>> with model.override(top_k=6):
+...     trace = model.trace("def quicksort(items):")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ktlab.checkpoint.embedded import domain_texts
+    from ktlab.measurement.compare import compare, sweep
+    from ktlab.measurement.doctor import doctor
+    from ktlab.model.load import load
+    from ktlab.model.model import Model
+    from ktlab.model.trace import Trace
+    from ktlab.routing.rules import CumulativeProbability, FixedK, RelativeThreshold
+
+# Imported on first use, so that `import ktlab` costs nothing.
+_HOMES = {
+    "load": "ktlab.model.load",
+    "Model": "ktlab.model.model",
+    "Trace": "ktlab.model.trace",
+    "domain_texts": "ktlab.checkpoint.embedded",
+    "compare": "ktlab.measurement.compare",
+    "sweep": "ktlab.measurement.compare",
+    "doctor": "ktlab.measurement.doctor",
+    "FixedK": "ktlab.routing.rules",
+    "RelativeThreshold": "ktlab.routing.rules",
+    "CumulativeProbability": "ktlab.routing.rules",
+}
+
+__all__ = [
+    "CumulativeProbability",
+    "FixedK",
+    "Model",
+    "RelativeThreshold",
+    "Trace",
+    "__version__",
+    "compare",
+    "doctor",
+    "domain_texts",
+    "load",
+    "sweep",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ktlab' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

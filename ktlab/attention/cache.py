@@ -1,0 +1,103 @@
+"""What attention remembers: the latent (absorbed form) or decompressed keys and values (naive).
+
+B batch, S positions, C kv_lora_rank, R rope, N nope, H heads, V value dimensions.
+Source: DeepSeek-V2 (arXiv 2405.04434) 2.1 and table 1.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor
+
+from ktlab import html
+from ktlab.checkpoint.config import ModelConfig
+from ktlab.errors import ContextError
+
+Form = Literal["absorbed", "naive"]
+FORMS: tuple[Form, ...] = ("absorbed", "naive")
+
+
+def elements_per_token(config: ModelConfig, form: Form) -> int:
+    """Cached numbers per token and layer: C + R absorbed, H (N + R + V) naive."""
+    if form == "absorbed":
+        return config.kv_lora_rank + config.qk_rope_dim
+    return config.num_heads * (config.qk_dim + config.v_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """One layer's memory. Absorbed: `keys` is (B, S, C+R), the values are its first C columns.
+    Naive: `keys` (B, H, S, N+R) and `values` (B, H, S, V)."""
+
+    form: Form
+    keys: Tensor
+    values: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + (0 if self.values is None else self.values.nbytes)
+
+
+class Cache:
+    """The caches of every layer, and how many positions of each sequence are filled."""
+
+    def __init__(self, config: ModelConfig, forms: list[Form], batch: int, context: int) -> None:
+        if batch < 1 or context < 1:
+            raise ContextError(f"batch {batch}, context {context}: expected at least 1 of each")
+        if context > config.context_length:
+            raise ContextError(
+                f"a context of {context} tokens: {config.name} has {config.context_length}; ask "
+                "for a shorter one or cut the text"
+            )
+        needed = 4 * batch * context * sum(elements_per_token(config, form) for form in forms)
+        available = psutil.virtual_memory().available
+        if needed > available:
+            raise ContextError(
+                f"a cache of {batch} x {context} tokens needs {html.byte_size(needed)}, "
+                f"{html.byte_size(available)} of memory are available; ask for a shorter context, "
+                "a smaller batch, or the absorbed form"
+            )
+        self.batch, self.context = batch, context
+        self.layers = [_allocate(config, form, batch, context) for form in forms]
+        self.lengths_B = torch.zeros(batch, dtype=torch.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for the whole context, float32."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def positions(self, tokens: int) -> Tensor:
+        """(B, T) positions of the next `tokens` tokens; `ContextError` if they do not fit."""
+        longest = int(self.lengths_B.max()) + tokens
+        if longest > self.context:
+            raise ContextError(
+                f"{longest} tokens do not fit the cache of {self.context}; make a longer one with "
+                "new_cache(context=...) or cut the text"
+            )
+        return self.lengths_B[:, None] + torch.arange(tokens)
+
+    def __repr__(self) -> str:
+        forms = "+".join(dict.fromkeys(layer.form for layer in self.layers))
+        filled = "/".join(map(str, self.lengths_B.tolist()))
+        return (
+            f"Cache({forms}: {filled} of {self.context} positions, batch {self.batch}, "
+            f"{html.byte_size(self.nbytes)})"
+        )
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        return html.mimebundle(repr(self), html.card(repr(self)))
+
+
+def _allocate(config: ModelConfig, form: Form, batch: int, context: int) -> LayerCache:
+    # Zeros, not empty: positions beyond a shorter sequence are multiplied by a weight of zero.
+    if form == "absorbed":
+        width = config.kv_lora_rank + config.qk_rope_dim
+        return LayerCache(form=form, keys=torch.zeros(batch, context, width))
+    heads = (batch, config.num_heads, context)
+    return LayerCache(
+        form=form,
+        keys=torch.zeros(*heads, config.qk_dim),
+        values=torch.zeros(*heads, config.v_dim),
+    )

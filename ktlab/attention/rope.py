@@ -1,0 +1,74 @@
+"""Rotary position embedding on interleaved pairs, with YaRN.
+
+S positions, R rotated dimensions of a head. Pairs are (0, 1), (2, 3), ... as in DeepSeek's own
+code and in llama.cpp's deepseek2. Source: RoFormer (arXiv 2104.09864), YaRN (2309.00071),
+DeepSeek-V2 (2405.04434) 3.1.4.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ktlab.checkpoint.config import ModelConfig, YarnScaling
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1 * mscale * ln(factor) + 1: the attention temperature of YaRN, equation 22."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """What attention scores are multiplied by: qk_dim^-0.5, times mscale_all_dim's square."""
+    scale = config.qk_dim**-0.5
+    if config.yarn is not None and config.yarn.mscale_all_dim:
+        scale *= yarn_mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
+    return scale
+
+
+def frequencies(config: ModelConfig) -> Tensor:
+    """(R/2,) float32 radians per position of each pair, stretched by YaRN where it is on."""
+    dims = torch.arange(0, config.qk_rope_dim, 2, dtype=torch.float32) / config.qk_rope_dim
+    inverse = config.rope_theta**-dims
+    if config.yarn is None:
+        return inverse
+    low, high = _correction_range(config, config.yarn)
+    ramp = (torch.arange(len(inverse), dtype=torch.float32) - low) / (high - low)
+    keep = 1.0 - ramp.clamp(0.0, 1.0)  # fast pairs keep their frequency, slow ones are stretched
+    return inverse * keep + inverse / config.yarn.factor * (1.0 - keep)
+
+
+def _correction_range(config: ModelConfig, yarn: YarnScaling) -> tuple[float, float]:
+    """Pairs between which YaRN blends: those that turn beta_fast and beta_slow times."""
+
+    def pair_of(turns: float) -> float:
+        ratio = yarn.original_context / (turns * 2 * math.pi)
+        return config.qk_rope_dim * math.log(ratio) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_of(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_of(yarn.beta_slow)), config.qk_rope_dim - 1)
+    return low, high if high > low else low + 0.001
+
+
+class RoPE:
+    """Turns queries and keys by their positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._frequencies = frequencies(config)
+        yarn = config.yarn
+        self._magnitude = (
+            yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+            if yarn is not None
+            else 1.0
+        )
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cosine and sine, (..., R/2), of positions (...)."""
+        angles = positions[..., None].to(torch.float32) * self._frequencies
+        return angles.cos() * self._magnitude, angles.sin() * self._magnitude
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (..., R), with cos and sin (..., R/2) broadcast against it."""
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

@@ -1,0 +1,94 @@
+"""Which tensors a model of the DeepSeek family has, under which names, in which shapes.
+
+Names are GGUF's (llama.cpp, gguf-py `constants.py`, MODEL_ARCH.DEEPSEEK2); shapes are NumPy's,
+the reverse of what a GGUF file writes. Letters: D hidden, V vocabulary, E experts, F expert width,
+H heads, C kv_lora_rank, R rope, N nope.
+"""
+
+from ktlab.checkpoint.config import ModelConfig
+
+Shape = tuple[int, ...]
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
+    """Every tensor that a model of this configuration must have: {name: shape}, in file order."""
+    D, V = config.hidden_size, config.vocab_size
+    tensors: dict[str, Shape] = {
+        "token_embd.weight": (V, D),
+        "output_norm.weight": (D,),
+        "output.weight": (V, D),
+    }
+    for layer in range(config.num_layers):
+        for part, shape in layer_tensors(config, layer).items():
+            tensors[f"blk.{layer}.{part}"] = shape
+    return tensors
+
+
+def layer_tensors(config: ModelConfig, layer: int) -> dict[str, Shape]:
+    """The tensors of one layer, without their `blk.{layer}.` prefix."""
+    is_dense = layer < config.first_dense_layers
+    mlp = _dense_tensors(config) if is_dense else _moe_tensors(config)
+    return {"attn_norm.weight": (config.hidden_size,)} | _attention_tensors(config) | mlp
+
+
+def _attention_tensors(config: ModelConfig) -> dict[str, Shape]:
+    D, H, C = config.hidden_size, config.num_heads, config.kv_lora_rank
+    R, N, values = config.qk_rope_dim, config.qk_nope_dim, config.v_dim
+    query: dict[str, Shape]
+    if config.q_lora_rank:
+        query = {
+            "attn_q_a.weight": (config.q_lora_rank, D),
+            "attn_q_a_norm.weight": (config.q_lora_rank,),
+            "attn_q_b.weight": (H * config.qk_dim, config.q_lora_rank),
+        }
+    else:
+        query = {"attn_q.weight": (H * config.qk_dim, D)}
+    return query | {
+        "attn_kv_a_mqa.weight": (C + R, D),
+        "attn_kv_a_norm.weight": (C,),
+        "attn_k_b.weight": (H, C, N),
+        "attn_v_b.weight": (H, values, C),
+        "attn_output.weight": (D, H * values),
+    }
+
+
+def _dense_tensors(config: ModelConfig) -> dict[str, Shape]:
+    D, width = config.hidden_size, config.intermediate_size
+    return {"ffn_norm.weight": (D,)} | _swiglu(D, width, "")
+
+
+def _moe_tensors(config: ModelConfig) -> dict[str, Shape]:
+    D, E, F = config.hidden_size, config.num_experts, config.expert_size
+    tensors: dict[str, Shape] = {"ffn_norm.weight": (D,), "ffn_gate_inp.weight": (E, D)}
+    if config.gating == "sigmoid":
+        tensors["exp_probs_b.bias"] = (E,)
+    tensors |= {
+        "ffn_gate_exps.weight": (E, F, D),
+        "ffn_up_exps.weight": (E, F, D),
+        "ffn_down_exps.weight": (E, D, F),
+    }
+    if config.num_shared_experts:
+        tensors |= _swiglu(D, config.num_shared_experts * F, "_shexp")
+    return tensors
+
+
+def _swiglu(D: int, width: int, suffix: str) -> dict[str, Shape]:
+    return {
+        f"ffn_gate{suffix}.weight": (width, D),
+        f"ffn_up{suffix}.weight": (width, D),
+        f"ffn_down{suffix}.weight": (D, width),
+    }
+
+
+def fused_kv_b(config: ModelConfig) -> Shape:
+    """Shape of `attn_kv_b.weight`, which older files have in place of attn_k_b and attn_v_b."""
+    rows = config.num_heads * (config.qk_nope_dim + config.v_dim)
+    return (rows, config.kv_lora_rank)
+
+
+def is_quantizable(name: str, shape: Shape) -> bool:
+    """Whether llama.cpp would store this tensor in fewer than 32 bits.
+
+    Norms and biases (one axis) and the router's gate always stay float32.
+    """
+    return len(shape) > 1 and "ffn_gate_inp" not in name

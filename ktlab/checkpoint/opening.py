@@ -1,0 +1,27 @@
+"""From a name or a path to a checkpoint."""
+
+from pathlib import Path
+
+from ktlab.checkpoint.checkpoint import Checkpoint
+from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
+from ktlab.checkpoint.gguf_file import GGUFCheckpoint
+from ktlab.errors import CheckpointError, nearest
+
+
+def open_checkpoint(path_or_name: str | Path) -> Checkpoint:
+    """Open "tiny" (the embedded model) or a .gguf file; nothing is decoded yet."""
+    if str(path_or_name) in EMBEDDED_MODELS:
+        name = str(path_or_name)
+        return GGUFCheckpoint(data_path(EMBEDDED_MODELS[name]), name=name)
+    path = Path(path_or_name).expanduser()
+    known = ", ".join(EMBEDDED_MODELS)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; expected a .gguf file or one of: {known}")
+    if not path.exists():
+        siblings = (p.name for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else ()
+        guess = nearest(path.name, [*EMBEDDED_MODELS, *siblings])
+        raise CheckpointError(f"no file {path}{guess}; expected a .gguf file or one of: {known}")
+    try:
+        return GGUFCheckpoint(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error

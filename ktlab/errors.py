@@ -1,0 +1,45 @@
+"""What ktlab raises: each message says what was expected, what was found, and what to do.
+
+All of them are `ValueError` or `TypeError` subclasses, so that code which never heard of ktlab
+can still catch them; `assert` is kept for our own invariants.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class KtlabError(ValueError):
+    """Root of every error that ktlab raises on a user's input."""
+
+
+class CheckpointError(KtlabError):
+    """A file that is not what it says: not GGUF, truncated, lying about sizes, missing tensors."""
+
+
+class FormatError(KtlabError):
+    """A number format that is unknown, or that cannot do what was asked of it."""
+
+
+class SettingError(KtlabError):
+    """A switch (top_k, rule, attention form, backend, ...) set to something impossible."""
+
+
+class ContextError(KtlabError):
+    """A text that does not fit the context, or a context that does not fit the memory."""
+
+
+class TraceError(KtlabError):
+    """A trace asked for something it does not hold, or mixed with another model's."""
+
+
+class StageError(KtlabError, AttributeError):
+    """A stage that this layer does not have (a dense layer has no router).
+
+    Also an `AttributeError`, because it is raised on attribute access and `hasattr` must work.
+    """
+
+
+def nearest(found: str, known: Iterable[str]) -> str:
+    """'; did you mean "x"?' if a known name is close to `found`, else ''."""
+    matches = get_close_matches(str(found), list(known), n=1)
+    return f'; did you mean "{matches[0]}"?' if matches else ""

@@ -1,0 +1,6 @@
+"""The experts of a layer: the routed bank, and the shared one."""
+
+from ktlab.experts.bank import ExpertBank
+from ktlab.experts.mlp import MLP
+
+__all__ = ["MLP", "ExpertBank"]

@@ -1,0 +1,41 @@
+"""SwiGLU with one set of weights: the shared expert, and the feed-forward network of dense layers.
+
+Source: arXiv 2002.05202; DeepSeek-V3 (2412.19437) equation 12 for the shared expert's place.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ktlab import html
+from ktlab.kernels.linear import Linear
+
+
+class MLP:
+    """down(silu(gate x) * up x), with gate and up (F, D) and down (D, F)."""
+
+    def __init__(self, gate: Linear, up: Linear, down: Linear) -> None:
+        self.gate, self.up, self.down = gate, up, down
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, D), float32."""
+        return self.down(F.silu(self.gate(hidden_TD)).mul_(self.up(hidden_TD)))
+
+    def quantized(self, format: str) -> "MLP":
+        """The same weights in another format."""
+        return MLP(*(m.quantized(format) for m in (self.gate, self.up, self.down)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the quantized weights."""
+        return self.gate.nbytes + self.up.nbytes + self.down.nbytes
+
+    @property
+    def width(self) -> int:
+        """F, the size of the inner activation."""
+        return self.gate.weight.shape[0]
+
+    def __repr__(self) -> str:
+        return (
+            f"MLP({self.gate.weight.shape[1]} x {self.width}, {self.gate.weight.format.name}, "
+            f"{html.byte_size(self.nbytes)})"
+        )

@@ -1,0 +1,104 @@
+"""Pure functions from values to HTML, for the reprs of every stage: escaped, small, offline.
+
+Nothing here knows a model. An object's `_repr_mimebundle_` returns `mimebundle(repr(self), html)`,
+so that a front end without HTML shows the text.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+# Theme-neutral: inherits JupyterLab's colours and falls back to the page's own.
+_STYLE = (
+    "<style>"
+    ".ktlab{font-family:var(--jp-ui-font-family,system-ui,sans-serif);font-size:13px;"
+    "line-height:1.45;color:var(--jp-ui-font-color1,inherit);max-width:960px;overflow-x:auto}"
+    ".ktlab table{border-collapse:collapse;margin:4px 0;font-variant-numeric:tabular-nums}"
+    ".ktlab th{text-align:left;font-weight:600;opacity:.75;padding:2px 14px 2px 0;"
+    "border-bottom:1px solid color-mix(in srgb,currentColor 35%,transparent)}"
+    ".ktlab td{padding:2px 14px 2px 0;vertical-align:top;text-align:left}"
+    ".ktlab td.n,.ktlab th.n{text-align:right}"
+    ".ktlab .t{font-weight:600}.ktlab .s{opacity:.7}"
+    ".ktlab .b{display:inline-block;padding:0 7px;border-radius:9px;font-size:12px;"
+    "border:1px solid color-mix(in srgb,currentColor 35%,transparent);margin-right:4px}"
+    ".ktlab .ok{color:#2a9d63}.ktlab .warn{color:#c77d0a}.ktlab .bad{color:#d0453e}"
+    ".ktlab details>summary{cursor:pointer}"
+    "</style>"
+)
+
+
+class Raw(str):
+    """A string that is HTML already and must not be escaped again."""
+
+
+def text(value: object) -> str:
+    """`value` as escaped text, unless it is `Raw`."""
+    return str(value) if isinstance(value, Raw) else escape(str(value))
+
+
+def badge(value: object, tone: str = "") -> Raw:
+    """A small rounded label; `tone` is "", "ok", "warn" or "bad"."""
+    return Raw(f'<span class="b {escape(tone)}">{text(value)}</span>')
+
+
+def table(rows: Iterable[Sequence[object]], headers: Sequence[object] = ()) -> Raw:
+    """A plain table; a column whose first cell is a number is right-aligned."""
+    body = [list(row) for row in rows]
+    numeric = [_is_number(cell) for cell in body[0]] if body else []
+
+    def cells(row: Sequence[object], tag: str) -> str:
+        return "".join(
+            f"<{tag}{' class=n' if i < len(numeric) and numeric[i] else ''}>{text(cell)}</{tag}>"
+            for i, cell in enumerate(row)
+        )
+
+    head = "<tr>" + cells(headers, "th") + "</tr>" if headers else ""
+    lines = "".join("<tr>" + cells(row, "td") + "</tr>" for row in body)
+    return Raw(f"<table>{head}{lines}</table>")
+
+
+def pairs(values: Mapping[str, object]) -> Raw:
+    """A two-column table of names and values."""
+    return table([(Raw(f'<span class="s">{text(k)}</span>'), v) for k, v in values.items()])
+
+
+def details(summary: object, body: object) -> Raw:
+    """A section that opens on a click."""
+    return Raw(f"<details><summary>{text(summary)}</summary>{text(body)}</details>")
+
+
+def card(title: object, *body: object) -> str:
+    """A titled block: the outermost element of every repr."""
+    inner = "".join(text(part) for part in body)
+    return f'{_STYLE}<div class="ktlab"><div class="t">{text(title)}</div>{inner}</div>'
+
+
+def mimebundle(plain: str, html: str) -> dict[str, Any]:
+    """What `_repr_mimebundle_` returns."""
+    return {"text/plain": plain, "text/html": html}
+
+
+def byte_size(count: float) -> str:
+    """Bytes with a binary unit: 1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def quantity(value: float, unit: str = "") -> str:
+    """A count with a decimal prefix: 1.23e9 -> '1.23 G'."""
+    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def _is_number(cell: object) -> bool:
+    if isinstance(cell, Raw):
+        return False
+    if isinstance(cell, (int, float)):
+        return True
+    first = str(cell).lstrip("-+×≤≥~")[:1]
+    return first.isdigit()

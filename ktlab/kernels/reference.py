@@ -1,0 +1,45 @@
+"""The judge: NumPy, one expert at a time, as readable as the equations.
+
+T tokens, D hidden, E experts, K selected, F expert width.
+Source: DeepSeek-V3 (arXiv 2412.19437), equations 12-13; SwiGLU from arXiv 2002.05202.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ktlab.quantization.qtensor import QTensor
+
+
+def silu(values: NDArray[Any]) -> NDArray[Any]:
+    """x * sigmoid(x), written so that large negative values do not overflow."""
+    return values * (0.5 * (1.0 + np.tanh(0.5 * values)))
+
+
+def moe(
+    gate: QTensor,
+    up: QTensor,
+    down: QTensor,
+    hidden_TD: NDArray[np.float32],
+    ids_TK: NDArray[np.int64],
+    weights_TK: NDArray[np.float32],
+    dtype: DTypeLike = np.float32,
+) -> NDArray[Any]:
+    """Weighted sum of the selected experts' SwiGLU outputs, (T, D) in `dtype`.
+
+    `gate` and `up` are (E, F, D), `down` is (E, D, F); an id of -1 selects nothing. Each expert is
+    dequantized when its turn comes, so no float copy of the bank is ever held. float64 judges the
+    error of every other kernel.
+    """
+    output_TD = np.zeros(hidden_TD.shape, dtype=dtype)
+    for expert in np.unique(ids_TK[ids_TK >= 0]):
+        tokens, slots = np.nonzero(ids_TK == expert)
+        x = hidden_TD[tokens].astype(dtype)
+        gate_FD, up_FD, down_DF = (
+            weight[int(expert)].dequantize().astype(dtype) for weight in (gate, up, down)
+        )
+        inner = silu(x @ gate_FD.T) * (x @ up_FD.T)
+        # A token selects an expert at most once, so plain += on fancy indices is safe.
+        output_TD[tokens] += weights_TK[tokens, slots, None].astype(dtype) * (inner @ down_DF.T)
+    return output_TD

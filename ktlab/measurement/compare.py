@@ -1,0 +1,201 @@
+"""Two settings of a loaded model side by side: quality with intervals, speed with its ceiling."""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from ktlab import html
+from ktlab.errors import KtlabError
+from ktlab.measurement.intervals import Interval
+from ktlab.measurement.provenance import Provenance
+from ktlab.measurement.quality import Quality, method, summarize
+from ktlab.measurement.record import Record
+from ktlab.measurement.speed import SpeedComparison, measure_speed
+from ktlab.measurement.sweep import sweep
+from ktlab.measurement.tokens import BaselineCache, TokenComparison
+from ktlab.measurement.windows import Text, evaluate, label, settings_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ktlab.model.model import Model
+
+__all__ = ["Comparison", "compare", "sweep"]
+
+
+class Cancelled(KtlabError):
+    """A measurement was cancelled before it had anything to show."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Record):
+    """What b costs and buys against a."""
+
+    a: dict[str, Any]
+    """All settings of a, as plain values."""
+    b: dict[str, Any]
+    label_a: str
+    label_b: str
+    quality: Quality
+    """All texts together."""
+    domains: dict[str, Quality]
+    """Each text by itself, where there were several."""
+    speed: SpeedComparison | None
+    provenance: Provenance
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row a figure: domain ("all" for the texts together), value, interval, verdict."""
+        import pandas as pd
+
+        rows = [
+            {"domain": domain, "figure": figure, **_row(interval)}
+            for domain, quality in {"all": self.quality, **self.domains}.items()
+            for figure, interval in quality.figures.items()
+        ]
+        for name, speed in self.speed.speeds.items() if self.speed else ():
+            for phase in ("prefill", "decode"):
+                for figure, interval in (
+                    (f"{phase}_{name}", getattr(speed, phase).tokens_per_s),
+                    (f"{phase}_ratio_{name}", getattr(speed, f"{phase}_ratio")),
+                ):
+                    rows.append({"domain": "speed", "figure": figure, **_row(interval)})
+        return pd.DataFrame(rows)
+
+    def __str__(self) -> str:
+        parts = [str(self.quality)]
+        parts += [f"  {name:12} {_short(quality)}" for name, quality in self.domains.items()]
+        parts += [str(self.speed)] if self.speed else []
+        return "\n".join([*parts, str(self.provenance)])
+
+    def to_html(self) -> str:
+        """Quality, then the domains, then speed; where it comes from folded below."""
+        domains = html.table(
+            [
+                (name, str(q.kl_mean), f"×{q.perplexity_ratio}", str(q.top1_agreement))
+                for name, q in self.domains.items()
+            ],
+            ("text", "KL divergence, mean", "perplexity ratio", "same top-1"),
+        )
+        parts = [html.Raw(self.quality.to_html())]
+        parts += [domains] if self.domains else []
+        parts += [html.Raw(self.speed.to_html())] if self.speed else []
+        return html.card("", *parts, self.provenance.to_html())
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        return html.mimebundle(str(self), self.to_html())
+
+
+def compare(
+    model: "Model",
+    text: Text | Mapping[str, Text],
+    *,
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    max_tokens: int | None = 8192,
+    window: int = 256,
+    speed: bool = True,
+    repeats: int = 6,
+    seed: int = 0,
+    cancel: threading.Event | None = None,
+    baseline: BaselineCache | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Measure what `b` costs in quality and buys in speed against the baseline `a`.
+
+    >>> ktlab.compare(model, ktlab.domain_texts(), a=dict(top_k=8), b=dict(top_k=6))
+
+    `text`: one text, or several by name, which then are strata of the intervals and get a row
+    each. `a`, `b`: what `model.override` takes; `model` is not touched. `max_tokens` in all
+    (None: everything). `progress(done, total)` is called after every window of text. `seed` draws
+    nothing in the quality part, which reads all windows in order. Raises ContextError, SettingError
+    on impossible input, and `Cancelled` if `cancel` was set before the first window was done;
+    later, what was measured so far comes back (`.quality.done` is False).
+    """
+    start = perf_counter()
+    parts: dict[str, list[TokenComparison]] = {}
+    done = windows = 0
+    step = None
+    run = evaluate(
+        model,
+        text,
+        a=a,
+        b=b,
+        window=window,
+        max_tokens=max_tokens,
+        cancel=cancel,
+        baseline=baseline,
+        first=window,
+    )
+    for step in run:
+        parts.setdefault(step.text, []).append(step.tokens)
+        done, windows = done + len(step.tokens), windows + 1
+        if progress is not None:
+            progress(done, step.total_tokens)
+    if step is None:
+        raise Cancelled("the comparison was cancelled before its first window; nothing to show")
+    texts = {name: TokenComparison.join(pieces) for name, pieces in parts.items()}
+    known: dict[str, Any] = {
+        "identical": step.identical,
+        "label_a": label(a),
+        "label_b": label(b),
+    }
+    quality = summarize(
+        list(texts.values()),
+        total_tokens=step.total_tokens,
+        windows=windows,
+        seconds=perf_counter() - start,
+        method=method(window, len(texts)),
+        **known,
+    )
+    domains = {
+        name: summarize(
+            [tokens],
+            total_tokens=len(tokens),
+            windows=len(parts[name]),
+            seconds=quality.seconds,
+            method=method(window, 1),
+            **known,
+        )
+        for name, tokens in texts.items()
+    }
+    measured = None
+    if speed:
+        measured = measure_speed(
+            model,
+            {"a": a, "b": b},
+            repeats=repeats,
+            seed=seed,
+            cancel=cancel,
+            **_lengths(model),
+        )
+    return Comparison(
+        a=settings_of(model, a),
+        b=settings_of(model, b),
+        label_a=label(a),
+        label_b=label(b),
+        quality=quality,
+        domains=domains if len(domains) > 1 else {},
+        speed=measured,
+        provenance=Provenance.collect(model=model.name, seed=seed),
+    )
+
+
+def _lengths(model: "Model") -> dict[str, int]:
+    """Prompt and decode tokens of a speed measurement: 256 and 32, or what the context holds."""
+    context = model.config.context_length
+    return {"prompt_tokens": min(256, context * 3 // 4), "decode_tokens": min(32, context // 4)}
+
+
+def _row(interval: Interval) -> dict[str, Any]:
+    names = ("value", "low", "high", "level", "n", "unit", "method")
+    significant = None if interval.no_change is None else interval.changed
+    return {**{name: getattr(interval, name) for name in names}, "significant": significant}
+
+
+def _short(quality: Quality) -> str:
+    return (
+        f"KL {quality.kl_mean}, perplexity ×{quality.perplexity_ratio}, "
+        f"same top-1 {quality.top1_agreement}"
+    )

@@ -1,0 +1,198 @@
+"""Both settings over the same windows of text: the part of a quality measurement that runs a model.
+
+T tokens of one window, V vocabulary.
+"""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ktlab.errors import ContextError, SettingError
+from ktlab.measurement.tokens import (
+    Baseline,
+    BaselineCache,
+    Prediction,
+    TokenComparison,
+    window_key,
+)
+
+if TYPE_CHECKING:
+    from ktlab.model.model import Model
+
+Text = str | Sequence[int] | NDArray[np.integer] | Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One window done: which text it came from and its tokens under a and b."""
+
+    text: str
+    tokens: TokenComparison
+    identical: bool
+    total_tokens: int
+
+
+def label(settings: Mapping[str, Any]) -> str:
+    """Overrides in one line: {"top_k": 6} -> "top_k=6"."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "as loaded"
+
+
+def settings_of(model: "Model", overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of `model` under `overrides`, as plain values that JSON gives back equal."""
+    with model.clone().override(**overrides) as clone:
+        return json.loads(settings_key(clone))
+
+
+def settings_key(model: "Model") -> str:
+    """The settings of a model as text that is equal where they are."""
+    return json.dumps(model.settings.to_dict(), sort_keys=True, default=repr)
+
+
+def evaluate(
+    model: "Model",
+    text: Text | Mapping[str, Text],
+    *,
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    window: int = 256,
+    max_tokens: int | None = None,
+    cancel: threading.Event | None = None,
+    baseline: BaselineCache | None = None,
+    first: int = 64,
+) -> Iterator[Step]:
+    """Yield window after window, the texts in turn. See `quality.stream_quality`."""
+    texts = {
+        name: ids[: _limit(ids, max_tokens, count)] for count, name, ids in _encoded(model, text)
+    }
+    check_window(model, window)
+    total = sum(len(ids) - 1 for ids in texts.values())
+    clone_a, clone_b = model.clone(), model.clone()
+    bytes_of = TokenBytes(model)
+    with clone_a.override(**a), clone_b.override(**b):
+        key = settings_key(clone_a)
+        identical = key == settings_key(clone_b)
+        of = Baseline(owner=model.checkpoint, settings=key)
+        for name, inputs_T, targets_T in _in_turn(texts, window, first):
+            if cancel is not None and cancel.is_set():
+                return
+            before = _baseline(clone_a, inputs_T, targets_T, baseline, of, total)
+            if cancel is not None and cancel.is_set():
+                return
+            after = before if identical else Prediction.of(clone_b.forward(inputs_T), targets_T)
+            ids = targets_T.numpy()
+            yield Step(
+                text=name,
+                tokens=TokenComparison.of(before, after, ids, bytes_of(ids)),
+                identical=identical,
+                total_tokens=total,
+            )
+
+
+def check_window(model: "Model", window: int) -> None:
+    """ContextError if the model cannot see so many tokens at once."""
+    longest = model.config.context_length
+    if not 1 <= window <= longest:
+        raise ContextError(
+            f"window = {window} tokens: expected 1 to {longest}, the context of {model.name}"
+        )
+
+
+class TokenBytes:
+    """Bytes of UTF-8 of each token, looked up once per id; 0 for a model without tokenizer."""
+
+    def __init__(self, model: "Model") -> None:
+        self._tokenizer = model.tokenizer
+        self._known: dict[int, int] = {}
+
+    def __call__(self, ids_T: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self._tokenizer is None:
+            return np.zeros(len(ids_T), dtype=np.int64)
+        for i in set(ids_T.tolist()) - self._known.keys():
+            self._known[i] = len(self._tokenizer.decode_bytes([i]))
+        return np.array([self._known[i] for i in ids_T.tolist()], dtype=np.int64)
+
+
+def encoded(model: "Model", text: Text, name: str = "text") -> Tensor:
+    """Token ids (T,) of a text; ContextError if nothing can be predicted in it."""
+    if isinstance(text, str):
+        if not text.strip():
+            raise ContextError(f"{name} is empty: expected at least 2 tokens, one to predict")
+        if model.tokenizer is None:
+            raise SettingError(f"{model.name} has no tokenizer: pass token ids instead of a string")
+        text = model.tokenizer.encode(text)
+    ids_T = torch.as_tensor(text, dtype=torch.int64)
+    if ids_T.ndim != 1 or len(ids_T) < 2:
+        raise ContextError(
+            f"{name} has {ids_T.numel()} tokens in shape {tuple(ids_T.shape)}: expected at least 2 "
+            "in one row, so that one can be predicted"
+        )
+    outside = ids_T[(ids_T < 0) | (ids_T >= model.config.vocab_size)]
+    if len(outside):
+        raise ContextError(
+            f"{name}: token id {int(outside[0])} is outside the vocabulary of {model.name}, "
+            f"0 to {model.config.vocab_size - 1}"
+        )
+    return ids_T
+
+
+def _encoded(model: "Model", text: Text | Mapping[str, Text]) -> Iterator[tuple[int, str, Tensor]]:
+    texts = text if isinstance(text, Mapping) else {"text": text}
+    if not texts:
+        raise ContextError("no text: expected a string, token ids, or a mapping of them by name")
+    for name, part in texts.items():
+        yield len(texts), str(name), encoded(model, part, str(name))
+
+
+def _limit(ids_T: Tensor, max_tokens: int | None, texts: int) -> int:
+    if max_tokens is None:
+        return len(ids_T)
+    if max_tokens < texts:
+        raise SettingError(f"max_tokens = {max_tokens}: expected at least one for each text")
+    return max_tokens // texts + 1
+
+
+def _in_turn(
+    texts: Mapping[str, Tensor], window: int, first: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, inputs, targets) of every window: the first of each text, the second of each, ..."""
+
+    def cut(name: str, ids_T: Tensor, size: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        start = 0
+        while start < len(ids_T) - 1:
+            stop = min(start + size, len(ids_T) - 1)
+            yield name, ids_T[start:stop], ids_T[start + 1 : stop + 1]
+            start, size = stop, window
+
+    first = min(first, window)
+    sizes = [first] + [window] * (len(texts) - 1)  # only the very first answer needs to be quick
+    runs = [cut(name, ids, size) for (name, ids), size in zip(texts.items(), sizes, strict=True)]
+    for row in zip_longest(*runs):
+        yield from (window_ for window_ in row if window_ is not None)
+
+
+def _baseline(
+    model: "Model",
+    inputs_T: Tensor,
+    targets_T: Tensor,
+    cache: BaselineCache | None,
+    of: Baseline,
+    total_tokens: int,
+) -> Prediction:
+    """The baseline's prediction of a window, from the cache where it has it."""
+    if cache is None:
+        return Prediction.of(model.forward(inputs_T), targets_T)
+    key = (window_key(inputs_T), window_key(targets_T))
+    prediction = cache.get(of, key)
+    if prediction is None:
+        prediction = Prediction.of(model.forward(inputs_T), targets_T)
+        dtype = cache.dtype_for(total_tokens, prediction.logprobs_TV.shape[1])
+        cache.put(of, key, prediction, dtype)
+    return prediction

@@ -1,0 +1,1 @@
+"""A model whose stages can be looked into, switched, traced and counted."""

@@ -1,0 +1,145 @@
+"""One layer: attention, then a feed-forward part that is dense or a mixture of experts.
+
+B batch, T tokens, D hidden.
+"""
+
+import copy
+from typing import Any, NoReturn
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ktlab import html
+from ktlab.attention.cache import LayerCache
+from ktlab.attention.mla import MLA
+from ktlab.checkpoint.config import ModelConfig
+from ktlab.errors import StageError
+from ktlab.experts.bank import ExpertBank
+from ktlab.experts.mlp import MLP
+from ktlab.probe import NO_PROBE, Probe
+from ktlab.routing.router import Router
+
+
+class Block:
+    """What both kinds of layer share: norms, attention and the residual stream."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        attention: MLA,
+        attention_norm_D: Tensor,
+        mlp_norm_D: Tensor,
+    ) -> None:
+        self.config = config
+        self.index = index
+        self.attention = attention
+        self.attention_norm_D = attention_norm_D
+        self.mlp_norm_D = mlp_norm_D
+
+    def forward(
+        self, hidden_BTD: Tensor, cache: LayerCache, positions_BT: Tensor, probe: Probe = NO_PROBE
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D); writes this layer's cache."""
+        eps, shape = self.config.rms_eps, (self.config.hidden_size,)
+        with probe.stage(f"layers.{self.index}.attention"):
+            normed = F.rms_norm(hidden_BTD, shape, self.attention_norm_D, eps=eps)
+            hidden_BTD = hidden_BTD + self.attention.forward(normed, cache, positions_BT, probe)
+        normed = F.rms_norm(hidden_BTD, shape, self.mlp_norm_D, eps=eps)
+        mixed_TD = self.feed_forward(normed.flatten(0, 1), probe)
+        hidden_BTD = hidden_BTD + mixed_TD.view_as(hidden_BTD)
+        probe.record(f"layers.{self.index}.hidden", hidden_BTD.flatten(0, 1))
+        return hidden_BTD
+
+    def feed_forward(self, hidden_TD: Tensor, probe: Probe) -> Tensor:
+        raise NotImplementedError
+
+    def clone(self) -> "Block":
+        """The same weights under stages whose switches are their own."""
+        block = copy.copy(self)
+        for name, stage in vars(self).items():
+            if isinstance(stage, (MLA, Router, ExpertBank)):
+                setattr(block, name, copy.copy(stage))
+        return block
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the quantized weights."""
+        return sum(getattr(s, "nbytes", 0) for s in self.stages().values())
+
+    def stages(self) -> dict[str, Any]:
+        """The stage objects of this layer by name."""
+        raise NotImplementedError
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        rows = [(name, repr(stage)) for name, stage in self.stages().items()]
+        return html.mimebundle(repr(self), html.card(f"layers[{self.index}]", html.table(rows)))
+
+    def __repr__(self) -> str:
+        inner = "\n".join(f"  {name}: {stage!r}" for name, stage in self.stages().items())
+        return f"{type(self).__name__}(layer {self.index}, {html.byte_size(self.nbytes)})\n{inner}"
+
+
+class DenseBlock(Block):
+    """A leading layer without experts."""
+
+    mlp: MLP
+
+    def feed_forward(self, hidden_TD: Tensor, probe: Probe) -> Tensor:
+        with probe.stage(f"layers.{self.index}.mlp"):
+            output_TD = self.mlp.forward(hidden_TD)
+        probe.record(f"layers.{self.index}.mlp.output", output_TD)
+        return output_TD
+
+    def stages(self) -> dict[str, Any]:
+        return {"attention": self.attention, "mlp": self.mlp}
+
+    def _absent(self, stage: str) -> NoReturn:
+        config = self.config
+        moe = f"{config.first_dense_layers} to {config.num_layers - 1}"
+        raise StageError(
+            f"layer {self.index} of {config.name} is dense and has no {stage}; the layers with "
+            f"experts are {moe}"
+        )
+
+    @property
+    def router(self) -> Router:
+        self._absent("router")
+
+    @property
+    def experts(self) -> ExpertBank:
+        self._absent("experts")
+
+    @property
+    def shared(self) -> MLP:
+        self._absent("shared expert")
+
+
+class MoEBlock(Block):
+    """A layer whose feed-forward part is routed experts and a shared one."""
+
+    router: Router
+    experts: ExpertBank
+    shared: MLP | None
+
+    def feed_forward(self, hidden_TD: Tensor, probe: Probe) -> Tensor:
+        name = f"layers.{self.index}"
+        with probe.stage(f"{name}.router"):
+            routing = self.router.forward(hidden_TD)
+        with probe.stage(f"{name}.experts"):
+            routed_TD = self.experts.forward(hidden_TD, routing.ids_TK, routing.weights_TK)
+        probe.record(f"{name}.router.logits", routing.logits_TE)
+        probe.record(f"{name}.router.scores", routing.scores_TE)
+        probe.record(f"{name}.router.ids", routing.ids_TK)
+        probe.record(f"{name}.router.weights", routing.weights_TK)
+        probe.record(f"{name}.experts.output", routed_TD)
+        if self.shared is None:
+            return routed_TD
+        with probe.stage(f"{name}.shared"):
+            shared_TD = self.shared.forward(hidden_TD)
+        probe.record(f"{name}.shared.output", shared_TD)
+        return routed_TD + shared_TD
+
+    def stages(self) -> dict[str, Any]:
+        stages = {"attention": self.attention, "router": self.router, "experts": self.experts}
+        return stages if self.shared is None else {**stages, "shared": self.shared}

@@ -1,0 +1,79 @@
+"""From a checkpoint's tensors to the layers of a model."""
+
+from torch import Tensor
+
+from ktlab.attention.mla import MLA, MLAWeights
+from ktlab.checkpoint.checkpoint import Checkpoint
+from ktlab.experts.bank import ExpertBank
+from ktlab.experts.mlp import MLP
+from ktlab.kernels.linear import Linear
+from ktlab.kernels.torch_moe import float_tensor
+from ktlab.model.block import Block, DenseBlock, MoEBlock
+from ktlab.routing.router import Router
+
+
+def build_layers(checkpoint: Checkpoint) -> list[Block]:
+    """Every layer of the checkpoint's configuration, weights still quantized and mapped."""
+    return [_build_block(checkpoint, index) for index in range(checkpoint.config.num_layers)]
+
+
+def vector(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A norm, bias or gate: small, so float32 at once."""
+    return float_tensor(checkpoint.tensor(name))
+
+
+def _build_block(checkpoint: Checkpoint, index: int) -> Block:
+    config, prefix = checkpoint.config, f"blk.{index}"
+    kind = DenseBlock if index < config.first_dense_layers else MoEBlock
+    block = kind(
+        config,
+        index,
+        _build_attention(checkpoint, index),
+        vector(checkpoint, f"{prefix}.attn_norm.weight"),
+        vector(checkpoint, f"{prefix}.ffn_norm.weight"),
+    )
+    if isinstance(block, DenseBlock):
+        block.mlp = _build_mlp(checkpoint, index, "")
+    elif isinstance(block, MoEBlock):
+        sigmoid = config.gating == "sigmoid"
+        block.router = Router(
+            config,
+            index,
+            vector(checkpoint, f"{prefix}.ffn_gate_inp.weight"),
+            vector(checkpoint, f"{prefix}.exp_probs_b.bias") if sigmoid else None,
+        )
+        block.experts = ExpertBank(
+            index,
+            *(checkpoint.tensor(f"{prefix}.ffn_{m}_exps.weight") for m in ("gate", "up", "down")),
+        )
+        block.shared = _build_mlp(checkpoint, index, "_shexp") if config.num_shared_experts else None
+    return block
+
+
+def _build_mlp(checkpoint: Checkpoint, index: int, suffix: str) -> MLP:
+    return MLP(
+        *(
+            Linear(checkpoint.tensor(f"blk.{index}.ffn_{matrix}{suffix}.weight"))
+            for matrix in ("gate", "up", "down")
+        )
+    )
+
+
+def _build_attention(checkpoint: Checkpoint, index: int) -> MLA:
+    config, prefix = checkpoint.config, f"blk.{index}"
+
+    def linear(name: str) -> Linear:
+        return Linear(checkpoint.tensor(f"{prefix}.{name}.weight"))
+
+    compressed = config.q_lora_rank > 0
+    weights = MLAWeights(
+        q_a=linear("attn_q_a") if compressed else None,
+        q_a_norm_Q=vector(checkpoint, f"{prefix}.attn_q_a_norm.weight") if compressed else None,
+        q_b=linear("attn_q_b" if compressed else "attn_q"),
+        kv_a=linear("attn_kv_a_mqa"),
+        kv_a_norm_C=vector(checkpoint, f"{prefix}.attn_kv_a_norm.weight"),
+        k_b=linear("attn_k_b"),
+        v_b=linear("attn_v_b"),
+        output=linear("attn_output"),
+    )
+    return MLA(config, index, weights)

@@ -1,0 +1,400 @@
+"""The model: layers that can be looked into, switches that are live, a forward pass, a cache.
+
+B batch, T tokens, D hidden, V vocabulary.
+"""
+
+import copy
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ktlab import html
+from ktlab.attention.cache import Cache
+from ktlab.checkpoint.checkpoint import Checkpoint
+from ktlab.checkpoint.config import ModelConfig
+from ktlab.checkpoint.tokenizer import Tokenizer
+from ktlab.errors import CheckpointError, ContextError, SettingError, TraceError, nearest
+from ktlab.kernels.linear import Linear
+from ktlab.model import generation
+from ktlab.model.block import Block, MoEBlock
+from ktlab.model.build import build_layers, vector
+from ktlab.model.cost import Cost, cost
+from ktlab.model.settings import Change, Settings, apply, current
+from ktlab.model.trace import ModelIdentity, Trace
+from ktlab.probe import NO_PROBE, Probe, Recorder
+from ktlab.quantization import QTensor
+
+Ids = Sequence[int] | np.ndarray | Tensor
+
+ROUTER_NAMES = ("layers.*.router.*",)
+
+
+class Model:
+    """A DeepSeek-architecture model on this machine.
+
+    Everything printed is an attribute: `layers[i].router`, `.experts`, `.shared`, `.attention`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config: ModelConfig = checkpoint.config
+        self.embedding: QTensor = checkpoint.tensor("token_embd.weight")
+        self.layers: list[Block] = build_layers(checkpoint)
+        self.output_norm_D = vector(checkpoint, "output_norm.weight")
+        self.output = Linear(checkpoint.tensor("output.weight"))
+        # Requantized stages by (weights, format): shared by clones, so a toggle is instant again.
+        self._requantized: dict[tuple[int, str], tuple[Any, Any]] = {}
+
+    # What is there ---------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer; `CheckpointError` if it has none."""
+        if self.checkpoint.tokenizer is None:
+            raise CheckpointError(
+                f"{self.name}: the checkpoint has no tokenizer; pass token ids instead of text"
+            )
+        return self.checkpoint.tokenizer
+
+    @property
+    def moe_blocks(self) -> list[MoEBlock]:
+        """The layers with experts."""
+        return [block for block in self.layers if isinstance(block, MoEBlock)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the quantized weights as set now."""
+        layers = sum(block.nbytes for block in self.layers)
+        return self.embedding.nbytes + layers + self.output.nbytes
+
+    @property
+    def settings(self) -> Settings:
+        """How every switch stands, read off the stages."""
+        return current(self)
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Which weights these are: name, shape of the routing, and a hash over samples of all
+        tensors."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name in self.checkpoint.names():
+            blocks = self.checkpoint.tensor(name).blocks.reshape(-1)
+            digest.update(name.encode())
+            digest.update(blocks[:: max(1, len(blocks) // 256)].tobytes())
+        return ModelIdentity(
+            name=self.name,
+            fingerprint=digest.hexdigest()[:16],
+            num_experts=self.config.num_experts,
+            top_k=self.config.top_k,
+            moe_layers=tuple(self.config.moe_layers),
+        )
+
+    def cost(self, tokens: int = 1, context: int = 512) -> Cost:
+        """FLOP and bytes of each stage for a call of `tokens` tokens ending at `context`."""
+        return cost(self, tokens, context)
+
+    # Running it ------------------------------------------------------------------------------
+
+    def new_cache(self, batch: int = 1, context: int | None = None) -> Cache:
+        """An empty cache in the layers' present forms; `context` defaults to the model's."""
+        forms = [block.attention.form for block in self.layers]
+        return Cache(self.config, forms, batch, context or self.config.context_length)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        ids: Ids,
+        cache: Cache | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        probe: Probe = NO_PROBE,
+        chunk: int = 512,
+    ) -> Tensor:
+        """Logits, float32: (T,) ids give (T, V), (B, T) ids give (B, T, V).
+
+        Continues after what `cache` holds, and fills it; prefill goes in pieces of `chunk` tokens.
+        `lengths` are the true lengths of right-padded sequences: what follows is ignored.
+        """
+        ids_BT, squeeze = self._ids(ids)
+        cache = self._cache_for(ids_BT, cache)
+        hidden_BTD = self._hidden(ids_BT, cache, lengths, probe, chunk)
+        logits_BTV = self._head(hidden_BTD, probe)
+        return logits_BTV[0] if squeeze else logits_BTV
+
+    @torch.inference_mode()
+    def next_logits(
+        self, ids: Ids, cache: Cache, *, lengths: Sequence[int] | None = None, chunk: int = 512
+    ) -> Tensor:
+        """(B, V) logits after the last (true) token of each sequence: what decoding needs."""
+        ids_BT, _ = self._ids(ids)
+        hidden_BTD = self._hidden(ids_BT, cache, lengths, NO_PROBE, chunk)
+        last = torch.tensor(lengths) - 1 if lengths is not None else ids_BT.shape[1] - 1
+        return self._head(hidden_BTD[torch.arange(len(ids_BT)), last], NO_PROBE)
+
+    def _ids(self, ids: Ids) -> tuple[Tensor, bool]:
+        if isinstance(ids, str):
+            raise TypeError("forward takes token ids; encode the text: model.tokenizer.encode(text)")
+        ids_T = torch.as_tensor(np.asarray(ids))
+        if ids_T.ndim not in (1, 2) or ids_T.numel() == 0:
+            raise ContextError(
+                f"ids of shape {tuple(ids_T.shape)}: expected (T,) or (B, T) with at least 1 token"
+            )
+        ids_T = ids_T.to(torch.int64)
+        low, high = int(ids_T.min()), int(ids_T.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ContextError(
+                f"token ids from {low} to {high}: {self.name} has 0 to {self.config.vocab_size - 1}"
+            )
+        return (ids_T[None], True) if ids_T.ndim == 1 else (ids_T, False)
+
+    def _cache_for(self, ids_BT: Tensor, cache: Cache | None) -> Cache:
+        if cache is None:
+            return self.new_cache(*ids_BT.shape)
+        if cache.batch != len(ids_BT):
+            raise ContextError(
+                f"{len(ids_BT)} sequences and a cache for {cache.batch}; make one with "
+                f"new_cache(batch={len(ids_BT)})"
+            )
+        return cache
+
+    def _hidden(
+        self,
+        ids_BT: Tensor,
+        cache: Cache,
+        lengths: Sequence[int] | None,
+        probe: Probe,
+        chunk: int,
+    ) -> Tensor:
+        tokens = ids_BT.shape[1]
+        positions_BT = cache.positions(tokens)  # refuses before anything is written
+        pieces = []
+        for start in range(0, tokens, chunk):
+            part = slice(start, start + chunk)
+            with probe.stage("embedding"):
+                hidden_BTD = self._embed(ids_BT[:, part])
+            probe.record("embedding", hidden_BTD.flatten(0, 1))
+            for block, layer_cache in zip(self.layers, cache.layers, strict=True):
+                hidden_BTD = block.forward(
+                    hidden_BTD, layer_cache, positions_BT[:, part], probe
+                )
+            pieces.append(hidden_BTD)
+        cache.lengths_B += torch.tensor(lengths) if lengths is not None else tokens
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _embed(self, ids_BT: Tensor) -> Tensor:
+        rows = self.embedding[ids_BT.reshape(-1).numpy()].dequantize()
+        return torch.from_numpy(rows).view(*ids_BT.shape, -1)
+
+    def _head(self, hidden: Tensor, probe: Probe) -> Tensor:
+        with probe.stage("output"):
+            eps = self.config.rms_eps
+            normed = F.rms_norm(hidden, hidden.shape[-1:], self.output_norm_D, eps=eps)
+            logits = self.output(normed)
+        probe.record("norm", normed.flatten(0, -2))
+        probe.record("logits", logits.flatten(0, -2))
+        return logits
+
+    # Switching -------------------------------------------------------------------------------
+
+    @contextmanager
+    def override(self, **changes: Any) -> Iterator["Model"]:
+        """Change switches for the length of a `with`; restored on leaving, whatever happens.
+
+        top_k=6 or {layer: k} · rule=RelativeThreshold(0.2) or {layer: rule} · attention="naive" ·
+        backend="numpy" · quantize="q4_0" (experts) or {"attention": "q8_0"} · mask={layer: [ids]} ·
+        force={layer: [ids]}. Nestable. Raises `SettingError` before anything has changed.
+        """
+        change = self.set(**changes)
+        try:
+            yield self
+        finally:
+            change.undo()
+
+    def set(self, **changes: Any) -> Change:
+        """The same for good: returns what can be undone with `.undo()`."""
+        known = ("top_k", "rule", "attention", "backend", "quantize", "mask", "force")
+        unknown = [name for name in changes if name not in known]
+        if unknown:
+            raise SettingError(f"unknown switches {unknown}; expected some of {', '.join(known)}")
+        change = Change()
+        try:
+            apply(self, change, **changes)
+        except BaseException:
+            change.undo()
+            raise
+        return change
+
+    def requantized(self, stage: Any, format: str) -> Any:
+        """`stage` in another format, kept for the next time; its own switches are carried over."""
+        kept = self._requantized.get((id(stage), format))
+        if kept is None:
+            # The original is kept too: its id is the key and must not be reused.
+            kept = self._requantized[id(stage), format] = (stage, stage.quantized(format))
+        result = copy.copy(kept[1])
+        for switch in ("form", "backend"):
+            if hasattr(stage, switch):
+                setattr(result, switch, getattr(stage, switch))
+        return result
+
+    def clone(self) -> "Model":
+        """A second model over the same weights with switches of its own, e.g. for a thread."""
+        twin = copy.copy(self)
+        twin.layers = [block.clone() for block in self.layers]
+        return twin
+
+    # Using it --------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompt: str | Ids,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        cancel: threading.Event | None = None,
+        stop_at_eos: bool = True,
+    ) -> Iterator[generation.Token]:
+        """Tokens as they come. Greedy at temperature 0; `cancel` is looked at before each token."""
+        generation.check_sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+        )
+        return generation.stream(
+            self,
+            self._prompt_ids(prompt),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            cancel=cancel,
+            stop_at_eos=stop_at_eos,
+        )
+
+    def generate(self, prompt: str | Ids, **options: Any) -> generation.Generation:
+        """`stream` to its end; takes the same options."""
+        ids = self._prompt_ids(prompt)
+        tokens = list(self.stream(ids, **options))
+        return generation.Generation(
+            prompt=prompt if isinstance(prompt, str) else "",
+            text="".join(token.text for token in tokens),
+            ids=tuple(token.id for token in tokens),
+            prompt_tokens=len(ids),
+            prefill_s=tokens[0].seconds if tokens else 0.0,
+            decode_s=sum(token.seconds for token in tokens[1:]),
+            settings=str(self.settings),
+        )
+
+    def _prompt_ids(self, text_or_ids: str | Ids) -> Tensor:
+        if isinstance(text_or_ids, str):
+            if not text_or_ids:
+                raise ContextError("the text is empty; expected at least one character")
+            text_or_ids = self.tokenizer.encode(text_or_ids)
+        ids_BT, single = self._ids(text_or_ids)
+        if not single:
+            raise ContextError("expected one text, found a batch; use forward for batches")
+        if ids_BT.shape[1] > self.config.context_length:
+            raise ContextError(
+                f"the text has {ids_BT.shape[1]} tokens, {self.name} has a context of "
+                f"{self.config.context_length}; cut it"
+            )
+        return ids_BT[0]
+
+    def trace(
+        self,
+        text_or_ids: str | Ids,
+        *,
+        names: Sequence[str] | str | None = None,
+        domain: str | None = None,
+    ) -> Trace:
+        """Run a text and keep what happened: by default every router's decision and stage times.
+
+        `names` are shell patterns over activations, e.g. "layers.3.*"; `domain` labels the tokens.
+        """
+        ids_T = self._prompt_ids(text_or_ids)
+        patterns = ROUTER_NAMES if names is None else (names,) if isinstance(names, str) else names
+        recorder = Recorder(tuple(patterns))
+        start = perf_counter()
+        self.forward(ids_T, probe=recorder)
+        seconds = perf_counter() - start
+        arrays = recorder.joined()
+        if not arrays:
+            some = ", ".join(sorted(recorder.seen)[:6])
+            near = nearest(patterns[0], recorder.seen) if patterns else ""
+            raise TraceError(
+                f"no activation matches {list(patterns)}; this model has {some}, ...{near}"
+            )
+        return Trace(
+            ids_T=ids_T.numpy(),
+            arrays={name: values.numpy() for name, values in arrays.items()},
+            stages={**recorder.seconds, "total": seconds},
+            domain_T=None if domain is None else np.full(len(ids_T), domain),
+            model=self.identity,
+            settings=self.settings.to_dict(),
+        )
+
+    # Showing it ------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        config = self.config
+        lines = [
+            f"Model({config.name}: {config.architecture}, {config.num_layers} layers "
+            f"({config.first_dense_layers} dense), {config.num_experts} experts, trained k = "
+            f"{config.top_k}, {html.byte_size(self.nbytes)})",
+            f"  set to: {self.settings}",
+        ]
+        lines += [f"  layers[{b.index}]: {self._line(b)}" for b in self.layers]
+        return "\n".join(lines)
+
+    @staticmethod
+    def _line(block: Block) -> str:
+        attention = f"MLA {block.attention.form}"
+        if not isinstance(block, MoEBlock):
+            return f"{attention}, dense, {html.byte_size(block.nbytes)}"
+        bank = block.experts
+        return (
+            f"{attention}, {bank.num_experts} experts {bank.format} on {bank.placement}, "
+            f"{block.router.rule}, backend {bank.backend}, {html.byte_size(block.nbytes)}"
+        )
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        config = self.config
+        facts: Mapping[str, object] = {
+            "architecture": f"{config.architecture}, hidden {config.hidden_size}, "
+            f"{config.num_heads} heads, vocabulary {config.vocab_size:,}, context "
+            f"{config.context_length:,}",
+            "experts": f"{config.num_experts} routed (trained k = {config.top_k}) + "
+            f"{config.num_shared_experts} shared, {config.topk_group} of {config.n_group} groups",
+            "weights": html.byte_size(self.nbytes),
+            "set to": str(self.settings),
+        }
+        rows = []
+        for block in self.layers:
+            moe = isinstance(block, MoEBlock)
+            rows.append(
+                (
+                    html.Raw(f"layers[{block.index}]"),
+                    f"MLA {block.attention.form}",
+                    f"{block.experts.num_experts} experts {block.experts.format}"
+                    if moe
+                    else "dense",
+                    str(block.router.rule) if moe else "",
+                    block.experts.backend if moe else "",
+                    html.byte_size(block.nbytes),
+                )
+            )
+        headers = ("layer", "attention", "feed-forward", "rule", "backend", "bytes")
+        body = html.card(f"Model {config.name}", html.pairs(facts), html.table(rows, headers))
+        return html.mimebundle(repr(self), body)

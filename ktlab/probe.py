@@ -1,0 +1,60 @@
+"""How a forward pass is watched: stages call a probe, which by default does nothing."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from fnmatch import fnmatchcase
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+
+class Probe:
+    """The silent probe: what every forward pass uses unless somebody watches."""
+
+    _nothing = nullcontext()
+
+    def record(self, name: str, values: Tensor) -> None:
+        """Offer one activation under its full name, tokens (batch times tokens) on axis 0."""
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Time the enclosed stage, if anybody asked."""
+        return self._nothing
+
+
+NO_PROBE = Probe()
+
+
+class Recorder(Probe):
+    """Keeps the activations whose names match, and the seconds that each stage took.
+
+    `names` are shell patterns ("layers.*.router.ids"). Chunks of one text are joined on reading.
+    """
+
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        self.patterns = names
+        self.seen: set[str] = set()
+        self.seconds: dict[str, float] = {}
+        self._chunks: dict[str, list[Tensor]] = {}
+        self._wanted: dict[str, bool] = {}
+
+    def record(self, name: str, values: Tensor) -> None:
+        wanted = self._wanted.get(name)
+        if wanted is None:
+            self.seen.add(name)
+            wanted = any(fnmatchcase(name, pattern) for pattern in self.patterns)
+            self._wanted[name] = wanted
+        if wanted:
+            self._chunks.setdefault(name, []).append(values.detach().clone())
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+    def joined(self) -> dict[str, Tensor]:
+        """Each recorded activation over the whole text, (T, ...)."""
+        return {name: torch.cat(chunks) for name, chunks in self._chunks.items()}

@@ -1,0 +1,169 @@
+"""The router: which experts a token goes to, and with which weights.
+
+T tokens, D hidden, E experts, G groups, K selected.
+Source: DeepSeek-V2 (arXiv 2405.04434) 2.2 and DeepSeek-V3 (2412.19437) 2.1.2 with equations
+12-16; masking of unselected groups with -inf as in DeepSeek's own inference code.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ktlab import html
+from ktlab.checkpoint.config import ModelConfig
+from ktlab.errors import SettingError
+from ktlab.routing.rules import FixedK, SelectionRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """One call's decision. `ids_TK` is -1 and `weights_TK` 0 where a rule took fewer experts."""
+
+    logits_TE: Tensor
+    scores_TE: Tensor
+    ids_TK: Tensor
+    weights_TK: Tensor
+
+
+class Router:
+    """Gate, bias, groups and the live selection rule of one layer.
+
+    `rule`, `mask` (experts never taken) and `force` (experts always taken, first) may be set at
+    any time; `check` refuses what cannot work.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layer: int, weight_ED: Tensor, bias_E: Tensor | None
+    ) -> None:
+        self.config = config
+        self.layer = layer
+        self.weight_ED = weight_ED
+        self.bias_E = bias_E
+        self.rule: SelectionRule = FixedK(config.top_k)
+        self.mask: frozenset[int] = frozenset()
+        self.force: tuple[int, ...] = ()
+
+    def forward(self, hidden_TD: Tensor) -> Routing:
+        """Route (T, D) float32 hidden states."""
+        logits_TE = F.linear(hidden_TD, self.weight_ED)
+        if self.config.gating == "sigmoid":
+            scores_TE = logits_TE.sigmoid()
+        else:
+            scores_TE = logits_TE.softmax(-1)
+        ids_TK = self._ranked(scores_TE)
+        scores_TK = scores_TE.gather(-1, ids_TK)
+        kept_TK = self.rule.keep(scores_TK)
+        weights_TK = scores_TK * kept_TK
+        if self.config.norm_topk_prob:
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(
+            logits_TE=logits_TE,
+            scores_TE=scores_TE,
+            ids_TK=ids_TK.masked_fill(~kept_TK, -1),
+            weights_TK=weights_TK * self.config.routed_scaling_factor,
+        )
+
+    def _ranked(self, scores_TE: Tensor) -> Tensor:
+        """(T, k_max) ids in order of choice: forced first, then by score plus bias."""
+        choice_TE = scores_TE if self.bias_E is None else scores_TE + self.bias_E
+        if self.config.n_group > 1:
+            choice_TE = choice_TE.masked_fill(~self._open_groups(choice_TE), -torch.inf)
+        elif self.force or self.mask:
+            choice_TE = choice_TE.clone()
+        if self.force:
+            rank = torch.arange(len(self.force), 0, -1, dtype=choice_TE.dtype)
+            choice_TE[:, list(self.force)] = 1e6 + rank
+        if self.mask:
+            choice_TE[:, sorted(self.mask)] = -torch.inf
+        return choice_TE.topk(self.rule.k_max, dim=-1).indices
+
+    def _open_groups(self, choice_TE: Tensor) -> Tensor:
+        """(T, E) bool: experts whose group is among the token's `topk_group` best.
+
+        A group's score is its two best experts' sum where the bias corrects (V3, noaux_tc), and
+        its best expert where there is none (V2, group_limited_greedy).
+        """
+        config = self.config
+        choice_TGE = choice_TE.unflatten(-1, (config.n_group, -1))
+        if self.bias_E is None:
+            score_TG = choice_TGE.amax(-1)
+        else:
+            score_TG = choice_TGE.topk(min(2, choice_TGE.shape[-1]), dim=-1).values.sum(-1)
+        best_TG = score_TG.topk(config.topk_group, dim=-1).indices
+        open_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter_(-1, best_TG, True)
+        return open_TG.repeat_interleave(choice_TGE.shape[-1], dim=-1)
+
+    def check(self) -> None:
+        """Raise `SettingError` if rule, mask and force cannot work together on this layer."""
+        config, where = self.config, f"layers.{self.layer}.router"
+        for name, experts in (("mask", self.mask), ("force", self.force)):
+            outside = sorted(e for e in experts if not 0 <= e < config.num_experts)
+            if outside:
+                raise SettingError(
+                    f"{where}: {name} names experts {outside}; this layer has 0 to "
+                    f"{config.num_experts - 1}"
+                )
+        both = sorted(self.mask & set(self.force))
+        if both:
+            raise SettingError(f"{where}: experts {both} are both masked and forced; choose one")
+        if len(set(self.force)) != len(self.force):
+            raise SettingError(f"{where}: force={self.force} names an expert twice")
+        k = self.rule.k_max
+        if k < 1 or k > config.selectable_experts:
+            groups = (
+                f" ({config.topk_group} of {config.n_group} groups are open to a token)"
+                if config.n_group > 1
+                else ""
+            )
+            raise SettingError(
+                f"{where}: top_k = {k}; expected 1 to {config.selectable_experts} of "
+                f"{config.num_experts} experts{groups}; the model was trained with {config.top_k}"
+            )
+        if len(self.force) > k:
+            raise SettingError(
+                f"{where}: {len(self.force)} forced experts but top_k = {k}; raise top_k or force "
+                "fewer"
+            )
+        # Masked experts may all lie in the open groups, so count the worst case.
+        if config.selectable_experts - len(self.mask) < k:
+            raise SettingError(
+                f"{where}: {len(self.mask)} masked experts leave fewer than top_k = {k} of the "
+                f"{config.selectable_experts} that a token can reach; mask fewer or lower top_k"
+            )
+
+    def __repr__(self) -> str:
+        config = self.config
+        parts = [f"{config.num_experts} experts", config.gating, f"rule {self.rule}"]
+        if self.bias_E is not None:
+            parts.append("bias-corrected")
+        if config.n_group > 1:
+            parts.append(f"{config.topk_group} of {config.n_group} groups")
+        parts.append("normalised" if config.norm_topk_prob else "not normalised")
+        parts.append(f"scale {config.routed_scaling_factor:g}")
+        if self.mask:
+            parts.append(f"masked {sorted(self.mask)}")
+        if self.force:
+            parts.append(f"forced {list(self.force)}")
+        return f"Router(layer {self.layer}: {', '.join(parts)})"
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        config = self.config
+        body = html.pairs(
+            {
+                "experts": config.num_experts,
+                "rule": f"{self.rule} (trained with {config.top_k})",
+                "gate": f"{config.gating}, weight {tuple(self.weight_ED.shape)} float32",
+                "e_score_correction_bias": "none"
+                if self.bias_E is None
+                else f"{self.bias_E.min():+.3f} to {self.bias_E.max():+.3f}",
+                "groups": f"{config.topk_group} of {config.n_group} open to a token",
+                "weights": ("normalised, " if config.norm_topk_prob else "")
+                + f"routed_scaling_factor {config.routed_scaling_factor:g}",
+                "masked": sorted(self.mask) or "none",
+                "forced": list(self.force) or "none",
+            }
+        )
+        return html.mimebundle(repr(self), html.card(f"layers[{self.layer}].router", body))

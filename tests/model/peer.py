@@ -1,0 +1,123 @@
+"""The same weights in transformers: an implementation that we did not write."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    PreTrainedModel,
+)
+
+from ktlab.checkpoint.checkpoint import Checkpoint
+from ktlab.checkpoint.config import ModelConfig
+
+
+def transformers_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """DeepseekV3ForCausalLM for a sigmoid gate, DeepseekV2ForCausalLM for softmax, float32."""
+    config = checkpoint.config
+    sigmoid = config.gating == "sigmoid"
+    kind, settings = (
+        (DeepseekV3ForCausalLM, DeepseekV3Config)
+        if sigmoid
+        else (DeepseekV2ForCausalLM, DeepseekV2Config)
+    )
+    peer = kind(settings(**_settings(config), **({} if sigmoid else _v2_settings(config))))
+    missing, unexpected = peer.load_state_dict(_weights(checkpoint), strict=False)
+    assert not unexpected, unexpected
+    assert not [name for name in missing if "rotary" not in name], missing
+    return peer.to(torch.float32).eval()
+
+
+def _settings(c: ModelConfig) -> dict[str, object]:
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": c.rope_theta}
+    if c.yarn is not None:
+        rope |= {
+            "rope_type": "yarn",
+            "factor": c.yarn.factor,
+            "original_max_position_embeddings": c.yarn.original_context,
+            "beta_fast": c.yarn.beta_fast,
+            "beta_slow": c.yarn.beta_slow,
+            "mscale": c.yarn.mscale,
+            "mscale_all_dim": c.yarn.mscale_all_dim,
+        }
+    return dict(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        moe_intermediate_size=c.expert_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_heads,
+        n_shared_experts=c.num_shared_experts,
+        n_routed_experts=c.num_experts,
+        num_experts_per_tok=c.top_k,
+        first_k_dense_replace=c.first_dense_layers,
+        n_group=c.n_group,
+        topk_group=c.topk_group,
+        norm_topk_prob=c.norm_topk_prob,
+        routed_scaling_factor=c.routed_scaling_factor,
+        q_lora_rank=c.q_lora_rank or None,
+        kv_lora_rank=c.kv_lora_rank,
+        qk_nope_head_dim=c.qk_nope_dim,
+        qk_rope_head_dim=c.qk_rope_dim,
+        v_head_dim=c.v_dim,
+        rms_norm_eps=c.rms_eps,
+        max_position_embeddings=c.context_length,
+        rope_parameters=rope,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def _v2_settings(c: ModelConfig) -> dict[str, object]:
+    return {"topk_method": "group_limited_greedy" if c.n_group > 1 else "greedy"}
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    c = checkpoint.config
+
+    def get(name: str) -> Tensor:
+        return torch.from_numpy(np.array(checkpoint.tensor(name).dequantize()))
+
+    weights = {
+        "model.embed_tokens.weight": get("token_embd.weight"),
+        "model.norm.weight": get("output_norm.weight"),
+        "lm_head.weight": get("output.weight"),
+    }
+    for i in range(c.num_layers):
+        ours, theirs = f"blk.{i}.", f"model.layers.{i}."
+        attention = theirs + "self_attn."
+        weights[theirs + "input_layernorm.weight"] = get(ours + "attn_norm.weight")
+        weights[theirs + "post_attention_layernorm.weight"] = get(ours + "ffn_norm.weight")
+        if c.q_lora_rank:
+            weights[attention + "q_a_proj.weight"] = get(ours + "attn_q_a.weight")
+            weights[attention + "q_a_layernorm.weight"] = get(ours + "attn_q_a_norm.weight")
+            weights[attention + "q_b_proj.weight"] = get(ours + "attn_q_b.weight")
+        else:
+            weights[attention + "q_proj.weight"] = get(ours + "attn_q.weight")
+        weights[attention + "kv_a_proj_with_mqa.weight"] = get(ours + "attn_kv_a_mqa.weight")
+        weights[attention + "kv_a_layernorm.weight"] = get(ours + "attn_kv_a_norm.weight")
+        # kv_b rows: for each head its N key rows (k_b transposed), then its V value rows.
+        k_b_HNC = get(ours + "attn_k_b.weight").transpose(1, 2)
+        kv_b = torch.cat((k_b_HNC, get(ours + "attn_v_b.weight")), dim=1).flatten(0, 1)
+        weights[attention + "kv_b_proj.weight"] = kv_b
+        weights[attention + "o_proj.weight"] = get(ours + "attn_output.weight")
+        mlp = theirs + "mlp."
+        if i < c.first_dense_layers:
+            for m in ("gate", "up", "down"):
+                weights[f"{mlp}{m}_proj.weight"] = get(f"{ours}ffn_{m}.weight")
+            continue
+        weights[mlp + "gate.weight"] = get(ours + "ffn_gate_inp.weight")
+        if c.gating == "sigmoid":
+            weights[mlp + "gate.e_score_correction_bias"] = get(ours + "exp_probs_b.bias")
+        gate_up = [get(f"{ours}ffn_{m}_exps.weight") for m in ("gate", "up")]
+        weights[mlp + "experts.gate_up_proj"] = torch.cat(gate_up, dim=1)
+        weights[mlp + "experts.down_proj"] = get(ours + "ffn_down_exps.weight")
+        for m in ("gate", "up", "down"):
+            weights[f"{mlp}shared_experts.{m}_proj.weight"] = get(f"{ours}ffn_{m}_shexp.weight")
+    return weights
