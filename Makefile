@@ -30,9 +30,9 @@ venv:
 # Jupyter refuses to run as root unless told that this is meant.
 lab: venv
 	@echo "JupyterLab opens $(START); stop it with Ctrl-C"
-	@start="$(START)"; [ -e "$$start" ] || start=""; \
-	root=""; [ "$$(id -u)" != 0 ] || root="--allow-root"; \
-	exec env $(JUPYTER) PATH="$(VENV)/bin:$$PATH" "$(VENV)/bin/jupyter" lab $$start $$root $(ARGS)
+	@root=""; [ "$$(id -u)" != 0 ] || root="--allow-root"; \
+	exec env $(JUPYTER) PATH="$(VENV)/bin:$$PATH" "$(VENV)/bin/jupyter" lab $$root \
+		--ServerApp.root_dir="$(CURDIR)" --LabApp.default_url="/lab/tree/$(START)" $(ARGS)
 
 # The browser tests need Chromium; without it they are skipped and say how to get it.
 # KTLAB_REQUIRE_BROWSER=1 (set by .ci/run) turns a skipped browser test into a failure.

@@ -8,5 +8,10 @@ from setuptools import find_namespace_packages, find_packages, setup
 DATA = ["ktlab.data"] + [
     f"ktlab.data.{name}" for name in find_namespace_packages("data", exclude=["recipe", "recipe.*"])
 ]
+DATA_FILES = [f"*.{suffix}" for suffix in ("gguf", "txt", "md", "json", "csv", "yaml", "png", "svg")]
 
-setup(packages=find_packages(include=["ktlab", "ktlab.*"]) + DATA)
+setup(
+    packages=find_packages(include=["ktlab", "ktlab.*"]) + DATA,
+    package_data={"ktlab": ["py.typed", "**/*.css", "**/*.js", "**/*.yaml"]}
+    | {name: DATA_FILES for name in DATA},
+)

@@ -105,8 +105,8 @@ def pip_install(arguments: "list[str]", total: int) -> None:
             found = re.match(r"(?:Collecting|Requirement already satisfied:) ([^\s;]+)", line)
             if found:
                 seen += 1
-                text = f"      {min(seen, total)}/{total} {found.group(1)}"
-            elif line.startswith("Installing collected packages"):
+                text = f"      {min(seen, total)} of about {total}: {found.group(1)}"
+            elif line.startswith("Installing collected packages") and total > 1:
                 text = "      unpacking all of them (about a minute)"
             elif line.lstrip().startswith("Downloading") and "MB" in line:
                 text = "      " + line.strip()
@@ -136,7 +136,7 @@ def main() -> None:
     check_version()
     started = time.monotonic()
     with open(LOCK) as file:
-        total = sum("==" in line for line in file)
+        total = len({line.split("==")[0] for line in file if "==" in line})
     version = "{}.{}.{}".format(*sys.version_info[:3])
     if is_usable():
         say(f"[1/3] .venv with Python {version} is there; the lock has changed")

@@ -16,6 +16,8 @@ import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
+import ktlab
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny.gguf"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -176,7 +178,8 @@ def test_binder_shares_the_lock() -> None:
     assert os.access(ROOT / "binder" / "postBuild", os.X_OK)
 
 
-def test_supported_pythons_agree() -> None:
+def test_metadata_agrees() -> None:
+    assert f'\nversion = "{ktlab.__version__}"\n' in metadata()
     listed = re.findall(r"Python :: (3\.\d+)\"", metadata())
     assert tuple(listed) == PYTHONS
     assert 'requires-python = ">=3.10,<3.14"' in metadata()

@@ -176,6 +176,7 @@ def _check_entries(
     problems = [f"{n} appears {k} times" for n, k in Counter(e.name for e in raw).items() if k > 1]
     entries: list[TensorEntry] = []
     unusable: dict[str, list[str]] = {}
+    beyond: list[tuple[str, int]] = []
     next_offset: int | None = 0
     for entry in raw:
         shape = "×".join(str(n) for n in entry.shape)
@@ -194,10 +195,7 @@ def _check_entries(
         nbytes = math.prod(entry.shape) // block_size * block_bytes
         start = data_start + entry.offset
         if start + nbytes > size:
-            problems.append(
-                f"{entry.name}: {type_name} {shape} needs bytes {start} to {start + nbytes}, "
-                f"but the file ends at {size} (truncated?)"
-            )
+            beyond.append((entry.name, start + nbytes))
         elif next_offset is not None and entry.offset != next_offset:
             problems.append(
                 f"{entry.name} starts at byte {entry.offset} of the data, but by types and shapes "
@@ -217,6 +215,12 @@ def _check_entries(
         more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
         problems.append(
             f"{names[0]}{more}: {type_name}, which no kernel here computes; usable: {usable}"
+        )
+    if beyond:
+        name, end = max(beyond, key=lambda item: item[1])
+        problems.append(
+            f"{len(beyond)} of {len(raw)} tensors lie beyond the end of the file, the last of them "
+            f"{name}: it would end at byte {end}, but the file ends at {size} (truncated?)"
         )
     if problems:
         advice = "the file is damaged or of another kind: download or convert it again"

@@ -135,7 +135,11 @@ def config_from_metadata(
         raise CheckpointError(
             together(where, read.problems, "convert it with a current convert_hf_to_gguf.py")
         )
-    return ModelConfig(**values)
+    try:
+        return ModelConfig(**values)
+    except CheckpointError as error:
+        found = str(error).removeprefix(f"{values['name']}: ")
+        raise CheckpointError(f"{where}: {found}") from None
 
 
 def _yarn(read: _Reader) -> YarnScaling | None:

@@ -117,7 +117,7 @@ class CacheReplay:
 
     def plot(self, layer: int | None = None) -> "Figure":
         """Hit rate against capacity, with bands."""
-        curves = self.overall if layer is None else self.by_layer[layer]
+        curves = {policy: self.curve(policy, layer) for policy in self.overall}
         return figures.hit_rate_curves(
             self.capacities,
             {name: (c.rate_C, c.low_C, c.high_C) for name, c in curves.items()},

@@ -3,19 +3,18 @@
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ktlab import html
 from ktlab.errors import KtlabError
 from ktlab.measurement.intervals import Interval
 from ktlab.measurement.provenance import Provenance
-from ktlab.measurement.quality import Quality, method, summarize
+from ktlab.measurement.quality import Quality, measure_quality
 from ktlab.measurement.record import Record
 from ktlab.measurement.speed import SpeedComparison, measure_speed
 from ktlab.measurement.sweep import sweep
-from ktlab.measurement.tokens import BaselineCache, TokenComparison
-from ktlab.measurement.windows import Text, evaluate, label, settings_of
+from ktlab.measurement.tokens import BaselineCache
+from ktlab.measurement.windows import Text, label, settings_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,11 +112,7 @@ def compare(
     on impossible input, and `Cancelled` if `cancel` was set before the first window was done;
     later, what was measured so far comes back (`.quality.done` is False).
     """
-    start = perf_counter()
-    parts: dict[str, list[TokenComparison]] = {}
-    done = windows = 0
-    step = None
-    run = evaluate(
+    quality = measure_quality(
         model,
         text,
         a=a,
@@ -126,66 +121,25 @@ def compare(
         max_tokens=max_tokens,
         cancel=cancel,
         baseline=baseline,
-        first=window,
+        progress=progress,
     )
-    for step in run:
-        parts.setdefault(step.text, []).append(step.tokens)
-        done, windows = done + len(step.tokens), windows + 1
-        if progress is not None:
-            progress(done, step.total_tokens)
-    if step is None:
+    if quality is None:
         raise Cancelled("the comparison was cancelled before its first window; nothing to show")
-    texts = {name: TokenComparison.join(pieces) for name, pieces in parts.items()}
-    known: dict[str, Any] = {
-        "identical": step.identical,
-        "label_a": label(a),
-        "label_b": label(b),
-    }
-    quality = summarize(
-        list(texts.values()),
-        total_tokens=step.total_tokens,
-        windows=windows,
-        seconds=perf_counter() - start,
-        method=method(window, len(texts)),
-        **known,
-    )
-    domains = {
-        name: summarize(
-            [tokens],
-            total_tokens=len(tokens),
-            windows=len(parts[name]),
-            seconds=quality.seconds,
-            method=method(window, 1),
-            **known,
-        )
-        for name, tokens in texts.items()
-    }
+    pooled, domains = quality
     measured = None
     if speed:
-        measured = measure_speed(
-            model,
-            {"a": a, "b": b},
-            repeats=repeats,
-            seed=seed,
-            cancel=cancel,
-            **_lengths(model),
-        )
+        settings = {"a": a, "b": b}
+        measured = measure_speed(model, settings, repeats=repeats, seed=seed, cancel=cancel)
     return Comparison(
         a=settings_of(model, a),
         b=settings_of(model, b),
         label_a=label(a),
         label_b=label(b),
-        quality=quality,
+        quality=pooled,
         domains=domains if len(domains) > 1 else {},
         speed=measured,
         provenance=Provenance.collect(model=model.name, seed=seed),
     )
-
-
-def _lengths(model: "Model") -> dict[str, int]:
-    """Prompt and decode tokens of a speed measurement: 256 and 32, or what the context holds."""
-    context = model.config.context_length
-    return {"prompt_tokens": min(256, context * 3 // 4), "decode_tokens": min(32, context // 4)}
 
 
 def _row(interval: Interval) -> dict[str, Any]:

@@ -85,6 +85,6 @@ def _decode(hint: Any, value: Any) -> Any:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(_decode(arguments[0], v) for v in value)
         return tuple(_decode(a, v) for a, v in zip(arguments, value, strict=True))
-    if origin is not None and issubclass(origin, Mapping):
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         return {k: _decode(arguments[1], v) for k, v in value.items()}
     return value

@@ -135,8 +135,8 @@ def measure_speed(
     model: "Model",
     settings: Mapping[str, Mapping[str, Any]],
     *,
-    prompt_tokens: int = 256,
-    decode_tokens: int = 32,
+    prompt_tokens: int | None = None,
+    decode_tokens: int | None = None,
     repeats: int = 6,
     cancel: threading.Event | None = None,
     text: Text | None = None,
@@ -160,8 +160,8 @@ def stream_speed(
     model: "Model",
     settings: Mapping[str, Mapping[str, Any]],
     *,
-    prompt_tokens: int = 256,
-    decode_tokens: int = 32,
+    prompt_tokens: int | None = None,
+    decode_tokens: int | None = None,
     repeats: int = 6,
     cancel: threading.Event | None = None,
     text: Text | None = None,
@@ -171,9 +171,13 @@ def stream_speed(
 
     `settings`: overrides by name, at least one; the first is the baseline. All see the same
     tokens: `text` (repeated if short), or random ones from `seed`. A first round, not counted,
-    warms up. 6 repeats are the fewest whose extremes are a 95 % interval of the median.
-    `cancel` is looked at before each token.
+    warms up. By default 256 tokens of prompt and 32 of decoding, fewer in a short context. 6
+    repeats are the fewest whose extremes are a 95 % interval of the median. `cancel` is looked at
+    before each token.
     """
+    context = model.config.context_length
+    prompt_tokens = min(256, context * 3 // 4) if prompt_tokens is None else prompt_tokens
+    decode_tokens = min(32, context // 4) if decode_tokens is None else decode_tokens
     _check(model, settings, prompt_tokens, decode_tokens, repeats)
     prompt_T, next_D = _tokens(model, prompt_tokens, decode_tokens, text, seed)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in settings}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ktlab import html
 from ktlab.errors import SettingError
 from ktlab.measurement.provenance import Provenance
-from ktlab.measurement.quality import Quality, stream_quality
+from ktlab.measurement.quality import Quality, measure_quality
 from ktlab.measurement.record import Record
 from ktlab.measurement.speed import Speed, measure_speed
 from ktlab.measurement.tokens import BaselineCache
@@ -79,8 +79,8 @@ class Sweep(Record):
         return pd.DataFrame(table)
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        lines: list[tuple[str, ...]] = []
         headers = ("settings", "KL, mean", "same top-1", "perplexity ratio", "decode", "front")
-        lines = []
         for row in self.rows:
             q = row.quality
             decode = (
@@ -142,8 +142,7 @@ def sweep(
     cache = BaselineCache(max_bytes=512 << 20)
     measured: list[tuple[Mapping[str, Any], Quality]] = []
     for change in settings:
-        last = None
-        for last in stream_quality(
+        quality = measure_quality(
             model,
             text,
             a=origin,
@@ -152,12 +151,10 @@ def sweep(
             max_tokens=max_tokens,
             cancel=cancel,
             baseline=cache,
-            first=window,
-        ):
-            pass
-        if last is None or not last.done:
+        )
+        if quality is None or not quality[0].done:
             break
-        measured.append((change, last))
+        measured.append((change, quality[0]))
     names = [f"{i}" for i in range(len(measured))]
     timed = None
     if speed and measured:
@@ -167,8 +164,6 @@ def sweep(
             repeats=repeats,
             seed=seed,
             cancel=cancel,
-            prompt_tokens=min(256, model.config.context_length * 3 // 4),
-            decode_tokens=min(32, model.config.context_length // 4),
         )
     costs = []
     for change, _ in measured:

@@ -25,6 +25,7 @@ from ktlab.measurement.tokens import (
 )
 
 if TYPE_CHECKING:
+    from ktlab.checkpoint.tokenizer import Tokenizer
     from ktlab.model.model import Model
 
 Text = str | Sequence[int] | NDArray[np.integer] | Tensor
@@ -69,9 +70,7 @@ def evaluate(
     first: int = 64,
 ) -> Iterator[Step]:
     """Yield window after window, the texts in turn. See `quality.stream_quality`."""
-    texts = {
-        name: ids[: _limit(ids, max_tokens, count)] for count, name, ids in _encoded(model, text)
-    }
+    texts = _encoded(model, text, max_tokens)
     check_window(model, window)
     total = sum(len(ids) - 1 for ids in texts.values())
     clone_a, clone_b = model.clone(), model.clone()
@@ -109,7 +108,7 @@ class TokenBytes:
     """Bytes of UTF-8 of each token, looked up once per id; 0 for a model without tokenizer."""
 
     def __init__(self, model: "Model") -> None:
-        self._tokenizer = model.tokenizer
+        self._tokenizer = model.checkpoint.tokenizer
         self._known: dict[int, int] = {}
 
     def __call__(self, ids_T: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -120,14 +119,12 @@ class TokenBytes:
         return np.array([self._known[i] for i in ids_T.tolist()], dtype=np.int64)
 
 
-def encoded(model: "Model", text: Text, name: str = "text") -> Tensor:
-    """Token ids (T,) of a text; ContextError if nothing can be predicted in it."""
+def encoded(model: "Model", text: Text, name: str = "text", *, limit: int | None = None) -> Tensor:
+    """Token ids (T,) of a text, the first `limit`; ContextError if nothing can be predicted."""
     if isinstance(text, str):
         if not text.strip():
             raise ContextError(f"{name} is empty: expected at least 2 tokens, one to predict")
-        if model.tokenizer is None:
-            raise SettingError(f"{model.name} has no tokenizer: pass token ids instead of a string")
-        text = model.tokenizer.encode(text)
+        text = _encode(model.tokenizer, text, limit)
     ids_T = torch.as_tensor(text, dtype=torch.int64)
     if ids_T.ndim != 1 or len(ids_T) < 2:
         raise ContextError(
@@ -140,23 +137,30 @@ def encoded(model: "Model", text: Text, name: str = "text") -> Tensor:
             f"{name}: token id {int(outside[0])} is outside the vocabulary of {model.name}, "
             f"0 to {model.config.vocab_size - 1}"
         )
-    return ids_T
+    return ids_T[:limit]
 
 
-def _encoded(model: "Model", text: Text | Mapping[str, Text]) -> Iterator[tuple[int, str, Tensor]]:
+def _encode(tokenizer: "Tokenizer", text: str, limit: int | None) -> list[int]:
+    """Ids of `text`, or of a beginning of it that gives more than `limit` of them."""
+    if limit is not None and len(text) > 64 * limit:
+        ids = tokenizer.encode(text[: 64 * limit])
+        if len(ids) > 2 * limit:  # the cut changed tokens near it only
+            return ids
+    return tokenizer.encode(text)
+
+
+def _encoded(
+    model: "Model", text: Text | Mapping[str, Text], max_tokens: int | None
+) -> dict[str, Tensor]:
     texts = text if isinstance(text, Mapping) else {"text": text}
     if not texts:
         raise ContextError("no text: expected a string, token ids, or a mapping of them by name")
-    for name, part in texts.items():
-        yield len(texts), str(name), encoded(model, part, str(name))
-
-
-def _limit(ids_T: Tensor, max_tokens: int | None, texts: int) -> int:
-    if max_tokens is None:
-        return len(ids_T)
-    if max_tokens < texts:
-        raise SettingError(f"max_tokens = {max_tokens}: expected at least one for each text")
-    return max_tokens // texts + 1
+    if max_tokens is not None and max_tokens < len(texts):
+        raise SettingError(
+            f"max_tokens = {max_tokens}: expected at least one for each of {len(texts)} texts"
+        )
+    limit = None if max_tokens is None else max_tokens // len(texts) + 1
+    return {str(k): encoded(model, part, str(k), limit=limit) for k, part in texts.items()}
 
 
 def _in_turn(

@@ -4,7 +4,7 @@ B batch, T tokens, D hidden.
 """
 
 import copy
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +18,8 @@ from ktlab.experts.bank import ExpertBank
 from ktlab.experts.mlp import MLP
 from ktlab.probe import NO_PROBE, Probe
 from ktlab.routing.router import Router
+
+_Block = TypeVar("_Block", bound="Block")
 
 
 class Block:
@@ -54,7 +56,7 @@ class Block:
     def feed_forward(self, hidden_TD: Tensor, probe: Probe) -> Tensor:
         raise NotImplementedError
 
-    def clone(self) -> "Block":
+    def clone(self: _Block) -> _Block:
         """The same weights under stages whose switches are their own."""
         block = copy.copy(self)
         for name, stage in vars(self).items():
@@ -83,7 +85,9 @@ class Block:
 class DenseBlock(Block):
     """A leading layer without experts."""
 
-    mlp: MLP
+    def __init__(self, *common: Any, mlp: MLP) -> None:
+        super().__init__(*common)
+        self.mlp = mlp
 
     def feed_forward(self, hidden_TD: Tensor, probe: Probe) -> Tensor:
         with probe.stage(f"layers.{self.index}.mlp"):
@@ -118,9 +122,13 @@ class DenseBlock(Block):
 class MoEBlock(Block):
     """A layer whose feed-forward part is routed experts and a shared one."""
 
-    router: Router
-    experts: ExpertBank
-    shared: MLP | None
+    def __init__(
+        self, *common: Any, router: Router, experts: ExpertBank, shared: MLP | None
+    ) -> None:
+        super().__init__(*common)
+        self.router = router
+        self.experts = experts
+        self.shared = shared
 
     def feed_forward(self, hidden_TD: Tensor, probe: Probe) -> Tensor:
         name = f"layers.{self.index}"
@@ -143,3 +151,7 @@ class MoEBlock(Block):
     def stages(self) -> dict[str, Any]:
         stages = {"attention": self.attention, "router": self.router, "experts": self.experts}
         return stages if self.shared is None else {**stages, "shared": self.shared}
+
+
+Layer = DenseBlock | MoEBlock
+"""Both answer to `.router`, `.experts` and `.shared`; a dense one by saying what it is."""

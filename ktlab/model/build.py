@@ -8,11 +8,11 @@ from ktlab.experts.bank import ExpertBank
 from ktlab.experts.mlp import MLP
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.torch_moe import float_tensor
-from ktlab.model.block import Block, DenseBlock, MoEBlock
+from ktlab.model.block import DenseBlock, Layer, MoEBlock
 from ktlab.routing.router import Router
 
 
-def build_layers(checkpoint: Checkpoint) -> list[Block]:
+def build_layers(checkpoint: Checkpoint) -> list[Layer]:
     """Every layer of the checkpoint's configuration, weights still quantized and mapped."""
     return [_build_block(checkpoint, index) for index in range(checkpoint.config.num_layers)]
 
@@ -22,32 +22,25 @@ def vector(checkpoint: Checkpoint, name: str) -> Tensor:
     return float_tensor(checkpoint.tensor(name))
 
 
-def _build_block(checkpoint: Checkpoint, index: int) -> Block:
+def _build_block(checkpoint: Checkpoint, index: int) -> Layer:
     config, prefix = checkpoint.config, f"blk.{index}"
-    kind = DenseBlock if index < config.first_dense_layers else MoEBlock
-    block = kind(
+    common = (
         config,
         index,
         _build_attention(checkpoint, index),
         vector(checkpoint, f"{prefix}.attn_norm.weight"),
         vector(checkpoint, f"{prefix}.ffn_norm.weight"),
     )
-    if isinstance(block, DenseBlock):
-        block.mlp = _build_mlp(checkpoint, index, "")
-    elif isinstance(block, MoEBlock):
-        sigmoid = config.gating == "sigmoid"
-        block.router = Router(
-            config,
-            index,
-            vector(checkpoint, f"{prefix}.ffn_gate_inp.weight"),
-            vector(checkpoint, f"{prefix}.exp_probs_b.bias") if sigmoid else None,
-        )
-        block.experts = ExpertBank(
-            index,
-            *(checkpoint.tensor(f"{prefix}.ffn_{m}_exps.weight") for m in ("gate", "up", "down")),
-        )
-        block.shared = _build_mlp(checkpoint, index, "_shexp") if config.num_shared_experts else None
-    return block
+    if index < config.first_dense_layers:
+        return DenseBlock(*common, mlp=_build_mlp(checkpoint, index, ""))
+    bias = vector(checkpoint, f"{prefix}.exp_probs_b.bias") if config.gating == "sigmoid" else None
+    bank = (checkpoint.tensor(f"{prefix}.ffn_{m}_exps.weight") for m in ("gate", "up", "down"))
+    return MoEBlock(
+        *common,
+        router=Router(config, index, vector(checkpoint, f"{prefix}.ffn_gate_inp.weight"), bias),
+        experts=ExpertBank(index, *bank),
+        shared=_build_mlp(checkpoint, index, "_shexp") if config.num_shared_experts else None,
+    )
 
 
 def _build_mlp(checkpoint: Checkpoint, index: int, suffix: str) -> MLP:

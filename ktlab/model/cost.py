@@ -103,8 +103,13 @@ class Cost:
     def __repr__(self) -> str:
         head = f"Cost of {self.tokens} tokens at context {self.context}"
         return "\n".join(
-            [head, *(f"  {s:10} {f:>12} {w:>10} {c:>10} {i:>8} FLOP/byte"
-                     for s, f, w, c, i in self._lines())]
+            [
+                head,
+                *(
+                    f"  {s:10} {f:>12} {w:>10} {c:>10} {i:>8} FLOP/byte"
+                    for s, f, w, c, i in self._lines()
+                ),
+            ]
         )
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
@@ -135,7 +140,7 @@ def cost(model: "Model", tokens: int, context: int) -> Cost:
             if block.shared is not None:
                 rows.append(_mlp(block.index, "shared", block.shared, tokens))
         else:
-            rows.append(_mlp(block.index, "dense", getattr(block, "mlp"), tokens))  # noqa: B009
+            rows.append(_mlp(block.index, "dense", block.mlp, tokens))
     head = model.output.weight
     rows.append(_stage(None, "output", 2 * tokens * head.size, head.nbytes))
     return Cost(tokens=tokens, context=context, rows=tuple(rows))
@@ -162,7 +167,7 @@ def _experts(block: MoEBlock, tokens: int) -> StageCost:
 
 
 def _attention(attention: MLA, layer: int, tokens: int, context: int) -> StageCost:
-    """Projections, scores and mixing. `pairs` are the (query, position) pairs of causal attention."""
+    """Projections, scores and mixing; `pairs` are causal (query, position) pairs."""
     config = attention.config
     heads = config.num_heads
     pairs = tokens * context - tokens * (tokens - 1) / 2

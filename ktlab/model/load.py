@@ -1,6 +1,6 @@
 """`ktlab.load`: from a name or a file to a model."""
 
-from os import PathLike
+from os import PathLike, fspath
 
 from ktlab.checkpoint.opening import open_checkpoint
 from ktlab.model.model import Model
@@ -11,4 +11,4 @@ def load(path_or_name: "str | PathLike[str]") -> Model:
 
     Raises `CheckpointError` with everything that is wrong with the file.
     """
-    return Model(open_checkpoint(path_or_name))
+    return Model(open_checkpoint(fspath(path_or_name)))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +26,7 @@ from ktlab.checkpoint.tokenizer import Tokenizer
 from ktlab.errors import CheckpointError, ContextError, SettingError, TraceError, nearest
 from ktlab.kernels.linear import Linear
 from ktlab.model import generation
-from ktlab.model.block import Block, MoEBlock
+from ktlab.model.block import Layer, MoEBlock
 from ktlab.model.build import build_layers, vector
 from ktlab.model.cost import Cost, cost
 from ktlab.model.settings import Change, Settings, apply, current
@@ -33,7 +34,7 @@ from ktlab.model.trace import ModelIdentity, Trace
 from ktlab.probe import NO_PROBE, Probe, Recorder
 from ktlab.quantization import QTensor
 
-Ids = Sequence[int] | np.ndarray | Tensor
+Ids = Sequence[int] | NDArray[np.integer[Any]] | Tensor
 
 ROUTER_NAMES = ("layers.*.router.*",)
 
@@ -48,7 +49,7 @@ class Model:
         self.checkpoint = checkpoint
         self.config: ModelConfig = checkpoint.config
         self.embedding: QTensor = checkpoint.tensor("token_embd.weight")
-        self.layers: list[Block] = build_layers(checkpoint)
+        self.layers: list[Layer] = build_layers(checkpoint)
         self.output_norm_D = vector(checkpoint, "output_norm.weight")
         self.output = Linear(checkpoint.tensor("output.weight"))
         # Requantized stages by (weights, format): shared by clones, so a toggle is instant again.
@@ -146,7 +147,9 @@ class Model:
 
     def _ids(self, ids: Ids) -> tuple[Tensor, bool]:
         if isinstance(ids, str):
-            raise TypeError("forward takes token ids; encode the text: model.tokenizer.encode(text)")
+            raise TypeError(
+                "forward takes token ids; encode the text: model.tokenizer.encode(text)"
+            )
         ids_T = torch.as_tensor(np.asarray(ids))
         if ids_T.ndim not in (1, 2) or ids_T.numel() == 0:
             raise ContextError(
@@ -187,9 +190,7 @@ class Model:
                 hidden_BTD = self._embed(ids_BT[:, part])
             probe.record("embedding", hidden_BTD.flatten(0, 1))
             for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-                hidden_BTD = block.forward(
-                    hidden_BTD, layer_cache, positions_BT[:, part], probe
-                )
+                hidden_BTD = block.forward(hidden_BTD, layer_cache, positions_BT[:, part], probe)
             pieces.append(hidden_BTD)
         cache.lengths_B += torch.tensor(lengths) if lengths is not None else tokens
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
@@ -359,7 +360,7 @@ class Model:
         return "\n".join(lines)
 
     @staticmethod
-    def _line(block: Block) -> str:
+    def _line(block: Layer) -> str:
         attention = f"MLA {block.attention.form}"
         if not isinstance(block, MoEBlock):
             return f"{attention}, dense, {html.byte_size(block.nbytes)}"
@@ -382,19 +383,14 @@ class Model:
         }
         rows = []
         for block in self.layers:
-            moe = isinstance(block, MoEBlock)
-            rows.append(
-                (
-                    html.Raw(f"layers[{block.index}]"),
-                    f"MLA {block.attention.form}",
-                    f"{block.experts.num_experts} experts {block.experts.format}"
-                    if moe
-                    else "dense",
-                    str(block.router.rule) if moe else "",
-                    block.experts.backend if moe else "",
-                    html.byte_size(block.nbytes),
-                )
-            )
+            row = [f"layers[{block.index}]", f"MLA {block.attention.form}"]
+            if isinstance(block, MoEBlock):
+                bank = block.experts
+                row += [f"{bank.num_experts} experts {bank.format}", str(block.router.rule)]
+                row += [bank.backend]
+            else:
+                row += ["dense", "", ""]
+            rows.append([*row, html.byte_size(block.nbytes)])
         headers = ("layer", "attention", "feed-forward", "rule", "backend", "bytes")
         body = html.card(f"Model {config.name}", html.pairs(facts), html.table(rows, headers))
         return html.mimebundle(repr(self), body)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ktlab.attention.mla import check_form
 from ktlab.errors import SettingError, nearest
 from ktlab.kernels.dispatch import check_backend, choose
-from ktlab.model.block import Block, MoEBlock
+from ktlab.model.block import Layer, MoEBlock
 from ktlab.quantization import get_format
 from ktlab.routing.rules import FixedK, SelectionRule, with_k
 
@@ -43,8 +43,11 @@ class Settings:
             values = getattr(self, name)
             if set(values.values()) != {usual}:
                 parts.append(f"{name} {_collapsed(values)}")
-        parts += [f"{name} in layers {list(v)}" for name in ("mask", "force")
-                  if (v := getattr(self, name))]
+        parts += [
+            f"{name} in layers {list(v)}"
+            for name in ("mask", "force")
+            if (v := getattr(self, name))
+        ]
         parts.append(f"experts {self.formats.get('experts', 'none')}")
         return ", ".join(map(str, parts))
 
@@ -53,9 +56,7 @@ def _collapsed(values: Any) -> Any:
     """One value where all layers agree, else the mapping; rules as text."""
     if not isinstance(values, Mapping):
         return values
-    plain = {
-        key: v if isinstance(v, (str, tuple)) else str(v) for key, v in values.items()
-    }
+    plain = {key: v if isinstance(v, (str, tuple)) else str(v) for key, v in values.items()}
     distinct = list(dict.fromkeys(plain.values()))
     if len(distinct) == 1 and all(isinstance(key, int) for key in plain):
         return distinct[0] if isinstance(distinct[0], str) else plain
@@ -140,7 +141,7 @@ def apply(
     if quantize is not None:
         _quantize(model, change, quantize)  # first: the other switches belong on the new stages
     moe: dict[int, MoEBlock] = {b.index: b for b in model.moe_blocks}
-    every: dict[int, Block] = {b.index: b for b in model.layers}
+    every: dict[int, Layer] = {b.index: b for b in model.layers}
     for index, new_rule in _per_layer("rule", rule, moe).items():
         change.set(moe[index].router, "rule", new_rule)
     for index, k in _per_layer("top_k", top_k, moe).items():
@@ -162,7 +163,9 @@ def apply(
         block.router.check()
 
 
-def _per_layer(name: str, value: Any, blocks: Mapping[int, Block]) -> dict[int, Any]:
+def _per_layer(
+    name: str, value: Any, blocks: Mapping[int, Layer] | Mapping[int, MoEBlock]
+) -> dict[int, Any]:
     """One value for all `blocks`, or a mapping from layer index; {} for None."""
     if value is None:
         return {}

@@ -37,12 +37,9 @@ def write(
     if path.suffix != ".npz":
         found = path.suffix or "no suffix"
         raise TraceError(f"{path}: expected a name that ends in .npz, found {found}")
-    text = json.dumps({"ktlab_trace": VERSION, **metadata})
-    members: dict[str, Any] = {
-        _METADATA: np.frombuffer(text.encode(), np.uint8),
-        **own,
-        **{_ARRAY + name: array for name, array in arrays.items()},
-    }
+    members: dict[str, Any] = {**own, **{_ARRAY + name: array for name, array in arrays.items()}}
+    text = json.dumps({"ktlab_trace": VERSION, "members": sorted(members), **metadata})
+    members[_METADATA] = np.frombuffer(text.encode(), np.uint8)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".npz.part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -57,18 +54,19 @@ def write(
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray], dict[str, NDArray]]:
     """Metadata, the trace's own arrays and the recorded ones; TraceError if it is not a trace."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            members = {name: archive[name] for name in archive.files}
-        metadata = json.loads(members.pop(_METADATA).tobytes())
-        version = metadata.pop("ktlab_trace")
-    except FileNotFoundError:
-        raise
-    except _DAMAGED as error:
-        raise TraceError(
-            f"{path}: expected a trace written by Trace.save, found something else or a damaged "
-            f"file ({type(error).__name__}: {error}); record it again with model.trace(text)"
-        ) from error
+    with path.open("rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                members = {name: archive[name] for name in archive.files}
+            metadata = json.loads(members.pop(_METADATA).tobytes())
+            version = metadata.pop("ktlab_trace")
+            if metadata.pop("members") != sorted(members):
+                raise ValueError("some arrays are missing")
+        except _DAMAGED as error:
+            raise TraceError(
+                f"{path}: expected a trace written by Trace.save, found something else or a "
+                f"damaged file ({type(error).__name__}: {error}); record it again with model.trace"
+            ) from error
     if version != VERSION:
         raise TraceError(
             f"{path}: expected trace version {VERSION}, found {version}; read it with the ktlab "

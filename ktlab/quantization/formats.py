@@ -7,6 +7,7 @@ one, else ours (`kquants`, `codebook`). A format is looked up by name: `get_form
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import gguf
 import numpy as np
@@ -104,6 +105,9 @@ class Format:
                 f"{self.name} cannot hold these values: the largest magnitude is {largest:g}, "
                 f"expected finite values up to {F16_MAX:g}; use bf16 or f32"
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return get_format, (self.name,)  # pickled and copied by name: there is one of each
 
     def __repr__(self) -> str:
         return f"Format({self.name}, {self.bits_per_weight:g} bits/weight)"

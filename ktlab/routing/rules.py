@@ -22,7 +22,7 @@ class SelectionRule(Protocol):
         ...
 
     def keep(self, scores_TK: Tensor) -> Tensor:
-        """(T, k_max) scores in order of choice -> (T, k_max) bool, True where the expert is kept."""
+        """(T, k_max) scores in order of choice -> (T, k_max) bool: which are kept."""
         ...
 
 

@@ -112,7 +112,7 @@ class Selections:
         """TraceError unless `other` is of the same model."""
         if not isinstance(other, Selections):
             raise TraceError(
-                f"expected a trace or its routing statistics, not {type(other).__name__}"
+                f"expected a trace or its routing statistics, found {type(other).__name__}"
             )
         mine, theirs = self.trace.model, other.trace.model
         if mine.fingerprint != theirs.fingerprint or self.num_experts != other.num_experts:

@@ -1,5 +1,7 @@
 """The same weights in transformers: an implementation that we did not write."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,20 +20,19 @@ from ktlab.checkpoint.config import ModelConfig
 def transformers_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """DeepseekV3ForCausalLM for a sigmoid gate, DeepseekV2ForCausalLM for softmax, float32."""
     config = checkpoint.config
-    sigmoid = config.gating == "sigmoid"
-    kind, settings = (
-        (DeepseekV3ForCausalLM, DeepseekV3Config)
-        if sigmoid
-        else (DeepseekV2ForCausalLM, DeepseekV2Config)
-    )
-    peer = kind(settings(**_settings(config), **({} if sigmoid else _v2_settings(config))))
+    peer: PreTrainedModel
+    if config.gating == "sigmoid":
+        peer = DeepseekV3ForCausalLM(DeepseekV3Config(**_settings(config)))
+    else:
+        peer = DeepseekV2ForCausalLM(DeepseekV2Config(**_settings(config), **_v2_settings(config)))
     missing, unexpected = peer.load_state_dict(_weights(checkpoint), strict=False)
     assert not unexpected, unexpected
     assert not [name for name in missing if "rotary" not in name], missing
-    return peer.to(torch.float32).eval()
+    peer.float()
+    return peer.eval()
 
 
-def _settings(c: ModelConfig) -> dict[str, object]:
+def _settings(c: ModelConfig) -> dict[str, Any]:
     rope: dict[str, object] = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.yarn is not None:
         rope |= {
@@ -74,7 +75,7 @@ def _settings(c: ModelConfig) -> dict[str, object]:
     )
 
 
-def _v2_settings(c: ModelConfig) -> dict[str, object]:
+def _v2_settings(c: ModelConfig) -> dict[str, Any]:
     return {"topk_method": "group_limited_greedy" if c.n_group > 1 else "greedy"}
 
 

@@ -1,0 +1,246 @@
+"""The command line: doctor, info, generate, compare, trace.
+
+Results go to standard output, remarks to standard error. Exit code 2 and one line for what a user
+can put right, 130 after Ctrl-C, 0 when the reader of a pipe has had enough.
+"""
+
+import argparse
+import ast
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ktlab
+from ktlab.errors import KtlabError, SettingError, nearest
+
+RULES = ("FixedK", "RelativeThreshold", "CumulativeProbability")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code = options.run(options)
+        sys.stdout.flush()  # here, where a closed pipe is still ours to handle
+        return code
+    except BrokenPipeError:
+        # Python flushes at exit and would complain then: give it somewhere to flush to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("\nktlab: interrupted", file=sys.stderr)
+        return 130
+    except (KtlabError, OSError, UnicodeError) as error:
+        print(f"ktlab: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ktlab", description="Look inside mixture-of-experts inference and measure changes."
+    )
+    parser.add_argument("--version", action="version", version=f"ktlab {ktlab.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    doctor = command("doctor", _doctor, "what this machine can do, and why")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+
+    info = command("info", _info, "what a model is and what a token costs")
+    _add_model(info)
+
+    generate = command("generate", _generate, "write text, token by token")
+    _add_model(generate)
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--top-k", type=int, metavar="K", help="routed experts a token")
+    generate.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=_SETTINGS)
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="X")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    generate.add_argument("--seed", type=int, default=0)
+
+    compare = command("compare", _compare, "what setting b costs and buys against setting a")
+    _add_model(compare)
+    for side in ("a", "b"):
+        compare.add_argument(
+            f"--{side}", nargs="+", default=[], metavar="NAME=VALUE", help=_SETTINGS
+        )
+    _add_text(compare)
+    compare.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="in all")
+    compare.add_argument("--window", type=int, default=256, metavar="N", help="tokens of context")
+    compare.add_argument("--no-speed", action="store_true", help="measure quality only")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+
+    trace = command("trace", _trace, "run a text and keep every router's decision")
+    _add_model(trace)
+    _add_text(trace)
+    trace.add_argument("--out", required=True, type=Path, metavar="FILE.npz")
+    trace.add_argument("--names", nargs="+", metavar="GLOB", help='such as "layers.3.*"')
+    trace.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="in all")
+    return parser
+
+
+_SETTINGS = (
+    "such as top_k=6, top_k={3:6,4:4}, attention=naive, quantize=q4_0, "
+    "rule=RelativeThreshold(0.2), mask={3:[0,1]}"
+)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help='"tiny", or the path of a GGUF file')
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", metavar="FILE", help='a text file; "-" is standard input')
+    text.add_argument("--domain", metavar="NAME", help="one of the texts that come with ktlab")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    report = ktlab.doctor()
+    print(report.to_json() if options.json else report)
+    return 0 if report.ok else 1
+
+
+def _info(options: argparse.Namespace) -> int:
+    model = ktlab.load(options.model)
+    context = min(512, model.config.context_length)
+    print(model)
+    print(model.config)
+    print(model.cost(1, context))
+    print(model.cost(context, context))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    model = ktlab.load(options.model)
+    changes = settings(options.set)
+    if options.top_k is not None:
+        changes["top_k"] = options.top_k
+    print(options.prompt, end="", flush=True)
+    with model.override(**changes):
+        for token in model.stream(
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+        ):
+            print(token.text, end="", flush=True)
+    print()
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    a, b = settings(options.a), settings(options.b)
+    model = ktlab.load(options.model)
+    comparison = ktlab.compare(
+        model,
+        _texts(options),
+        a=a,
+        b=b,
+        max_tokens=options.max_tokens,
+        window=options.window,
+        speed=not options.no_speed,
+        progress=_progress if sys.stderr.isatty() else None,
+    )
+    print(comparison.to_json() if options.json else comparison)
+    return 0
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from ktlab.measurement.provenance import Provenance
+    from ktlab.measurement.windows import encoded
+
+    model = ktlab.load(options.model)
+    texts = _texts(options)
+    each, traces = max(1, options.max_tokens // len(texts)), []
+    for name, text in texts.items():
+        ids_T = encoded(model, text, name, limit=each)
+        # A text longer than the context is traced in pieces, each from an empty cache.
+        for piece_T in ids_T.split(model.config.context_length):
+            traces.append(model.trace(piece_T, names=options.names, domain=name))
+    trace = traces[0].merge(*traces[1:]) if len(traces) > 1 else traces[0]
+    trace = replace(trace, provenance=Provenance.collect(model=model.name).to_dict())
+    path = trace.save(options.out)
+    print(trace)
+    print(f"saved to {path}", file=sys.stderr)
+    return 0
+
+
+def settings(words: Sequence[str]) -> dict[str, Any]:
+    """Overrides from NAME=VALUE words: Python literals, names, or a selection rule."""
+    changes: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.strip().rstrip(",").partition("=")
+        if not equals or not name.isidentifier():
+            raise SettingError(f"{word!r}: expected NAME=VALUE, {_SETTINGS}")
+        changes[name] = _value(name, value)
+    return changes
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
+            return _rule(name, tree)
+        return ast.literal_eval(tree)
+    except (SyntaxError, ValueError) as error:
+        if isinstance(error, KtlabError):
+            raise
+        return text  # a bare word such as naive or q4_0
+
+
+def _rule(name: str, call: ast.Call) -> Any:
+    assert isinstance(call.func, ast.Name)
+    if call.func.id not in RULES:
+        raise SettingError(
+            f"{name}={call.func.id}(...): unknown selection rule, expected one of "
+            f"{', '.join(RULES)}{nearest(call.func.id, RULES)}"
+        )
+    try:
+        positional = [ast.literal_eval(argument) for argument in call.args]
+        named = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+        return getattr(ktlab, call.func.id)(*positional, **named)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"{name}={call.func.id}(...): {error}") from error
+
+
+def _texts(options: argparse.Namespace) -> Mapping[str, str]:
+    """Text by name: a file, a domain, or every domain that comes with ktlab."""
+    if options.text == "-":
+        return {"standard input": sys.stdin.read()}
+    if options.text:
+        return {Path(options.text).stem: Path(options.text).read_text(encoding="utf-8")}
+    texts = ktlab.domain_texts()
+    if not options.domain:
+        return texts
+    if options.domain not in texts:
+        raise SettingError(
+            f"no domain {options.domain!r}; there are {', '.join(texts)}"
+            f"{nearest(options.domain, texts)}"
+        )
+    return {options.domain: texts[options.domain]}
+
+
+def _progress(done: int, total: int) -> None:
+    print(f"\r{done:,} of {total:,} tokens", end="\n" if done >= total else "", file=sys.stderr)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"the text is not UTF-8: {error.reason} at byte {error.start}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""What can be chosen in the control room: one setting of the model, and a text to judge it on."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ktlab.errors import ContextError, SettingError, nearest
+from ktlab.kernels.dispatch import choose
+from ktlab.quantization import FORMATS, fallback_format, get_format
+from ktlab.routing.rules import CumulativeProbability, FixedK, RelativeThreshold, SelectionRule
+
+if TYPE_CHECKING:
+    from ktlab.model.model import Model
+
+RULES = {
+    "fixed k": "the k best experts, as trained",
+    "p > t·p₁": "experts while p_i > t·p_1 (smart expert reduction), at most k",
+    "top-p": "the fewest experts that hold a share p of the k best scores",
+}
+STORED = "as stored"
+OFFERED_FORMATS = ("q6_k", "q5_k", "q5_0", "q4_k", "q4_0", "q3_k", "q2_k")
+DEFAULT_THRESHOLD = {"fixed k": 0.0, "p > t·p₁": 0.5, "top-p": 0.8}
+
+OWN, ALL = "own text", "all domains"
+CHARACTERS_PER_TOKEN = 5
+"""More than a token of this kit's tokenizers holds on average: bounds what is encoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One setting of every switch in the room. Equal choices compare equal."""
+
+    top_k: int
+    rule: str = "fixed k"
+    threshold: float = 0.0
+    """t of "p > t·p₁", p of "top-p"; 0 for "fixed k", which has none."""
+    attention: str = "absorbed"
+    experts: str = STORED
+    """Format of the routed experts' weights."""
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise SettingError(
+                f"rule = {self.rule!r}: expected one of {', '.join(RULES)}"
+                f"{nearest(self.rule, RULES)}"
+            )
+        if self.rule == "fixed k":
+            object.__setattr__(self, "threshold", 0.0)
+
+    def with_(self, **changes: Any) -> "Choice":
+        """A changed copy; another rule starts at that rule's usual threshold."""
+        rule = changes.get("rule", self.rule)
+        if rule != self.rule and "threshold" not in changes:
+            changes["threshold"] = DEFAULT_THRESHOLD.get(rule, 0.0)
+        return replace(self, **changes)
+
+    def selection(self) -> SelectionRule:
+        """The rule as the router takes it."""
+        if self.rule == "p > t·p₁":
+            return RelativeThreshold(self.threshold, k_max=self.top_k)
+        if self.rule == "top-p":
+            return CumulativeProbability(self.threshold, k_max=self.top_k)
+        return FixedK(self.top_k)
+
+    def overrides(self) -> dict[str, Any]:
+        """What `model.override` takes, complete."""
+        changes: dict[str, Any] = {
+            "rule": self.selection(),
+            "attention": self.attention,
+            "backend": self.backend,
+        }
+        return changes if self.experts == STORED else {**changes, "quantize": self.experts}
+
+    @property
+    def expression(self) -> str:
+        """The same as Python, without what is usual anyway."""
+        parts = [
+            f"top_k={self.top_k}" if self.rule == "fixed k" else f"rule=ktlab.{self.selection()!r}"
+        ]
+        if self.attention != "absorbed":
+            parts.append(f"attention={self.attention!r}")
+        if self.backend != "auto":
+            parts.append(f"backend={self.backend!r}")
+        if self.experts != STORED:
+            parts.append(f"quantize={self.experts!r}")
+        return f"dict({', '.join(parts)})"
+
+    @property
+    def label(self) -> str:
+        """Short, for an axis or a heading: "k=6 · q4_k"."""
+        if self.rule == "fixed k":
+            name = f"k={self.top_k}"
+        elif self.rule == "top-p":
+            name = f"top-p {self.threshold:g}, k≤{self.top_k}"
+        else:
+            name = f"p>{self.threshold:g}·p₁, k≤{self.top_k}"
+        extras = [
+            value
+            for value, usual in (
+                (self.experts, STORED),
+                (self.attention, "absorbed"),
+                (self.backend, "auto"),
+            )
+            if value != usual
+        ]
+        return " · ".join([name, *extras])
+
+    def check(self, model: "Model") -> "Choice":
+        """This choice, or a `SettingError` that says why `model` cannot take it. Quick."""
+        stored = self.experts == STORED
+        if not stored and not get_format(self.experts).can_quantize:
+            able = ", ".join(name for name in OFFERED_FORMATS if FORMATS[name].can_quantize)
+            raise SettingError(
+                f"experts as {self.experts}: this format can be read, not written; try {able}"
+            )
+        changes = self.overrides()
+        changes.pop("quantize", None)
+        # On stages in another format the backend must be asked before the long requantization.
+        twin = model.clone()
+        with twin.override(**{**changes, "backend": "auto"} if not stored else changes):
+            for block in twin.moe_blocks:
+                bank = block.experts
+                weights = (bank.gate, bank.up, bank.down)
+                gate, up, down = (
+                    weight.format.name
+                    if stored
+                    else fallback_format(self.experts, weight.shape[-1]).name
+                    for weight in weights
+                )
+                choose(self.backend, (gate, up, down), tokens=1)
+        return self
+
+
+def formats(model: "Model") -> list[tuple[str, str]]:
+    """(label, value) of the formats that the experts can be set to."""
+    stored = "+".join(dict.fromkeys(block.experts.format for block in model.moe_blocks))
+    smaller = [name for name in OFFERED_FORMATS if FORMATS[name].can_quantize and name != stored]
+    return [(f"{stored}, as stored", STORED), *((name, name) for name in smaller)]
+
+
+class Library(Mapping[str, str]):
+    """The texts on offer by name: the domains, all of them together, and the reader's own."""
+
+    def __init__(self, texts: Mapping[str, str], own: str = "") -> None:
+        self.domains = texts
+        self.own = own
+
+    def __getitem__(self, name: str) -> str:
+        return self.own if name == OWN else self.domains[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.domains
+        if len(self.domains) > 1:
+            yield ALL
+        yield OWN
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def parts(self, name: str) -> dict[str, str]:
+        """The texts behind a name: one, or every domain for "all domains"."""
+        if name == ALL:
+            return dict(self.domains)
+        if name not in self:
+            raise ContextError(
+                f"text {name!r} is unknown; expected one of {', '.join(self)}{nearest(name, self)}"
+            )
+        if not self[name].strip():
+            raise ContextError(
+                f"{name} is empty: type or paste some text (2 tokens or more), or choose a domain"
+            )
+        return {name: self[name]}
+
+    def ids(self, model: "Model", name: str, max_tokens: int) -> dict[str, list[int]]:
+        """Token ids of each part, `max_tokens` predicted ones in all at the most."""
+        parts = self.parts(name)
+        share = max(2, max_tokens // len(parts) + 1)
+        encode = model.tokenizer.encode
+        ids = {
+            part: encode(text[: share * CHARACTERS_PER_TOKEN])[:share]
+            for part, text in parts.items()
+        }
+        short = [part for part, found in ids.items() if len(found) < 3]
+        if short:
+            raise ContextError(
+                f"{', '.join(short)}: {len(ids[short[0]])} tokens with the one that opens a text; "
+                "expected at least 3, so that a prediction can be judged; type a little more"
+            )
+        return ids

@@ -1,0 +1,173 @@
+"""Formats: encode and decode agree with `gguf`, sizes are right, bad input is named."""
+
+import pickle
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from ktlab.errors import FormatError
+from ktlab.quantization import FORMATS, Format, fallback_format, get_format
+
+WRITABLE = [name for name, format in FORMATS.items() if format.can_quantize]
+READ_ONLY = [name for name in FORMATS if name not in WRITABLE]
+
+# Largest error of one element, as a share of the largest magnitude in the row's block.
+BOUND = {
+    "f32": 0,
+    "f16": 2**-11,
+    "bf16": 2**-8,
+    "q8_0": 0.005,
+    "q6_k": 0.035,
+    "q5_k": 0.065,
+    "q5_1": 0.034,
+    "q5_0": 0.064,
+    "q4_k": 0.13,
+    "q4_1": 0.068,
+    "q4_0": 0.126,
+    "q3_k": 0.26,
+    "q2_k": 0.6,
+    "iq4_nl": 0.14,
+    "mxfp4": 0.26,
+    "tq2_0": 0.51,
+    "tq1_0": 0.51,
+}
+
+
+def random_blocks(format: Format, rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(
+        0, 256, (rows, 2 * format.block_bytes), dtype=np.uint8
+    )
+
+
+def test_every_format_that_gguf_decodes_is_registered() -> None:
+    decodable = {type.name.lower() for type in gguf.quants._type_traits} | {"f32", "f16"}
+    assert set(FORMATS) == decodable
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_describes_itself(name: str) -> None:
+    format = FORMATS[name]
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[format.ggml_type]
+    assert (format.block_size, format.block_bytes) == (block_size, block_bytes)
+    assert format.bits_per_weight == 8 * block_bytes / block_size
+    assert format.source
+    assert str(format) == name and name in repr(format)
+    assert get_format(name.upper()) is format is get_format(format)
+    assert get_format(format.ggml_type) is format
+    assert pickle.loads(pickle.dumps(format)) is format
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random scales may be infinite
+@pytest.mark.parametrize("name", FORMATS)
+def test_decodes_as_gguf_does(name: str) -> None:
+    format = FORMATS[name]
+    blocks = random_blocks(format, 6)
+    expected = gguf.dequantize(blocks, format.ggml_type)
+    found = format.dequantize(blocks.reshape(2, 3, -1))
+    assert found.shape == (2, 3, 2 * format.block_size)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found.reshape(6, -1), expected)
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_round_trip_stays_within_the_bound(name: str, data: st.DataObject) -> None:
+    format = FORMATS[name]
+    row = max(format.block_size, 32) * data.draw(st.integers(1, 2))
+    elements = st.floats(-1e3, 1e3, width=32, allow_nan=False)
+    values = data.draw(hnp.arrays(np.float32, (2, row), elements=elements))
+    scale = np.float32(2.0 ** data.draw(st.integers(-6, 5)))
+    values = values * scale
+    decoded = format.dequantize(format.quantize(values))
+    assert decoded.shape == values.shape
+    assert np.isfinite(decoded).all()
+    blocks = values.reshape(-1, format.block_size if format.block_size > 1 else row)
+    largest = np.abs(blocks).max(axis=1, keepdims=True)
+    # float16 scales have a smallest step of their own
+    allowed = BOUND[name] * largest + (1e-4 if name != "f32" else 0)
+    assert (np.abs(decoded.reshape(blocks.shape) - blocks) <= allowed).all()
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+def test_zeros_stay_zeros(name: str) -> None:
+    values = np.zeros((1, 256), np.float32)
+    np.testing.assert_array_equal(FORMATS[name].dequantize(FORMATS[name].quantize(values)), values)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", WRITABLE)
+def test_values_too_small_for_a_scale_become_zero_without_a_warning(name: str) -> None:
+    format = FORMATS[name]
+    values = np.full((1, 256), 1e-42, np.float32)
+    assert np.abs(format.dequantize(format.quantize(values))).max() < 1e-30
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+def test_no_rows_give_no_bytes(name: str) -> None:
+    blocks = FORMATS[name].quantize(np.zeros((0, 256), np.float32))
+    assert blocks.shape == (0, FORMATS[name].row_bytes(256))
+    assert FORMATS[name].dequantize(blocks).shape == (0, 256)
+
+
+def test_unknown_format_names_the_nearest() -> None:
+    with pytest.raises(FormatError, match='unknown format "q4_km"; did you mean "q4_k"'):
+        get_format("q4_km")
+
+
+def test_row_that_does_not_divide_names_the_fallback() -> None:
+    with pytest.raises(FormatError, match="256 elements, but a row here has 96.*q5_0"):
+        FORMATS["q4_k"].quantize(np.zeros((2, 96), np.float32))
+
+
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_formats_without_an_encoder_say_so(name: str) -> None:
+    with pytest.raises(FormatError, match="can be read here but not written.*q8_0"):
+        FORMATS[name].quantize(np.zeros((1, 256), np.float32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_values_out_of_range_are_refused(value: float) -> None:
+    values = np.zeros((1, 256), np.float32)
+    values[0, 3] = value
+    for name in ("q8_0", "q4_k", "q4_0"):
+        with pytest.raises(FormatError, match="cannot hold these values"):
+            FORMATS[name].quantize(values)
+    FORMATS["bf16"].quantize(values)
+
+
+def test_f16_keeps_infinity_but_does_not_make_it() -> None:
+    f16 = FORMATS["f16"]
+    assert np.isinf(f16.dequantize(f16.quantize(np.array([[np.inf, 1]], np.float32)))[0, 0])
+    with pytest.raises(FormatError, match="f16 cannot hold"):
+        f16.quantize(np.array([[1e5, 1]], np.float32))
+
+
+def test_wrong_bytes_are_refused() -> None:
+    with pytest.raises(FormatError, match="multiple of 34 bytes"):
+        FORMATS["q8_0"].dequantize(np.zeros((1, 33), np.uint8))
+    with pytest.raises(FormatError, match="uint8"):
+        FORMATS["q8_0"].dequantize(np.zeros((1, 34), np.int8))
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        ("q4_k", 512, "q4_k"),
+        ("q4_k", 96, "q5_0"),
+        ("q5_k", 96, "q5_1"),
+        ("q6_k", 96, "q8_0"),
+        ("q2_k", 64, "iq4_nl"),
+        ("iq1_s", 64, "iq4_nl"),
+        ("tq1_0", 32, "q4_0"),
+        ("q4_k", 100, "f16"),
+        ("q8_0", 33, "f16"),
+        ("f32", 7, "f32"),
+    ],
+)
+def test_fallback_is_that_of_llama_cpp(name: str, row: int, expected: str) -> None:
+    assert fallback_format(name, row).name == expected
