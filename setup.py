@@ -8,7 +8,8 @@ from setuptools import find_namespace_packages, find_packages, setup
 DATA = ["ktlab.data"] + [
     f"ktlab.data.{name}" for name in find_namespace_packages("data", exclude=["recipe", "recipe.*"])
 ]
-DATA_FILES = [f"*.{suffix}" for suffix in ("gguf", "txt", "md", "json", "csv", "yaml", "png", "svg")]
+SUFFIXES = ("gguf", "txt", "md", "json", "csv", "yaml", "png", "svg")
+DATA_FILES = [f"*.{suffix}" for suffix in SUFFIXES]
 
 setup(
     packages=find_packages(include=["ktlab", "ktlab.*"]) + DATA,

@@ -71,7 +71,7 @@ def router_histogram(
         )  # fmt: skip
     fig.add_bar(
         x=experts, y=np.asarray(load_E), name="after" if before_E is not None else "load",
-        hovertemplate=hover, marker={"color": BLUE, "opacity": 0.75}, width=0.55,
+        hovertemplate=hover, marker={"color": BLUE, "opacity": 0.9}, width=0.55,
     )  # fmt: skip
     _reference(fig, 1.0, "uniform")
     fig.update_layout(barmode="overlay", bargap=0.1, showlegend=before_E is not None)
@@ -122,7 +122,7 @@ def entropy_bars(
     fig = figure(title, x="layer", y="entropy of the load, bits")
     fig.add_bar(
         x=[str(layer) for layer in layers], y=np.asarray(bits), error_y=_error(bits, low, high),
-        marker={"color": BLUE, "opacity": 0.75}, hovertemplate="layer %{x}: %{y:.3f} bits",
+        marker={"color": BLUE, "opacity": 0.9}, hovertemplate="layer %{x}: %{y:.3f} bits",
     )  # fmt: skip
     _reference(fig, maximum, f"all experts alike: {maximum:.3g} bits")
     fig.update_xaxes(type="category")
@@ -151,13 +151,20 @@ def rates_by_layer(
 
 def divergence_by_layer(
     layers: Sequence[int], bits: ArrayLike, low: ArrayLike, high: ArrayLike, chance: ArrayLike,
-    *, title: str = "",
+    *, within: ArrayLike | None = None, title: str = "",
 ) -> "Figure":  # fmt: skip
-    """Jensen-Shannon divergence by layer, beside what shuffled labels give."""
-    return rates_by_layer(
+    """Jensen-Shannon divergence by layer, beside shuffled labels and halves of one domain."""
+    fig = rates_by_layer(
         layers, bits, low, high, chance,
         y="Jensen-Shannon divergence, bits", chance_name="labels shuffled", title=title,
     )  # fmt: skip
+    if within is not None:
+        fig.add_scatter(
+            x=[str(layer) for layer in layers], y=np.asarray(within), name="halves of one domain",
+            mode="markers", marker={"symbol": "diamond-open", "size": 9, "color": ORANGE},
+            hovertemplate="halves of one domain: %{y:.4f}",
+        )  # fmt: skip
+    return fig
 
 
 def hit_rate_curves(
@@ -216,8 +223,10 @@ def pareto(
         colors[current], sizes[current] = BLUE, 15
     fig.add_scatter(
         x=speed, y=kl, mode="markers+text", name="settings", text=list(labels),
-        textposition="top center", textfont={"color": INK},
-        marker={"color": list(colors), "size": sizes, "line": {"color": INK, "width": 1}},
+        textposition="top right", textfont={"color": INK},
+        marker={
+            "color": list(colors), "size": sizes, "opacity": 1, "line": {"color": INK, "width": 1}
+        },
         error_x=_error(speed, *speed_ends) if speed_ends else None,
         error_y=_error(kl, *kl_ends) if kl_ends else None,
         hovertemplate="%{text}: %{x:,.4g}, KL %{y:.4g}<extra></extra>",
@@ -261,7 +270,7 @@ def size_quality(
     fig = figure(title, x="size of the weights, MiB", y=y, height=360)
     fig.add_scatter(
         x=np.asarray(size_bytes, float) / 2**20, y=np.asarray(loss), text=list(labels),
-        mode="markers+text", textposition="top center", textfont={"color": INK},
+        mode="markers+text", textposition="top right", textfont={"color": INK},
         marker={"color": BLUE, "size": 10},
         error_y=_error(loss, low, high) if low is not None and high is not None else None,
         hovertemplate="%{text}: %{x:,.1f} MiB, %{y:.4g}<extra></extra>",

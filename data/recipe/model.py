@@ -134,9 +134,7 @@ class BlockAttention(torch.autograd.Function):
         for start in range(0, q_NSd.shape[1], BlockAttention.block):
             end = min(start + BlockAttention.block, q_NSd.shape[1])
             mask_QS = causal_mask(end - start, end, like=q_NSd)
-            scores_NQS = torch.baddbmm(
-                mask_QS, q_NSd[:, start:end], k_NSd[:, :end].mT, alpha=scale
-            )
+            scores_NQS = torch.baddbmm(mask_QS, q_NSd[:, start:end], k_NSd[:, :end].mT, alpha=scale)
             chances.append(torch.softmax(scores_NQS, -1))
             out_NSv[:, start:end] = torch.bmm(chances[-1], v_NSv[:, :end])
         ctx.save_for_backward(q_NSd, k_NSd, v_NSv, out_NSv, *chances)

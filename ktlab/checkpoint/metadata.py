@@ -165,7 +165,10 @@ def _yarn(read: _Reader) -> YarnScaling | None:
 
 
 def metadata_from_config(config: ModelConfig) -> dict[str, Field]:
-    """{key: (value, GGUF type)} as convert_hf_to_gguf.py writes them for this configuration."""
+    """{key: (value, GGUF type)} as convert_hf_to_gguf.py writes them for this configuration.
+
+    llama.cpp knows a model without q_lora (V2-Lite) by its 27 layers and refuses others.
+    """
     u32, f32, boolean = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.BOOL
     fields: dict[str, Field] = {
         "context_length": (config.context_length, u32),

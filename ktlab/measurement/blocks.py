@@ -49,6 +49,19 @@ class Blocks:
         """Sum over each block, (B,)."""
         return np.add.reduceat(np.asarray(values_T, dtype=np.float64), self.starts_B)
 
+    def without(self, sums_B: Floats) -> Floats:
+        """Total of `sums_B` with each block left out in turn, (B,): the jackknife's replicates.
+
+        The other blocks of its stratum stand in for it, so that the strata keep their weight.
+        """
+        total_B = np.full(len(self), sums_B.sum())
+        for stratum in np.unique(self.stratum_B):
+            inside = self.stratum_B == stratum
+            count, own = int(inside.sum()), sums_B[inside]
+            if count > 1:
+                total_B[inside] += (own.sum() - own) * count / (count - 1) - own.sum()
+        return total_B
+
     def __len__(self) -> int:
         return len(self.starts_B)
 

@@ -217,9 +217,9 @@ def _ratio(
 ) -> tuple[float, float, str]:
     """Ratio of sums, half width of its interval, and words for the method."""
     sums_B, weights_B = blocks.sums(sums_T), blocks.sums(weights_T)
-    total, weight = sums_B.sum(), weights_B.sum()
-    value = float(total / weight)
-    variance, df, few = jackknife((total - sums_B) / np.maximum(weight - weights_B, 1e-300), blocks)
+    value = float(sums_B.sum() / weights_B.sum())
+    without_B = blocks.without(sums_B) / np.maximum(blocks.without(weights_B), 1e-300)
+    variance, df, few = jackknife(without_B, blocks)
     if df < 1:
         return value, math.inf, few
     return value, student_quantile(0.5 + level / 2, df) * math.sqrt(variance), few
@@ -231,8 +231,7 @@ def _effective(
     """Share of hits, effective number of tokens, t quantile, and words for the method."""
     hits_B, tokens_B = blocks.sums(hits_T), blocks.sums(np.ones(blocks.tokens))
     p = float(hits_B.sum() / blocks.tokens)
-    without_B = (hits_B.sum() - hits_B) / np.maximum(blocks.tokens - tokens_B, 1)
-    variance, df, few = jackknife(without_B, blocks)
+    variance, df, few = jackknife(blocks.without(hits_B) / blocks.without(tokens_B), blocks)
     spread = p * (1 - p) if at is None else at * (1 - at)
     effective = float(blocks.tokens)
     if variance > 0 and spread > 0:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
+import ktlab
 from ktlab import html
 from ktlab.measurement import hardware
 from ktlab.measurement.record import Record
@@ -48,7 +49,10 @@ class Provenance(Record):
             threads=torch.get_num_threads(),
             python=platform.python_version(),
             system=f"{platform.system()} {platform.release()}",
-            versions={name: v for name in ("ktlab", *LIBRARIES) if (v := version(name))},
+            versions={
+                "ktlab": ktlab.__version__,
+                **{name: v for name in LIBRARIES if (v := version(name))},
+            },
             revision=git_revision(),
             seed=seed,
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -6,7 +6,7 @@ tool has it.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ def stream_quality(
     cancel: threading.Event | None = None,
     baseline: BaselineCache | None = None,
     first: int = 64,
-) -> Iterator[Quality]:
+) -> Generator[Quality, None, None]:
     """Yield a complete `Quality` after a first small window and then after every window.
 
     `text`: a string, token ids, or several of them by name (domains: strata of the interval).

@@ -76,7 +76,7 @@ class Quality(Record):
             return "no change: the distributions differ by rounding at most"
         ratio = self.perplexity_ratio
         if not ratio.changed:
-            return "the distributions differ; the perplexity does so within its interval only"
+            return "the distributions differ; for the perplexity the interval includes no change"
         return f"b is {'worse' if ratio.value > 1 else 'better'}: perplexity ×{ratio}"
 
     def rows(self) -> list[tuple[str, str, str]]:

@@ -7,7 +7,7 @@ repeats are few and their distribution unknown: intervals are order statistics.
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
@@ -166,7 +166,7 @@ def stream_speed(
     cancel: threading.Event | None = None,
     text: Text | None = None,
     seed: int = 0,
-) -> Iterator[SpeedComparison]:
+) -> Generator[SpeedComparison, None, None]:
     """Yield a complete comparison after every repeat.
 
     `settings`: overrides by name, at least one; the first is the baseline. All see the same

@@ -42,8 +42,9 @@ class Step:
 
 
 def label(settings: Mapping[str, Any]) -> str:
-    """Overrides in one line: {"top_k": 6} -> "top_k=6"."""
-    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "as loaded"
+    """Overrides in one line, as Python would take them: {"top_k": 6} -> "top_k=6"."""
+    shown = {k: v if isinstance(v, str) else repr(v) for k, v in settings.items()}
+    return ", ".join(f"{name}={value}" for name, value in shown.items()) or "as loaded"
 
 
 def settings_of(model: "Model", overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,11 +79,16 @@ def evaluate(
     with clone_a.override(**a), clone_b.override(**b):
         key = settings_key(clone_a)
         identical = key == settings_key(clone_b)
-        of = Baseline(owner=model.checkpoint, settings=key)
+        groups = {
+            name: Baseline(
+                owner=model.checkpoint, settings=key, text=window_key(ids_T[:first].contiguous())
+            )
+            for name, ids_T in texts.items()
+        }
         for name, inputs_T, targets_T in _in_turn(texts, window, first):
             if cancel is not None and cancel.is_set():
                 return
-            before = _baseline(clone_a, inputs_T, targets_T, baseline, of, total)
+            before = _baseline(clone_a, inputs_T, targets_T, baseline, groups[name], total)
             if cancel is not None and cancel.is_set():
                 return
             after = before if identical else Prediction.of(clone_b.forward(inputs_T), targets_T)

@@ -53,7 +53,7 @@ class Trace:
     """By probe name, e.g. "layers.3.router.ids" (T, K); -1 there marks a place left empty."""
     model: ModelIdentity
     stages: Mapping[str, float] = field(default_factory=dict)
-    """Seconds by stage, over all tokens of the recording; empty after `where`."""
+    """Seconds by stage and in "total", over all tokens of the recording; empty after `where`."""
     domain_T: NDArray[np.str_] | None = None
     segment_T: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """Which text a token came from, never decreasing. Default: all from one."""
@@ -267,5 +267,7 @@ class Trace:
         rows["settings"] = ", ".join(f"{k}={v}" for k, v in self.settings.items()) or "as trained"
         rows["size"] = html.byte_size(self.nbytes)
         if self.stages:
-            rows["timed stages"] = f"{len(self.stages)}, {sum(self.stages.values()):.3g} s in all"
+            own = [seconds for stage, seconds in self.stages.items() if stage != "total"]
+            total = self.stages.get("total", sum(own))
+            rows["timed stages"] = f"{len(own)}, {total:.3g} s in all"
         return rows

@@ -16,15 +16,11 @@ from ktlab.errors import TraceError
 
 VERSION = 1
 _METADATA, _ARRAY = "metadata.json", "array/"
+# What NumPy and zipfile raise on foreign and damaged archives, once the file could be opened.
 _DAMAGED = (
-    KeyError,
-    ValueError,
-    EOFError,
-    AttributeError,
-    TypeError,
-    zlib.error,
+    KeyError, ValueError, EOFError, AttributeError, TypeError, OSError, RuntimeError, zlib.error,
     zipfile.BadZipFile,
-)
+)  # fmt: skip
 
 
 def write(

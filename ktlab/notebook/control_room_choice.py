@@ -45,6 +45,8 @@ class Choice:
                 f"rule = {self.rule!r}: expected one of {', '.join(RULES)}"
                 f"{nearest(self.rule, RULES)}"
             )
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
+            raise SettingError(f"top_k = {self.top_k!r}: expected a whole number of experts")
         if self.rule == "fixed k":
             object.__setattr__(self, "threshold", 0.0)
 

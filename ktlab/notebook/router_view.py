@@ -12,6 +12,7 @@ import numpy as np
 
 from ktlab import figures, html
 from ktlab.errors import ContextError
+from ktlab.notebook.css import style
 from ktlab.notebook.instrument import Instrument, Snapshot, TextSource, live, numbers
 from ktlab.notebook.token_view import LIMIT, token_view
 
@@ -185,7 +186,7 @@ class RouterView(Instrument):
                 return super().to_html()
             return html.card(
                 f"{self.title} Layer {self.layer}, {self.source.name}, {self.note}",
-                html.Raw(super().to_html()[: -len("</div>")].split("<div")[0]),
+                html.Raw(style("instrument")),
                 html.Raw(self._numbers_html()),
                 html.Raw(self._tokens_html()),
             )

@@ -43,7 +43,8 @@ def tokens_html(
         hint += f" The first {limit:,} of {len(pieces):,} tokens are shown."
     keys = "".join(f"<span><i{_colour(mark)}></i>{escape(name)}</span>" for mark, name in legend)
     return (
-        f'{style("token_view")}<div class="kt-tokens-box"><div class="kt-tokens"><div class="text">{body}</div>'
+        f'{style("token_view")}<div class="kt-tokens-box"><div class="kt-tokens">'
+        f'<div class="text">{body}</div>'
         f'<div class="panel">{escape(hint)}</div><div class="legend">{keys}</div></div></div>'
     )
 

@@ -104,9 +104,11 @@ def _search_affine(x_NJI: Floats, high: int, steps: NDArray[np.float32]) -> tupl
         determinant = w * wqq - wq * wq
         scale = divide(w * wqx - wx * wq, determinant)
         minimum = divide(wq * wqx - wqq * wx, determinant)
-        # A negative minimum cannot be stored: fit the scale alone.
-        scale = np.where(minimum < 0, divide(wqx, wqq), scale)
-        minimum = np.maximum(minimum, 0)
+        # Fit the scale alone where the minimum would be negative, which cannot be stored, or
+        # where all codes are nearly equal: float32 cannot tell the determinant from 0 there.
+        alone = (minimum < 0) | (determinant < 1e-3 * w * wqq)
+        scale = np.where(alone, divide(wqx, wqq), scale)
+        minimum = np.where(alone, 0, minimum)
         # The sum of weight * (scale * q - minimum - x)**2, from the sums at hand.
         cost = scale * (scale * wqq - 2 * (minimum * wq + wqx)) + minimum * (minimum * w + 2 * wx)
         cost += wxx

@@ -69,14 +69,14 @@ def units(run_T: NDArray[np.int64], *, block_tokens: int | None = None) -> NDArr
     """Which unit of resampling each token belongs to: (T,) numbers from 0 on, without holes.
 
     A unit never crosses a run. With at least `ENOUGH_TEXTS` runs the runs are the units; below,
-    each run is cut into equal blocks of about `block_tokens` (default: a fortieth of all tokens,
-    but 16 to 512).
+    each run is cut into equal blocks of about `block_tokens` (default: a 24th of all tokens, but
+    16 to 512).
     """
     starts = np.flatnonzero(np.r_[True, run_T[1:] != run_T[:-1]])
     lengths = np.diff(np.r_[starts, len(run_T)])
     if block_tokens is None and len(starts) >= ENOUGH_TEXTS:
         return runs(run_T)
-    size = block_tokens or int(np.clip(len(run_T) // 40, MIN_BLOCK, MAX_BLOCK))
+    size = block_tokens or int(np.clip(len(run_T) // 24, MIN_BLOCK, MAX_BLOCK))
     unit_T, first = [], 0
     for length in lengths:
         count = max(1, round(int(length) / size))

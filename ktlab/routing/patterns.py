@@ -126,20 +126,26 @@ class DomainDivergence(Shown):
     mean_L: tuple[Interval, ...]
     chance_L: tuple[float, ...]
     """What the same blocks give when the domains' labels are shuffled over them."""
+    within_L: tuple[float, ...]
+    """Divergence between two halves of one domain's text, mean over the domains."""
     method: str = ""
 
     def plot(self) -> "Figure":
         value, low, high = (
             np.array([getattr(i, name) for i in self.mean_L]) for name in ("value", "low", "high")
         )
-        return figures.divergence_by_layer(self.layers, value, low, high, np.array(self.chance_L))
+        return figures.divergence_by_layer(
+            self.layers, value, low, high, self.chance_L, within=self.within_L
+        )
 
     def _title(self) -> str:
         return f"divergence between {len(self.domains)} domains: {', '.join(self.domains)}"
 
     def _rows(self) -> Mapping[str, object]:
-        rows: dict[str, object] = {
-            f"layer {layer}": f"{mean} (labels shuffled: {chance:.4f})"
-            for layer, mean, chance in zip(self.layers, self.mean_L, self.chance_L, strict=True)
-        }
+        rows: dict[str, object] = {}
+        levels = zip(self.layers, self.mean_L, self.chance_L, self.within_L, strict=True)
+        for layer, mean, chance, within in levels:
+            rows[f"layer {layer}"] = (
+                f"{mean}; labels shuffled {chance:.4f}, halves of one domain {within:.4f}"
+            )
         return {**rows, "method": self.method}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ktlab import html
 from ktlab.errors import TraceError
 from ktlab.routing import heldout, intervals
-from ktlab.routing.divergence import domain_js, entropy_bits, js_by_chance, js_interval
+from ktlab.routing.divergence import domain_js, entropy_bits, js_bits, js_by_chance, js_interval
 from ktlab.routing.findings import Entropy, HotSet, Predictability, Rate
 from ktlab.routing.intervals import Interval
 from ktlab.routing.overlap import chance_overlap, quasi_independent
@@ -151,17 +151,29 @@ class RoutingStatistics(Selections):
         )
 
     def domain_divergence(self) -> DomainDivergence:
-        """Mean pairwise Jensen-Shannon divergence between the domains' loads, for every layer."""
-        domain_T = self.need_domains(2)
+        """Mean pairwise Jensen-Shannon divergence between the domains' loads, for every layer.
+
+        Beside it two levels to compare with: the same blocks with shuffled labels (sampling noise
+        alone), and two halves of one domain's text (noise of half the tokens, and the difference
+        between texts of one domain).
+        """
+        domain_T, held_T = self.need_domains(2), self.held_out_T()
         starts = np.flatnonzero(np.r_[True, self.unit_T[1:] != self.unit_T[:-1]])
         label_B = np.searchsorted(self.domains, domain_T[starts].astype(str))
-        found = [domain_js(self.hot(i), self.unit_T, label_B) for i in self.layers]
+        hot = {layer: self.hot(layer) for layer in self.layers}
+        found = [domain_js(hot_TE, self.unit_T, label_B) for hot_TE in hot.values()]
+        masks = [domain_T == d for d in self.domains if (domain_T == d).sum() > 1]
+        within = [
+            [js_bits(h[m & held_T].sum(0), h[m & ~held_T].sum(0)) for m in masks]
+            for h in hot.values()
+        ]
         return DomainDivergence(
             domains=self.domains,
             layers=self.layers,
             pairwise_LGG=np.stack([pairwise for pairwise, _, _ in found]),
             mean_L=tuple(mean for _, mean, _ in found),
             chance_L=tuple(chance for _, _, chance in found),
+            within_L=tuple(float(np.mean(values)) if values else nan for values in within),
             method=f"{intervals.METHOD}, within each domain",
         )
 

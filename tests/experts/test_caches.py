@@ -65,6 +65,7 @@ def best_possible(scored: NDArray, capacity: int) -> int:
 
 
 @given(histories(longest=20), histories(longest=20), st.sampled_from(["lru", "lfu"]))
+@settings(max_examples=60)
 def test_one_pass_equals_a_cache_of_each_size(
     profile: NDArray, scored: NDArray, policy: str
 ) -> None:
@@ -74,13 +75,14 @@ def test_one_pass_equals_a_cache_of_each_size(
 
 
 @given(histories())
-@settings(max_examples=40)
+@settings(max_examples=30)
 def test_oracle_is_the_best_there_is(scored: NDArray) -> None:
     for capacity in range(E + 1):
         assert hit_count("oracle", scored, scored, capacity) == best_possible(scored, capacity)
 
 
 @given(histories(longest=30), histories(longest=30))
+@settings(max_examples=60)
 def test_no_policy_beats_the_oracle_and_none_loses_by_growing(
     profile: NDArray, scored: NDArray
 ) -> None:

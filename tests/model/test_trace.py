@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktlab.errors import TraceError
@@ -86,6 +86,7 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path: Path) -> None:
 
 
 @given(st.data())
+@settings(max_examples=50)
 def test_a_damaged_file_never_loads_as_something_else(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -81,3 +81,11 @@ def test_single_outlier_survives(name: str) -> None:
     decoded = get_format(name).dequantize(get_format(name).quantize(values))
     assert decoded[0, 77] == pytest.approx(-3.5, rel=0.01)
     assert np.abs(np.delete(decoded[0], 77)).max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["q5_k", "q4_k", "q2_k"])
+@pytest.mark.parametrize("spread", [0, 1e-6, 1e-3, 1e-2])
+@pytest.mark.parametrize("value", [54.58278, -54.58278, 1.0, -3e-4])
+def test_nearly_constant_weights(name: str, value: float, spread: float) -> None:
+    """The least-squares fit is nearly singular here."""
+    assert relative((value * (1 + spread * NORMAL[:8])).astype(np.float32), name) < 0.02

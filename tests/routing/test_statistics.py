@@ -225,7 +225,10 @@ def test_domain_divergence() -> None:
     assert found.mean_L[1].contains(found.chance_L[1])
     by_hand = [js_bits(*(routing.domain_load(2)[d] for d in pair)) for pair in ("ab", "ac", "bc")]
     assert found.mean_L[1].value == pytest.approx(np.mean(by_hand))
-    assert len(found.plot().data) == 2
+    assert found.within_L[0] == pytest.approx(
+        np.mean([js_bits(h[:200].sum(0), h[200:].sum(0)) for h in np.split(routing.hot(1), 3)])
+    )
+    assert len(found.plot().data) == 3
 
 
 @given(st.integers(0, 10**6), st.permutations(range(E)))

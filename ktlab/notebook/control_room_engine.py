@@ -1,0 +1,239 @@
+"""The control room without widgets: requests in, results out, the latest request wins.
+
+One worker thread measures on clones of the model, phase after phase: a first answer from a few
+tokens, time by stage and routing, streamed quality, generated text, speed. Everything measured is
+kept, so that a setting chosen again is there at once, and a cancelled one goes on where it can.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+from ktlab.measurement.quality import Quality, stream_quality
+from ktlab.measurement.speed import stream_speed
+from ktlab.measurement.tokens import BaselineCache, Prediction
+from ktlab.model.model import Model
+from ktlab.notebook import control_room_phases as phases
+from ktlab.notebook.control_room_choice import OWN, Choice, Library
+from ktlab.notebook.control_room_phases import Glance, Options
+from ktlab.notebook.control_room_results import Progress, Results
+from ktlab.notebook.interrupt import Interrupted, InterruptibleModel
+from ktlab.notebook.worker import Worker
+
+Update = tuple[Results, str]
+"""What is known now, and the phase that is going on ("done" at the end)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """What to measure: `choice` against `baseline` on a text of `library`."""
+
+    choice: Choice
+    baseline: Choice
+    text: str
+    library: Library
+
+    @property
+    def text_key(self) -> Hashable:
+        return (self.text, self.library.own if self.text == OWN else "")
+
+    @property
+    def key(self) -> Hashable:
+        return (self.choice, self.baseline, self.text_key)
+
+
+class Engine:
+    """Measures requests on its own thread; `publish(results, phase)` is called there, locked."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        publish: Callable[[Results, str], None],
+        on_error: Callable[[Exception], None] | None = None,
+        on_busy: Callable[[bool], None] | None = None,
+        options: Options | None = None,
+    ) -> None:
+        self.model = model.clone()
+        """Settings that the room does not know (masks, other formats) stay as they were."""
+        self.options = options or Options()
+        self.worker = Worker(on_error=on_error, on_busy=on_busy, name="ktlab-control-room")
+        self._publish = publish
+        self._results: dict[Hashable, Results] = {}
+        self._glances: dict[Hashable, Glance] = {}
+        self._written: dict[Hashable, tuple[int, ...]] = {}
+        self._predicted: dict[Hashable, Prediction] = {}
+        self._baseline = BaselineCache()
+
+    # Asked from outside ----------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Results | None:
+        """Start measuring, instead of whatever runs; returns what is known already."""
+        known = self.known(request)
+        if known is None or not known.complete:
+            self.worker.submit(lambda cancel: self._run(request, cancel))
+        else:
+            self.worker.cancel()
+        return known
+
+    def known(self, request: Request) -> Results | None:
+        """What has been measured for a request, complete or not."""
+        with self.worker.lock:
+            return self._results.get(request.key)
+
+    def tried(self, request: Request) -> tuple[Results, ...]:
+        """All settings measured against the same baseline on the same text, oldest first."""
+        with self.worker.lock:
+            return tuple(
+                found
+                for (_, baseline, text_key), found in self._results.items()  # type: ignore[misc]
+                if (baseline, text_key) == (request.baseline, request.text_key)
+            )
+
+    # On the worker's thread --------------------------------------------------------------------
+
+    def _run(self, request: Request, cancel: threading.Event) -> None:
+        model = InterruptibleModel(self.model, cancel)
+        try:
+            for results, phase in self._phases(model, request):
+                if not self.worker.publish(cancel, lambda r=results, p=phase: self._keep(request, r, p)):  # type: ignore[misc]
+                    return
+        except Interrupted:
+            return
+
+    def _keep(self, request: Request, results: Results, phase: str) -> None:
+        self._results[request.key] = results
+        self._publish(results, phase)
+
+    def _phases(self, model: Model, request: Request) -> Iterator[Update]:
+        results = self.known(request) or Results(
+            choice=request.choice, baseline=request.baseline, text=request.text
+        )
+        start, before = perf_counter(), results.seconds
+        for found, phase in self._measure(model, request, results):
+            yield replace(found, seconds=before + perf_counter() - start), phase
+
+    def _measure(self, model: Model, request: Request, results: Results) -> Iterator[Update]:
+        if results.quality is None:
+            results = self._first_answer(model, request, results)
+            yield results, "first answer"
+        texts = request.library.ids(model, request.text, self.options.max_tokens)
+        if results.stages is None:
+            times, histogram = phases.stages(
+                model, request.baseline, request.choice, texts, self.options
+            )
+            results = replace(results, stages=times, histogram=histogram)
+            yield results, "stages"
+        if results.preliminary or not (results.quality and results.quality.done):
+            for results in self._quality(model, request, results, texts):
+                yield results, "quality"
+        if results.generations is None or not results.generations.done:
+            for results in self._text(model, request, results, texts):
+                yield results, "text"
+        if results.speed is None or not results.speed.done:
+            for results in self._speed(model, request, results, texts):
+                yield results, "speed"
+        yield results, "done"
+
+    def _first_answer(self, model: Model, request: Request, results: Results) -> Results:
+        start = perf_counter()
+        texts = request.library.ids(model, request.text, self.options.preview_tokens)
+        before, after = (
+            self._glance(model, request, choice, texts)
+            for choice in (request.baseline, request.choice)
+        )
+        labels = (request.baseline.label, request.choice.label)
+        quality, histogram = phases.first_answer(
+            model, before, after, labels, perf_counter() - start
+        )
+        return replace(results, quality=quality, histogram=histogram, preliminary=True)
+
+    def _glance(self, model: Model, request: Request, choice: Choice, texts: Any) -> Glance:
+        key = (choice, request.text_key)
+        if key not in self._glances:
+            while len(self._glances) > 64:
+                self._glances.pop(next(iter(self._glances)))
+            self._glances[key] = phases.glance(model, choice, texts)
+        return self._glances[key]
+
+    def _quality(
+        self, model: Model, request: Request, results: Results, texts: dict[str, list[int]]
+    ) -> Iterator[Results]:
+        known = 0 if results.preliminary or not results.quality else results.quality.tokens
+        a, b = request.baseline.overrides(), request.choice.overrides()
+        for quality in stream_quality(
+            model, texts, a=a, b=b, window=self.options.window, baseline=self._baseline
+        ):
+            quality = replace(
+                quality, label_a=request.baseline.label, label_b=request.choice.label
+            )
+            if quality.tokens <= known:  # cancelled and resumed: never show less than before
+                continue
+            results = replace(
+                results,
+                quality=quality,
+                preliminary=False,
+                history=(*results.history, _progress(quality)),
+            )
+            yield results
+
+    def _text(
+        self, model: Model, request: Request, results: Results, texts: dict[str, list[int]]
+    ) -> Iterator[Results]:
+        options = self.options
+        prompt = next(iter(texts.values()))[: options.prompt_tokens]
+        a, b, where = request.baseline, request.choice, request.text_key
+        for choice in (a, b):
+            if (choice, where) in self._written:
+                continue
+            for ids in phases.written(model, choice, prompt, options.new_tokens):
+                if choice is b and (a, where) in self._written:
+                    both = self._both(model, request, prompt)
+                    generations = phases.marked(
+                        model, prompt, self._written[a, where], both, ids, done=False
+                    )
+                    yield replace(results, generations=generations)
+            self._written[choice, where] = ids
+        generations = phases.marked(
+            model,
+            prompt,
+            self._written[a, where],
+            self._both(model, request, prompt),
+            self._written[b, where],
+            done=True,
+        )
+        yield replace(results, generations=generations)
+
+    def _both(
+        self, model: Model, request: Request, prompt: list[int]
+    ) -> tuple[Prediction, Prediction]:
+        """What both settings predict along the baseline's continuation."""
+        ids = self._written[request.baseline, request.text_key]
+        found = []
+        for choice in (request.baseline, request.choice):
+            key = (choice, request.baseline, request.text_key)
+            if key not in self._predicted:
+                while len(self._predicted) > 64:
+                    self._predicted.pop(next(iter(self._predicted)))
+                self._predicted[key] = phases.continuation(model, choice, prompt, ids)
+            found.append(self._predicted[key])
+        return found[0], found[1]
+
+    def _speed(
+        self, model: Model, request: Request, results: Results, texts: dict[str, list[int]]
+    ) -> Iterator[Results]:
+        settings = {"baseline": request.baseline.overrides()}
+        if request.choice != request.baseline:
+            settings["now"] = request.choice.overrides()
+        ids = next(iter(texts.values()))
+        for speed in stream_speed(model, settings, repeats=self.options.repeats, text=ids):
+            if results.speed is None or speed.repeats >= results.speed.repeats:
+                results = replace(results, speed=speed)
+                yield results
+
+
+def _progress(quality: Quality) -> Progress:
+    kl = quality.kl_mean
+    return Progress(tokens=quality.tokens, value=kl.value, low=kl.low, high=kl.high)

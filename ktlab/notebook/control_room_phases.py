@@ -1,0 +1,248 @@
+"""The measurements behind the control room, each a function from a model to plain results.
+
+B texts, T tokens, V vocabulary, L layers with a router, E experts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ktlab.measurement.quality import Quality, summarize
+from ktlab.measurement.tokens import Prediction, TokenComparison
+from ktlab.measurement.windows import TokenBytes
+from ktlab.model.model import Model
+from ktlab.notebook.control_room_choice import Choice
+from ktlab.notebook.control_room_results import (
+    STAGES,
+    Generations,
+    Histogram,
+    Marked,
+    StageTimes,
+)
+from ktlab.probe import Recorder
+
+ROUTER_IDS = ("layers.*.router.ids",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How much is measured. Sizes in tokens."""
+
+    preview_tokens: int = 48
+    """Of the first answer. Up to 48 tokens the quick kernel runs (kernels.dispatch)."""
+    max_tokens: int = 8192
+    window: int = 256
+    stage_tokens: int = 256
+    stage_steps: int = 6
+    stage_repeats: int = 3
+    repeats: int = 6
+    """Of the speed measurement; 6 are the fewest that hold a 95 % interval of the median."""
+    prompt_tokens: int = 24
+    new_tokens: int = 48
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Glance:
+    """One setting on the first few tokens of each text."""
+
+    predictions: tuple[Prediction, ...]
+    targets: tuple[NDArray[np.int64], ...]
+    counts_LE: NDArray[np.int64]
+
+
+def glance(model: Model, choice: Choice, texts: Mapping[str, Sequence[int]]) -> Glance:
+    """Run `choice` once over the texts side by side; they are cut to the shortest."""
+    length = min(len(ids) for ids in texts.values())
+    ids_BT = torch.tensor([list(ids[:length]) for ids in texts.values()])
+    recorder = Recorder(ROUTER_IDS)
+    with model.override(**choice.overrides()):
+        logits_BTV = model.forward(ids_BT[:, :-1], probe=recorder)
+    targets_BT = ids_BT[:, 1:]
+    return Glance(
+        predictions=tuple(map(Prediction.of, logits_BTV, targets_BT)),
+        targets=tuple(row.numpy() for row in targets_BT),
+        counts_LE=_counts(model, recorder),
+    )
+
+
+def first_answer(
+    model: Model, before: Glance, after: Glance, labels: tuple[str, str], seconds: float
+) -> tuple[Quality, Histogram]:
+    """The preliminary quality and histogram from two glances at the same tokens."""
+    bytes_of = TokenBytes(model)
+    compared = [
+        TokenComparison.of(a, b, ids, bytes_of(ids))
+        for a, b, ids in zip(before.predictions, after.predictions, before.targets, strict=True)
+    ]
+    tokens = sum(map(len, compared))
+    quality = summarize(
+        compared,
+        identical=before is after,
+        total_tokens=tokens,
+        windows=len(compared),
+        label_a=labels[0],
+        label_b=labels[1],
+        seconds=seconds,
+        method=f"preliminary: the first {tokens} tokens only",
+    )
+    return quality, histogram(model, before.counts_LE, after.counts_LE, tokens, preliminary=True)
+
+
+def histogram(
+    model: Model, before_LE: NDArray, after_LE: NDArray, tokens: int, *, preliminary: bool
+) -> Histogram:
+    """Counts of two settings as one object."""
+    return Histogram(
+        layers=tuple(block.index for block in model.moe_blocks),
+        before_LE=before_LE,
+        after_LE=after_LE,
+        tokens=tokens,
+        preliminary=preliminary,
+    )
+
+
+def stages(
+    model: Model, before: Choice, after: Choice, texts: Mapping[str, Sequence[int]], options: Options
+) -> tuple[StageTimes, Histogram]:
+    """Time by stage of prefill and decode in alternation, and the router's counts meanwhile."""
+    share = max(2, options.stage_tokens // len(texts))
+    length = min(share, *(len(ids) for ids in texts.values()))
+    ids_BT = torch.tensor([list(ids[:length]) for ids in texts.values()])
+    context = min(ids_BT.shape[1], model.config.context_length - options.stage_steps)
+    choices = {"before": before} if before == after else {"before": before, "after": after}
+    runs: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {n: [] for n in choices}
+    counts: dict[str, NDArray] = {}
+    for _ in range(options.stage_repeats):
+        for name, choice in choices.items():
+            with model.override(**choice.overrides()):
+                prefill, counts[name] = _timed(model, ids_BT)
+                cache = model.new_cache(context=context + options.stage_steps)
+                model.next_logits(ids_BT[:1, :context], cache)
+                decode, _ = _timed(model, ids_BT[:1, :1], cache, options.stage_steps)
+            runs[name].append((prefill, decode))
+    medians = [
+        {name: _medians([run[phase] for run in found]) for name, found in runs.items()}
+        for phase in (0, 1)
+    ]
+    for times in medians:
+        times.setdefault("after", times["before"])
+    times_ = StageTimes(
+        prefill=medians[0],
+        decode=medians[1],
+        prefill_tokens=ids_BT.numel(),
+        decode_tokens=options.stage_steps,
+        context=context,
+        repeats=options.stage_repeats,
+    )
+    after_LE = counts.get("after", counts["before"])
+    return times_, histogram(
+        model, counts["before"], after_LE, ids_BT.numel(), preliminary=False
+    )
+
+
+def _timed(
+    model: Model, ids_BT: torch.Tensor, cache: Any = None, steps: int = 1
+) -> tuple[dict[str, float], NDArray]:
+    """Milliseconds a token by stage over `steps` calls, and the experts' counts."""
+    recorder = Recorder(ROUTER_IDS)
+    start = perf_counter()
+    for _ in range(steps):
+        model.forward(ids_BT, cache, probe=recorder)
+    total = perf_counter() - start
+    found = dict.fromkeys(STAGES, 0.0)
+    for name, seconds in recorder.seconds.items():
+        stage = name.rsplit(".", 1)[-1]
+        if stage in found:
+            found[stage] += seconds
+    found["other"] = max(0.0, total - sum(found.values()))
+    per_token = 1e3 / (steps * ids_BT.numel())
+    return {k: v * per_token for k, v in found.items() if v}, _counts(model, recorder)
+
+
+def _medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {stage: median(run.get(stage, 0.0) for run in runs) for stage in runs[0]}
+
+
+def _counts(model: Model, recorder: Recorder) -> NDArray[np.int64]:
+    """(L, E) how often each expert was selected."""
+    joined = recorder.joined()
+    experts = model.config.num_experts
+    rows = [
+        torch.bincount(ids[ids >= 0], minlength=experts)
+        for block in model.moe_blocks
+        for ids in [joined[f"layers.{block.index}.router.ids"]]
+    ]
+    return torch.stack(rows).numpy() if rows else np.zeros((0, experts), np.int64)
+
+
+def written(
+    model: Model, choice: Choice, prompt: Sequence[int], tokens: int
+) -> Iterator[tuple[int, ...]]:
+    """Greedy continuation of `prompt` by `choice`: all ids so far, after every few tokens."""
+    ids: list[int] = []
+    tokens = min(tokens, model.config.context_length - len(prompt))
+    with model.override(**choice.overrides()):
+        for token in model.stream(prompt, max_new_tokens=tokens):
+            ids.append(token.id)
+            if len(ids) % 8 == 0:
+                yield tuple(ids)
+    yield tuple(ids)
+
+
+def continuation(
+    model: Model, choice: Choice, prompt: Sequence[int], ids: Sequence[int]
+) -> Prediction:
+    """What `choice` predicts at each place of a continuation that is given to it."""
+    both = torch.tensor([*prompt, *ids])
+    with model.override(**choice.overrides()):
+        logits_TV = model.forward(both[:-1])
+    return Prediction.of(logits_TV[len(prompt) - 1 :], both[len(prompt) :])
+
+
+def marked(
+    model: Model,
+    prompt: Sequence[int],
+    before: Sequence[int],
+    predicted: tuple[Prediction, Prediction],
+    after: Sequence[int],
+    *,
+    done: bool,
+) -> Generations:
+    """Both continuations with the tokens marked at which the change shows."""
+    a, b = predicted
+    tokenizer, ids_T = model.tokenizer, np.asarray(before)
+    compared = TokenComparison.of(a, b, ids_T, np.zeros_like(ids_T))
+    chosen_T = b.top1_T.tolist()
+    first = []
+    for i, piece in enumerate(tokenizer.pieces(before)):
+        other = tokenizer.decode([chosen_T[i]], special=True)
+        changed = chosen_T[i] != before[i]
+        p_a, p_b = np.exp([compared.logprob_a_T[i], compared.logprob_b_T[i]])
+        note = f"baseline p = {p_a:.2f}, now p = {p_b:.2f}, KL {compared.kl_T[i]:.3g} nats"
+        if changed:
+            note = f"now it would write {other!r}; {note}"
+        first.append(Marked(text=piece, changed=changed, kl=float(compared.kl_T[i]), note=note))
+    kept = set()
+    for block in SequenceMatcher(None, list(before), list(after), autojunk=False).get_matching_blocks():
+        kept.update(range(block.b, block.b + block.size))
+    second = [
+        Marked(
+            text=piece,
+            changed=i not in kept,
+            note="also in the baseline's text" if i in kept else "not in the baseline's text",
+        )
+        for i, piece in enumerate(tokenizer.pieces(after))
+    ]
+    return Generations(
+        prompt=tokenizer.decode(prompt),
+        before=tuple(first),
+        after=tuple(second),
+        done=done,
+    )

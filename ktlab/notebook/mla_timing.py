@@ -1,0 +1,173 @@
+"""Both forms of MLA inside the running model: do they agree, what do they cost, how fast are they.
+
+T tokens of a call, S cached positions.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ktlab.attention.cache import FORMS, Form
+from ktlab.errors import ContextError
+from ktlab.probe import Recorder
+
+if TYPE_CHECKING:
+    from ktlab.measurement.roofline import Bound, Ceilings
+    from ktlab.model.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How alike the logits of two forms are on one text."""
+
+    tokens: int
+    max_difference: float
+    """Largest difference of a logit."""
+    relative: float
+    """The same over the largest logit."""
+    same_top1: int
+    """Places where both put the same token first, of `tokens`."""
+
+    @property
+    def equal(self) -> bool:
+        """Equal up to float32 rounding: within 1e-4 relative."""
+        return self.relative < 1e-4
+
+
+def agreement(model: "Model", ids: Sequence[int]) -> Agreement:
+    """Naive against absorbed over `ids`."""
+    logits: dict[str, torch.Tensor] = {}
+    twin = model.clone()
+    for form in FORMS:
+        with twin.override(attention=form):
+            logits[form] = twin.forward(ids)
+    a, b = logits["naive"], logits["absorbed"]
+    difference = float((a - b).abs().max())
+    return Agreement(
+        tokens=len(a),
+        max_difference=difference,
+        relative=difference / float(a.abs().max()),
+        same_top1=int((a.argmax(-1) == b.argmax(-1)).sum()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTime:
+    """Attention of all layers in one call of `tokens` tokens that ends at `context`."""
+
+    form: Form
+    tokens: int
+    context: int
+    seconds: tuple[float, ...]
+    """Each repeat, forms in alternation."""
+    flop: float
+    bytes: float
+    """Weights and cache that the call must read or write (`model.cost`)."""
+    bound: "Bound | None" = None
+
+    @property
+    def median_s(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def spread_s(self) -> tuple[float, float]:
+        """Lower and upper quartile of the repeats."""
+        low, high = np.quantile(self.seconds, [0.25, 0.75])
+        return float(low), float(high)
+
+
+def work(model: "Model", form: Form, tokens: int, context: int) -> tuple[float, float]:
+    """FLOP and bytes of attention over all layers in one call."""
+    twin = model.clone()
+    with twin.override(attention=form):
+        row = twin.cost(tokens=tokens, context=context).by_stage()["attention"]
+    return row.flop, row.bytes
+
+
+def cache_bytes(model: "Model", form: Form, context: int) -> int:
+    """Bytes cached for `context` tokens over all layers, float32."""
+    return context * sum(b.attention.cache_bytes_per_token(form) for b in model.layers)
+
+
+def default_contexts(longest: int) -> list[int]:
+    """Contexts to measure at: powers of two up to `longest`."""
+    return [n for n in (128, 256, 512, 1024, 2048, 4096, 8192, 16384) if n <= longest]
+
+
+def measure(
+    model: "Model",
+    *,
+    tokens: int,
+    contexts: Sequence[int],
+    repeats: int = 5,
+    ceilings: "Ceilings | None" = None,
+    cancel: threading.Event | None = None,
+) -> Iterator[dict[Form, AttentionTime]]:
+    """Time both forms at each context, alternating; one dictionary a context.
+
+    The cache is filled with a constant instead of a text's latents: the time does not depend on
+    the values. Attention is timed inside whole forward passes, so caches are as cold as in use.
+    """
+    twins = {form: model.clone() for form in FORMS}
+    for form, twin in twins.items():
+        twin.set(attention=form)
+    ids = np.full(tokens, 5 % model.config.vocab_size)
+    for context in contexts:
+        if context < tokens:
+            raise ContextError(f"a call of {tokens} tokens does not end at context {context}")
+        caches = {form: _filled(twin, context) for form, twin in twins.items()}
+        seconds: dict[Form, list[float]] = {form: [] for form in FORMS}
+        for repeat in range(repeats + 1):
+            for form, twin in twins.items():
+                if cancel is not None and cancel.is_set():
+                    return
+                caches[form].lengths_B.fill_(context - tokens)
+                recorder = Recorder()
+                twin.forward(ids, caches[form], probe=recorder, chunk=max(512, tokens))
+                took = sum(s for n, s in recorder.seconds.items() if n.endswith(".attention"))
+                if repeat:  # the first one warms up
+                    seconds[form].append(took)
+        yield {
+            form: _point(model, form, tokens, context, tuple(seconds[form]), ceilings)
+            for form in FORMS
+        }
+
+
+def _filled(model: "Model", context: int) -> Any:
+    # Not zeros: untouched pages of zeros all lie in the same few bytes of memory.
+    cache = model.new_cache(context=context)
+    for layer in cache.layers:
+        layer.keys.fill_(0.1)
+        if layer.values is not None:
+            layer.values.fill_(0.1)
+    return cache
+
+
+def _point(
+    model: "Model",
+    form: Form,
+    tokens: int,
+    context: int,
+    seconds: tuple[float, ...],
+    ceilings: "Ceilings | None",
+) -> AttentionTime:
+    flop, nbytes = work(model, form, tokens, context)
+    bound = None
+    if ceilings is not None:
+        bound = ceilings.bound(
+            flop=flop, nbytes=nbytes, working_bytes=nbytes, seconds=median(seconds)
+        )
+    return AttentionTime(
+        form=form,
+        tokens=tokens,
+        context=context,
+        seconds=seconds,
+        flop=flop,
+        bytes=nbytes,
+        bound=bound,
+    )

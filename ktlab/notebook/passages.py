@@ -1,0 +1,76 @@
+"""Passages of several texts as one labelled trace, and tables about them. No widgets.
+
+A passage starts on a new line somewhere in its text; passages are far enough apart to count as
+different texts, so halves of them can be held out.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktlab.errors import ContextError
+from ktlab.notebook.instrument import excerpt
+
+if TYPE_CHECKING:
+    from ktlab.model.model import Model
+    from ktlab.model.trace import Trace
+
+CHARACTERS_PER_TOKEN = 8
+"""Enough in every language here; what is too much is cut."""
+NEEDED = ("layers.*.router.ids", "layers.*.router.weights")
+
+
+def passages(text: str, count: int, characters: int) -> list[str]:
+    """`count` excerpts spread evenly over `text`; fewer where it is too short for them."""
+    count = max(1, min(count, len(text) // max(1, characters)))
+    return [excerpt(text, characters, (i + 0.5) / count) for i in range(count)]
+
+
+def trace_passages(
+    model: "Model", texts: Mapping[str, str], *, count: int = 4, tokens: int = 256
+) -> "Trace":
+    """The routers' decisions on `count` passages of each text, labelled by its name."""
+    if not texts:
+        raise ContextError("no texts: expected a mapping such as ktlab.domain_texts()")
+    traces = []
+    for name, text in texts.items():
+        for passage in passages(text, count, CHARACTERS_PER_TOKEN * tokens):
+            ids = model.tokenizer.encode(passage)[:tokens]
+            traces.append(model.trace(ids, names=NEEDED, domain=name))
+    return traces[0].merge(*traces[1:])
+
+
+def coverage_GG(trace: "Trace", layer: int, share: float = 0.25) -> NDArray[np.float64]:
+    """(G, G) held-out slots of domain j covered by the hottest experts of domain i.
+
+    On the diagonal the set is chosen on one half of the domain and measured on the other.
+    """
+    by_domain = {name: trace.where(domain=name).routing for name in trace.domains}
+    return np.array(
+        [
+            [
+                (chosen.hot_set(layer, share) if i == j else chosen.hot_set(
+                    layer, share, held_out=measured
+                )).coverage.value
+                for j, measured in by_domain.items()
+            ]
+            for i, chosen in by_domain.items()
+        ]
+    )  # fmt: skip
+
+
+def experts_touched(trace: "Trace", layer: int, tokens: int) -> float:
+    """Mean number of different experts that `tokens` consecutive tokens of one text select."""
+    ids_TK = trace.routing.ids(layer)
+    starts = np.flatnonzero(np.r_[True, np.diff(trace.segment_T) != 0, True])
+    counts = [
+        len(np.unique(window[window >= 0]))
+        for begin, end in zip(starts[:-1], starts[1:], strict=True)
+        for start in range(begin, end - tokens + 1, tokens)
+        for window in [ids_TK[start : start + tokens]]
+    ]
+    if not counts:
+        raise ContextError(f"no text in the trace has {tokens} tokens; trace longer ones")
+    return float(np.mean(counts))

@@ -1,0 +1,258 @@
+"""The live view of notebook 05: a format for each component, its size, and what the text loses."""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+import numpy as np
+
+from ktlab import figures, html
+from ktlab.measurement.quality import Quality, stream_quality
+from ktlab.measurement.tokens import BaselineCache
+from ktlab.model.settings import COMPONENTS, component_formats
+from ktlab.notebook.css import style
+from ktlab.notebook.instrument import Instrument, Snapshot, TextSource, live, numbers
+from ktlab.notebook.requantizing import planned_bytes, requantize_all
+from ktlab.quantization import FORMATS
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from ktlab.model.model import Model
+
+AS_LOADED = "as loaded"
+FORMATS_SHOWN = "q8_0 q6_k q5_k q5_1 q5_0 q4_k q4_1 q4_0 iq4_nl mxfp4 q3_k q2_k tq2_0".split()
+SWEEP = "q6_k q5_0 q4_k q4_0 q3_k q2_k".split()
+MOST_TOKENS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """One setting tried on one text."""
+
+    formats: tuple[tuple[str, str], ...]
+    text: str
+    nbytes: int
+    quality: Quality
+
+    @property
+    def label(self) -> str:
+        return label(dict(self.formats))
+
+
+def label(formats: Mapping[str, str]) -> str:
+    """{"experts": "q4_k"} -> "experts q4_k"."""
+    if len(formats) > 1 and len(set(formats.values())) == 1 and len(formats) == len(COMPONENTS):
+        return f"all {next(iter(formats.values()))}"
+    return ", ".join(f"{c} {f}" for c, f in formats.items()) or AS_LOADED
+
+
+class QuantizationView(Instrument):
+    """Pick formats by component; every setting tried stays as a point. `tried` holds them all."""
+
+    title = "How many bits does each component need?"
+
+    def __init__(
+        self, model: "Model", texts: Mapping[str, str], *, formats: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(model)
+        self.tried: dict[tuple[tuple[tuple[str, str], ...], str], Tried] = {}
+        self.quality: Quality | None = None
+        self._baseline = BaselineCache()
+        self._size = model.nbytes
+        self._setting = False
+        self.source = TextSource(texts, self.refresh, characters=5000)
+        loaded = component_formats(self.model)
+        usable = [name for name in FORMATS_SHOWN if FORMATS[name].can_quantize]
+        self.choices = {}
+        for component in COMPONENTS:
+            if component in loaded:
+                options = [(f"{AS_LOADED} ({loaded[component]})", "")] + [(n, n) for n in usable]
+                choice = widgets.Dropdown(options=options, description=component, value="")
+                choice.layout.width = "245px"
+                choice.observe(lambda _: self.refresh(), "value")
+                self.choices[component] = choice
+        self.sweep_button = widgets.Button(
+            description="sweep the experts", icon="play", tooltip=f"{', '.join(SWEEP)} in turn"
+        )
+        self.stop_button = widgets.Button(description="stop", icon="stop")
+        self.reset_button = widgets.Button(description="as loaded", icon="undo")
+        self.sweep_button.on_click(lambda _: self.sweep())
+        self.stop_button.on_click(lambda _: self.stop())
+        self.reset_button.on_click(lambda _: self.set({}))
+        self.summary = widgets.HTML()
+        self.plane = live(_plane(model.nbytes))
+        top = widgets.HBox(
+            [self.source.choice, self.sweep_button, self.stop_button, self.reset_button]
+        )
+        row = widgets.HBox(list(self.choices.values()))
+        for controls in (top, row):
+            controls.add_class("kt-controls")
+        self.body.children = [top, row, self.source.area, self.summary, self.plane]
+        self.set(formats or {"experts": "q4_0"})
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """What is chosen: component -> format, without those left as loaded."""
+        return {c: str(w.value) for c, w in self.choices.items() if w.value}
+
+    def set(self, formats: Mapping[str, str]) -> None:
+        """Choose formats by component (others as loaded) and measure."""
+        planned_bytes(self.model, formats)  # refuses what is unknown
+        self._setting = True
+        try:
+            for component, choice in self.choices.items():
+                choice.value = formats.get(component, "")
+        finally:
+            self._setting = False
+        self.refresh()
+
+    # Working ---------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Size at once, then the copies, then quality as it narrows."""
+        if self._setting:
+            return
+        formats = self.formats
+        with self.worker.lock:
+            self._size = planned_bytes(self.model, formats)
+            self.quality = None
+            self._show()
+        self.submit(lambda cancel: self._measure(formats, cancel), f"measuring {label(formats)}")
+
+    def sweep(self, names: list[str] | None = None) -> None:
+        """Try formats of the experts one after the other; each becomes a point."""
+        names = names or SWEEP
+
+        def job(cancel: threading.Event) -> None:
+            for name in names:
+                self._measure({**self.formats, "experts": name}, cancel)
+
+        self.submit(job, f"sweeping the experts: {', '.join(names)}")
+
+    def stop(self) -> None:
+        """Stop what runs; what was measured stays."""
+        self.worker.cancel()
+
+    def _measure(self, formats: dict[str, str], cancel: threading.Event) -> None:
+        size, text = planned_bytes(self.model, formats), self.source.text
+        ids = self.model.tokenizer.encode(text)[: MOST_TOKENS + 1]
+        for done, count in requantize_all(self.model, formats, cancel):
+            message = f"{label(formats)}: requantized {done} of {count} stages"
+
+            def tell(message: str = message) -> None:
+                self._doing = message
+                self._on_busy(True)
+
+            self.publish(cancel, tell)
+        change = {"quantize": formats} if formats else {}
+        evaluation = stream_quality(
+            self.model, ids, a={}, b=change, cancel=cancel, baseline=self._baseline
+        )
+        for quality in evaluation:
+            tried = Tried(formats=tuple(formats.items()), text=text, nbytes=size, quality=quality)
+            if not self.publish(cancel, lambda t=tried: self._keep(t)):
+                return
+
+    def _keep(self, tried: Tried) -> None:
+        self.tried[tried.formats, tried.text] = tried
+        self.quality, self._size = tried.quality, tried.nbytes
+        q = tried.quality
+        self.note = f"{tried.label}: {q.tokens:,} of {q.total_tokens:,} tokens; {q.method}"
+        self._show()
+
+    # Showing ---------------------------------------------------------------------------------
+
+    def points(self) -> list[Tried]:
+        """What was tried on the present text, smallest first; without the model as loaded."""
+        text = self.source.area.value
+        here = [t for t in self.tried.values() if t.text == text and t.formats]
+        return sorted(here, key=lambda t: t.nbytes)
+
+    def figures(self) -> dict[str, Any]:
+        """Size and quality of the last setting."""
+        found: dict[str, Any] = {
+            "weights": html.byte_size(self._size),
+            "of what was loaded": f"{self._size / self.model.nbytes:.1%}",
+        }
+        if self.quality is not None:
+            q = self.quality
+            found["KL divergence"] = q.kl_mean
+            found["perplexity"] = f"× {q.perplexity_ratio}"
+            found["same top-1"] = q.top1_agreement
+        return found
+
+    def _show(self) -> None:
+        preliminary = self.quality is None or not self.quality.done
+        self.summary.value = numbers(self.figures(), preliminary=preliminary)
+        points = self.points()
+        size = [t.nbytes / 2**20 for t in points]
+        kl = [t.quality.kl_mean for t in points]
+        value = np.array([k.value for k in kl])
+        front = figures.pareto_front(-np.array(size), value) if points else np.zeros(0, bool)
+        with self.plane.batch_update():
+            line, dots = self.plane.data
+            line.x = [s for s, f in zip(size, front, strict=True) if f]
+            line.y = value[front]
+            dots.x, dots.y = size, value
+            dots.text = [t.label for t in points]
+            dots.error_y.array = [max(0.0, k.high - k.value) for k in kl]
+            dots.error_y.arrayminus = [max(0.0, k.value - k.low) for k in kl]
+            dots.marker.color = [figures.ORANGE if f else figures.INK for f in front]
+
+    def table(self) -> str:
+        """Everything tried on this text as an HTML table."""
+        rows = [
+            (
+                t.label,
+                f"{t.nbytes / 2**20:.1f} MiB",
+                str(t.quality.kl_mean),
+                str(t.quality.perplexity_ratio),
+                str(t.quality.top1_agreement),
+            )
+            for t in self.points()
+        ]
+        headers = ("formats", "weights", "KL divergence", "perplexity ×", "same top-1")
+        return html.table(rows, headers)
+
+    def to_html(self) -> str:
+        with self.worker.lock:
+            return html.card(
+                f"{self.title} {self.source.name}",
+                html.Raw(style("instrument") + self.table()),
+                html.Raw(f'<div class="s">{html.text(self.note)}</div>'),
+            )
+
+    def snapshot(self) -> Snapshot:
+        import plotly.graph_objects as go
+
+        self.wait(None)
+        return Snapshot(self.to_html(), go.Figure(self.plane.to_dict()), plain=repr(self))
+
+
+def _plane(loaded_bytes: int) -> "Figure":
+    """Size against KL, empty: the front, then the points."""
+    fig = figures.figure(
+        "every setting tried on this text; lower left is better",
+        x="size of the weights, MiB",
+        y="KL divergence from the model as loaded, nats/token",
+        height=380,
+    )
+    fig.add_scatter(
+        x=[], y=[], mode="lines", hoverinfo="skip",
+        line={"color": figures.ORANGE, "dash": "dot", "width": 1.5, "shape": "hv"},
+    )  # fmt: skip
+    fig.add_scatter(
+        x=[], y=[], mode="markers+text", textposition="top center", text=[],
+        textfont={"color": figures.INK}, marker={"size": 10},
+        error_y={"array": [], "arrayminus": [], "color": figures.INK, "thickness": 1.2},
+        hovertemplate="%{text}: %{x:,.1f} MiB, KL %{y:.4g}<extra></extra>",
+    )  # fmt: skip
+    fig.add_vline(
+        x=loaded_bytes / 2**20, line={"color": figures.INK, "dash": "dot", "width": 1},
+        annotation={"text": "as loaded", "font": {"color": figures.INK, "size": 11}},
+    )  # fmt: skip
+    fig.update_yaxes(type="log", exponentformat="power")
+    return fig.update_layout(showlegend=False)
