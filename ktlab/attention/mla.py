@@ -43,18 +43,18 @@ class MLAWeights:
 
 
 class MLA:
-    """Attention of one layer; `form` is live: "absorbed" caches the latent, "naive" keys and values.
+    """Attention of one layer; `form` is live: "absorbed" caches the latent, "naive" full heads.
 
     naive      k_n = latent k_b,  v = latent v_b          per cached position, then plain attention
     absorbed   q_l = q_n k_b^T,   out = (p latent) v_b    the up-projections move to the query side
     """
 
-    def __init__(self, config: ModelConfig, layer: int, weights: MLAWeights) -> None:
+    def __init__(self, config: ModelConfig, layer: int, weights: MLAWeights, rope: RoPE) -> None:
         self.config = config
         self.layer = layer
         self.weights = weights
         self.form: Form = "absorbed"
-        self._rope = RoPE(config)
+        self._rope = rope
         self._scale = softmax_scale(config)
 
     def forward(

@@ -51,7 +51,7 @@ def _correction_range(config: ModelConfig, yarn: YarnScaling) -> tuple[float, fl
 
 
 class RoPE:
-    """Turns queries and keys by their positions."""
+    """Turns queries and keys by their positions; one serves all layers of a model."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._frequencies = frequencies(config)
@@ -61,11 +61,17 @@ class RoPE:
             if yarn is not None
             else 1.0
         )
+        self._latest: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cosine and sine, (..., R/2), of positions (...)."""
-        angles = positions[..., None].to(torch.float32) * self._frequencies
-        return angles.cos() * self._magnitude, angles.sin() * self._magnitude
+        # Every layer of a call asks with the same tensor: compute for the first, keep for the rest.
+        latest = self._latest
+        if latest is None or latest[0] is not positions:
+            angles = positions[..., None].to(torch.float32) * self._frequencies
+            tables = (angles.cos() * self._magnitude, angles.sin() * self._magnitude)
+            self._latest = latest = (positions, tables)
+        return latest[1]
 
     @staticmethod
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

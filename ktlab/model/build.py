@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from ktlab.attention.mla import MLA, MLAWeights
+from ktlab.attention.rope import RoPE
 from ktlab.checkpoint.checkpoint import Checkpoint
 from ktlab.experts.bank import ExpertBank
 from ktlab.experts.mlp import MLP
@@ -14,7 +15,8 @@ from ktlab.routing.router import Router
 
 def build_layers(checkpoint: Checkpoint) -> list[Layer]:
     """Every layer of the checkpoint's configuration, weights still quantized and mapped."""
-    return [_build_block(checkpoint, index) for index in range(checkpoint.config.num_layers)]
+    rope = RoPE(checkpoint.config)
+    return [_build_block(checkpoint, i, rope) for i in range(checkpoint.config.num_layers)]
 
 
 def vector(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -22,12 +24,12 @@ def vector(checkpoint: Checkpoint, name: str) -> Tensor:
     return float_tensor(checkpoint.tensor(name))
 
 
-def _build_block(checkpoint: Checkpoint, index: int) -> Layer:
+def _build_block(checkpoint: Checkpoint, index: int, rope: RoPE) -> Layer:
     config, prefix = checkpoint.config, f"blk.{index}"
     common = (
         config,
         index,
-        _build_attention(checkpoint, index),
+        _build_attention(checkpoint, index, rope),
         vector(checkpoint, f"{prefix}.attn_norm.weight"),
         vector(checkpoint, f"{prefix}.ffn_norm.weight"),
     )
@@ -52,7 +54,7 @@ def _build_mlp(checkpoint: Checkpoint, index: int, suffix: str) -> MLP:
     )
 
 
-def _build_attention(checkpoint: Checkpoint, index: int) -> MLA:
+def _build_attention(checkpoint: Checkpoint, index: int, rope: RoPE) -> MLA:
     config, prefix = checkpoint.config, f"blk.{index}"
 
     def linear(name: str) -> Linear:
@@ -69,4 +71,4 @@ def _build_attention(checkpoint: Checkpoint, index: int) -> MLA:
         v_b=linear("attn_v_b"),
         output=linear("attn_output"),
     )
-    return MLA(config, index, weights)
+    return MLA(config, index, weights, rope)

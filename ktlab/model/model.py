@@ -186,11 +186,12 @@ class Model:
         pieces = []
         for start in range(0, tokens, chunk):
             part = slice(start, start + chunk)
+            part_BT = positions_BT[:, part]
             with probe.stage("embedding"):
                 hidden_BTD = self._embed(ids_BT[:, part])
             probe.record("embedding", hidden_BTD.flatten(0, 1))
             for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-                hidden_BTD = block.forward(hidden_BTD, layer_cache, positions_BT[:, part], probe)
+                hidden_BTD = block.forward(hidden_BTD, layer_cache, part_BT, probe)
             pieces.append(hidden_BTD)
         cache.lengths_B += torch.tensor(lengths) if lengths is not None else tokens
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

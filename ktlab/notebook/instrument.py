@@ -90,10 +90,11 @@ class TextSource:
         self._on_change = on_change
         self._filling = False
         names = [*self._samples, OWN]
-        self.choice = widgets.Dropdown(options=names, description="text", value=names[0])
+        first = "english" if "english" in names else names[0]
+        self.choice = widgets.Dropdown(options=names, description="text", value=first)
         self.choice.layout.width = "230px"
         self.area = widgets.Textarea(
-            value=self._samples.get(names[0], ""),
+            value=self._samples.get(first, ""),
             continuous_update=False,
             placeholder="type or paste a text, then click outside this box",
         )

