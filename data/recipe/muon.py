@@ -6,6 +6,7 @@ themselves may be bfloat16: float32 masters, kept here, take the steps.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,19 +29,17 @@ def orthogonalise(x_MRC: Tensor, steps: int = 5) -> Tensor:
     return x_MRC
 
 
+@partial(fused, dynamic=True)
 def accumulate(momentum: Tensor, grad: Tensor, decay: Tensor) -> Tensor:
     """Update the momentum in place; return Nesterov's look ahead in bfloat16."""
     momentum.mul_(decay).add_(grad)
     return (grad + decay * momentum).bfloat16()
 
 
+@partial(fused, dynamic=True)
 def descend(master: Tensor, matrix: Tensor, step: Tensor, rate: Tensor, shrink: Tensor) -> None:
     master.mul_(shrink).sub_(rate * step)
     matrix.copy_(master)
-
-
-accumulate = fused(accumulate, dynamic=True)
-descend = fused(descend, dynamic=True)
 
 
 class Muon:

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from model import Config, TinyModel
+from model import Config, RMSNorm, TinyModel
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -84,7 +84,7 @@ def transformers_weights(model: TinyModel) -> dict[str, Tensor]:
 def randomise(model: TinyModel) -> None:
     """Move everything that starts at a neutral value, so that a forgotten part shows."""
     for module in model.modules():
-        if hasattr(module, "eps"):
+        if isinstance(module, RMSNorm):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     for _, mixture in model.mixtures():
         mixture.bias_E.uniform_(-0.3, 0.3)
