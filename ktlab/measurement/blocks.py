@@ -113,5 +113,6 @@ def jackknife(without_B: Floats, blocks: Blocks) -> tuple[float, float, str]:
     if len(blocks) < MIN_BLOCKS_FOR_CORRELATION or squares == 0 or df < 1:
         return variance, float(df), few
     r = min(0.8, max(0.0, products / squares + len(strata) / len(blocks)))
-    widening = (1 + r) / (1 - r)
-    return variance * widening, max(1.0, df / widening), few
+    # Of blocks with correlation r, the mean is so much more variable, and the variance so much
+    # less well known (Bartlett's formulas for a first-order autoregression).
+    return variance * (1 + r) / (1 - r), max(1.0, df * (1 - r * r) / (1 + r * r)), few

@@ -4,14 +4,17 @@ How. A text is cut into at most 16 blocks of neighbouring tokens, never shorter 
 (`Blocks`). A mean is a ratio of sums over blocks; its standard error is a delete-one-block
 jackknife, stratified where the text comes from several domains. From 6 blocks on it is widened by
 sqrt((1 + r) / (1 - r)), r the correlation of one block with the next (corrected for its bias), and
-the degrees of freedom shrink by the same factor: correlation that outlives a block is paid for.
-The quantile is Student's, so that few blocks give wide intervals. Positive, skewed quantities get
-their interval on a logarithmic scale, shares by Wilson's formula with the effective number of
+the degrees of freedom shrink by (1 + r^2) / (1 - r^2): correlation that outlives a block is paid
+for. The quantile is Student's, so that few blocks give wide intervals. Positive, skewed quantities
+get their interval on a logarithmic scale, shares by Wilson's formula with the effective number of
 tokens, quantiles by inverting the share below them (Woodruff). Comparisons are always of
 differences token by token, over the same text, never of two separate intervals.
 
 tests/measurement/test_intervals.py holds the coverage by simulation. No interval can know about
-a correlation that is longer than the whole text: it speaks of texts like this one.
+a correlation that is longer than the whole text: it speaks of texts like this one. On the embedded
+model, intervals from 1,000 tokens held the mean of 24,000 tokens (Python, English) in 85 to 100 %
+of the pieces for KL divergence and paired perplexity, in under half of them for perplexity itself,
+which changes from document to document: compare settings on one text, not texts.
 
 Sources: few long batches, Schmeiser 1982 (Operations Research 30:556); jackknife of a ratio,
 Wolter, Introduction to Variance Estimation, ch. 4; Woodruff 1952 (JASA 47:635); Korn and Graubard

@@ -34,7 +34,8 @@ def stream_quality(
 ) -> Generator[Quality, None, None]:
     """Yield a complete `Quality` after a first small window and then after every window.
 
-    `text`: a string, token ids, or several of them by name (domains: strata of the interval).
+    `text`: a string, token ids (which spares encoding a long string each time), or several of
+    them by name (domains: strata of the interval).
     `a` and `b`: what `model.override` takes, on top of the model's settings of this moment;
     `model` itself is not touched. Each window of `window` tokens is predicted from an empty cache;
     every token but the first is predicted once. `max_tokens`: tokens in all, shared evenly by the

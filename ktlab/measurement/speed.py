@@ -116,7 +116,8 @@ class SpeedComparison(Record):
     def __str__(self) -> str:
         widths = [max(map(len, column)) for column in zip(*self.rows(), strict=True)]
         lines = [
-            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            "  "
+            + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in self.rows()
         ]
         return "\n".join([f"Speed ({self.method})", *lines])

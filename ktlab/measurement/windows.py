@@ -147,11 +147,12 @@ def encoded(model: "Model", text: Text, name: str = "text", *, limit: int | None
 
 
 def _encode(tokenizer: "Tokenizer", text: str, limit: int | None) -> list[int]:
-    """Ids of `text`, or of a beginning of it that gives more than `limit` of them."""
-    if limit is not None and len(text) > 64 * limit:
-        ids = tokenizer.encode(text[: 64 * limit])
-        if len(ids) > 2 * limit:  # the cut changed tokens near it only
-            return ids
+    """Ids of `text`, or of a beginning of it that surely holds its first `limit` ids."""
+    for characters in (8, 64):
+        if limit is not None and len(text) > characters * (limit + 64):
+            ids = tokenizer.encode(text[: characters * (limit + 64)])
+            if len(ids) > limit + 64:  # the cut changes tokens next to it only
+                return ids
     return tokenizer.encode(text)
 
 

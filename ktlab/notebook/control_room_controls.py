@@ -81,7 +81,7 @@ class Controls:
     def _row(self, state: State) -> widgets.Box:
         labels = {
             "quick_k": "experts", "top_k": "", "rule": "rule", "threshold": "", "text": "text",
-            "attention": "MLA", "experts": "experts as", "backend": "kernel",
+            "attention": "MLA", "experts": "experts as", "backend": "backend",
             "baseline": "against",
         }  # fmt: skip
         cells = [

@@ -8,6 +8,7 @@ kept, so that a setting chosen again is there at once, and a cancelled one goes 
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -40,7 +41,7 @@ class Request:
         return (self.text, self.library.own if self.text == OWN else "")
 
     @property
-    def key(self) -> Hashable:
+    def key(self) -> tuple[Choice, Choice, Hashable]:
         return (self.choice, self.baseline, self.text_key)
 
 
@@ -61,7 +62,7 @@ class Engine:
         self.options = options or Options()
         self.worker = Worker(on_error=on_error, on_busy=on_busy, name="ktlab-control-room")
         self._publish = publish
-        self._results: dict[Hashable, Results] = {}
+        self._results: dict[tuple[Choice, Choice, Hashable], Results] = {}
         self._glances: dict[Hashable, Glance] = {}
         self._written: dict[Hashable, tuple[int, ...]] = {}
         self._predicted: dict[Hashable, Prediction] = {}
@@ -88,7 +89,7 @@ class Engine:
         with self.worker.lock:
             return tuple(
                 found
-                for (_, baseline, text_key), found in self._results.items()  # type: ignore[misc]
+                for (_, baseline, text_key), found in self._results.items()
                 if (baseline, text_key) == (request.baseline, request.text_key)
             )
 
@@ -98,7 +99,8 @@ class Engine:
         model = InterruptibleModel(self.model, cancel)
         try:
             for results, phase in self._phases(model, request):
-                if not self.worker.publish(cancel, lambda r=results, p=phase: self._keep(request, r, p)):  # type: ignore[misc]
+                keep = partial(self._keep, request, results, phase)
+                if not self.worker.publish(cancel, keep):
                     return
         except Interrupted:
             return
@@ -127,13 +129,16 @@ class Engine:
             results = replace(results, stages=times, histogram=histogram)
             yield results, "stages"
         if results.preliminary or not (results.quality and results.quality.done):
-            for results in self._quality(model, request, results, texts):
+            for step in self._quality(model, request, results, texts):
+                results = step
                 yield results, "quality"
         if results.generations is None or not results.generations.done:
-            for results in self._text(model, request, results, texts):
+            for step in self._text(model, request, results, texts):
+                results = step
                 yield results, "text"
         if results.speed is None or not results.speed.done:
-            for results in self._speed(model, request, results, texts):
+            for step in self._speed(model, request, results, texts):
+                results = step
                 yield results, "speed"
         yield results, "done"
 
@@ -166,9 +171,7 @@ class Engine:
         for quality in stream_quality(
             model, texts, a=a, b=b, window=self.options.window, baseline=self._baseline
         ):
-            quality = replace(
-                quality, label_a=request.baseline.label, label_b=request.choice.label
-            )
+            quality = replace(quality, label_a=request.baseline.label, label_b=request.choice.label)
             if quality.tokens <= known:  # cancelled and resumed: never show less than before
                 continue
             results = replace(

@@ -109,7 +109,11 @@ def histogram(
 
 
 def stages(
-    model: Model, before: Choice, after: Choice, texts: Mapping[str, Sequence[int]], options: Options
+    model: Model,
+    before: Choice,
+    after: Choice,
+    texts: Mapping[str, Sequence[int]],
+    options: Options,
 ) -> tuple[StageTimes, Histogram]:
     """Time by stage of prefill and decode in alternation, and the router's counts meanwhile."""
     share = max(2, options.stage_tokens // len(texts))
@@ -142,9 +146,7 @@ def stages(
         repeats=options.stage_repeats,
     )
     after_LE = counts.get("after", counts["before"])
-    return times_, histogram(
-        model, counts["before"], after_LE, ids_BT.numel(), preliminary=False
-    )
+    return times_, histogram(model, counts["before"], after_LE, ids_BT.numel(), preliminary=False)
 
 
 def _timed(
@@ -229,8 +231,9 @@ def marked(
         if changed:
             note = f"now it would write {other!r}; {note}"
         first.append(Marked(text=piece, changed=changed, kl=float(compared.kl_T[i]), note=note))
-    kept = set()
-    for block in SequenceMatcher(None, list(before), list(after), autojunk=False).get_matching_blocks():
+    kept: set[int] = set()
+    matcher = SequenceMatcher(None, list(before), list(after), autojunk=False)
+    for block in matcher.get_matching_blocks():
         kept.update(range(block.b, block.b + block.size))
     second = [
         Marked(

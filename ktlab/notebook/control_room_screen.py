@@ -4,22 +4,25 @@ Whoever calls holds the room's lock. Traits are set, nothing is printed.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from importlib.resources import files
 from typing import Any
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
 import torch
 
-from ktlab import figures
 from ktlab.html import text
 from ktlab.measurement import hardware
 from ktlab.model.model import Model
-from ktlab.notebook import control_room_html as panels
-from ktlab.notebook import control_room_svg as svg
+from ktlab.notebook import control_room_plane as plane
+from ktlab.notebook import control_room_router as router
+from ktlab.notebook import control_room_speed as speed
 from ktlab.notebook.control_room_controls import Controls, State
+from ktlab.notebook.control_room_html import header, panel_title
+from ktlab.notebook.control_room_quality import quality
 from ktlab.notebook.control_room_results import Point, Results
+from ktlab.notebook.control_room_text import generated
+from ktlab.notebook.css import style
+from ktlab.notebook.live_figure import LiveFigure
 
 PANELS = ("quality", "speed", "stages", "router_title", "router", "text", "plane_title")
 PHASES = {
@@ -35,19 +38,12 @@ PHASES = {
 }
 
 
-@lru_cache(maxsize=1)
-def style() -> str:
-    """The style sheet, inlined: nothing is fetched."""
-    css = files("ktlab.notebook").joinpath("control_room.css").read_text(encoding="utf-8")
-    return f"<style>{css}</style>"
-
-
 class Screen:
     """The widgets that show; `widget` is the whole view."""
 
     def __init__(self, model: Model, controls: Controls) -> None:
         self._controls = controls
-        self._header = panels.header(
+        self._header = header(
             model,
             hardware.cpu_name(),
             ", ".join(hardware.isa()[-2:]) or "instruction sets unknown",
@@ -57,19 +53,17 @@ class Screen:
         self.message_html = widgets.HTML()
         self.message_html.add_class("cr-message")
         self.status_html = widgets.HTML()
-        experts = model.config.num_experts
-        self.router = _live(figures.router_histogram([0.0] * experts, [0.0] * experts, height=200))
-        self.plane = _live(figures.pareto([], [], [], x=_speed_axis("decode")), height=300)
+        self._experts = model.config.num_experts
+        self.live = {name: _live(fig) for name, fig in self.figures(None, (), None).items()}
         layer, phase = controls.all["layer"], controls.all["phase"]
         self.grid = widgets.VBox(
             [
                 _panel(self.html["quality"], name="quality"),
-                _panel(self.html["speed"], name="speed"),
-                _panel(_head(self.html["router_title"], layer), self.router, self.html["router"],
+                _panel(self.html["speed"], self.html["stages"], name="speed"),
+                _panel(_head(self.html["router_title"], layer), self.live["router"], self.html["router"],
                        name="router"),
-                _panel(_head(self.html["plane_title"], phase), self.plane, name="plane"),
-                _panel(self.html["stages"], name="stages"),
-                _panel(self.html["text"], name="text"),
+                _panel(_head(self.html["plane_title"], phase), self.live["plane"], name="plane"),
+                _panel(self.html["text"], name="text", wide=True),
             ]
         )  # fmt: skip
         self.grid.add_class("cr-grid")
@@ -77,7 +71,7 @@ class Screen:
         bar.add_class("cr-statusline")
         self.widget = widgets.VBox(
             [
-                widgets.HTML(style() + self._header),
+                widgets.HTML(style("control_room") + self._header),
                 controls.box,
                 self.message_html,
                 bar,
@@ -97,35 +91,35 @@ class Screen:
             self.grid.remove_class("cr-stale")
         for name, value in self._html(results, state).items():
             self.html[name].value = value
-        found = results.histogram if results else None
-        self._figure("router", (found, state.layer), results, points, state)
-        self._figure("plane", (tuple(points), state.phase), results, points, state)
-
-    def _figure(
-        self, name: str, key: Any, results: Results | None, points: Sequence[Point], state: State
-    ) -> None:
-        """Redraw one figure, if what it shows has changed."""
-        if self._shown.get(name) != key:
-            self._shown[name] = key
-            _redraw(getattr(self, name), getattr(self, f"_{name}")(results, points, state))
+        keys = {
+            "router": (results.histogram if results else None, state.layer),
+            "plane": (tuple(points), state.phase),
+        }
+        stale = [name for name, key in keys.items() if self._shown.get(name) != key]
+        if stale:
+            self._shown.update(keys)
+            drawn = self.figures(results, points, state)
+            for name in stale:
+                _redraw(self.live[name], drawn[name])
 
     def _html(self, results: Results | None, state: State) -> dict[str, str]:
-        stages = panels.panel_title("where the time goes", "by stage")
-        plane = panels.panel_title("everything tried", f"on {state.text}, against {state.baseline.label}")
+        histogram = results.histogram if results else None
         return {
-            "quality": panels.quality(results),
-            "speed": panels.speed(results),
-            "router_title": panels.router_title(results, state.layer),
-            "router": panels.router(results.histogram if results else None, state.layer),
-            "stages": stages + svg.stage_bars(results),
-            "text": panels.generated(results),
-            "plane_title": plane,
+            "quality": quality(results),
+            "speed": speed.speed(results),
+            "stages": panel_title("where the time goes", "by stage") + speed.stage_bars(results),
+            "router_title": router.router_title(results, state.layer),
+            "router": router.router(histogram, state.layer),
+            "text": generated(results),
+            "plane_title": plane.plane_title(results, state.text, state.baseline.label),
         }
 
     def message(self, message: str, *, error: bool = False) -> None:
         """A line between the buttons and the panels; "" removes it."""
         kind, role = ("cr-error", ' role="alert"') if error else ("cr-hint", "")
-        self.message_html.value = f'<div class="{kind}"{role}>{text(message)}</div>' if message else ""
+        self.message_html.value = (
+            f'<div class="{kind}"{role}>{text(message)}</div>' if message else ""
+        )
 
     def status(self, phase: str, state: State, results: Results | None, *, busy: bool) -> None:
         """What is going on, and whether it can be stopped."""
@@ -149,41 +143,17 @@ class Screen:
     # Figures and the static picture --------------------------------------------------------------
 
     def figures(
-        self, results: Results | None, points: Sequence[Point], state: State
+        self, results: Results | None, points: Sequence[Point], state: State | None
     ) -> dict[str, go.Figure]:
         """The figures as plain Plotly objects."""
-        return {
-            "router": self._router(results, points, state),
-            "plane": self._plane(results, points, state),
+        histogram = results.histogram if results else None
+        layer, phase = (state.layer, state.phase) if state else (0, "decode")
+        drawn = {
+            "router": router.figure(histogram, layer, self._experts),
+            "plane": plane.figure(points, phase),
         }
-
-    def _router(
-        self, results: Results | None, points: Sequence[Point], state: State
-    ) -> go.Figure:
-        found = results.histogram if results else None
-        if found is None:
-            return go.Figure(self.router)
-        i = found.layers.index(state.layer)
-        return figures.router_histogram(
-            found.relative("after")[i], found.relative("before")[i], height=200
-        )
-
-    def _plane(self, results: Results | None, points: Sequence[Point], state: State) -> go.Figure:
-        # A single repeat has no interval yet: an error bar across the whole plane says nothing.
-        bounded = [p.speed.low > 0 and p.speed.high < float("inf") for p in points]
-        return figures.pareto(
-            [p.speed.value for p in points],
-            [p.kl.value for p in points],
-            [p.label for p in points],
-            speed_ends=(
-                [p.speed.low if ok else p.speed.value for p, ok in zip(points, bounded, strict=True)],
-                [p.speed.high if ok else p.speed.value for p, ok in zip(points, bounded, strict=True)],
-            ),
-            kl_ends=([p.kl.low for p in points], [p.kl.high for p in points]),
-            front=[p.on_front for p in points],
-            current=next((i for i, p in enumerate(points) if p.current), None),
-            x=_speed_axis(state.phase),
-        )
+        drawn["router"].update_layout(annotations=[])  # "uniform": the axis says it already
+        return drawn
 
     def static(self, results: Results | None, points: Sequence[Point], state: State) -> str:
         """The same panels with small SVG pictures in the place of the Plotly figures."""
@@ -191,24 +161,19 @@ class Screen:
         histogram = results.histogram if results else None
         bodies = (
             found["quality"],
-            found["speed"],
-            found["router_title"] + svg.bars(histogram, state.layer) + found["router"],
-            found["plane_title"] + svg.plane(points, state.phase),
-            found["stages"],
+            found["speed"] + found["stages"],
+            found["router_title"] + router.bars(histogram, state.layer) + found["router"],
+            found["plane_title"] + plane.plane(points, state.phase),
             found["text"],
         )
         inner = "".join(f'<div class="cr-panel">{body}</div>' for body in bodies)
-        return (
-            f'{style()}<div class="ktlab-room">{self._header}<div class="cr-grid">{inner}</div></div>'
-        )
+        return f'{style("control_room")}<div class="ktlab-room">{self._header}<div class="cr-grid">{inner}</div></div>'
 
 
-def _speed_axis(phase: str) -> str:
-    return f"{phase} speed, × baseline"
-
-
-def _panel(*children: widgets.Widget, name: str) -> widgets.VBox:
+def _panel(*children: widgets.Widget, name: str, wide: bool = False) -> widgets.VBox:
     box = widgets.VBox(list(children))
+    if wide:
+        box.add_class("cr-wide")
     box.add_class("cr-panel")
     box.add_class(f"cr-panel-{name}")
     return box
@@ -220,18 +185,19 @@ def _head(title: widgets.HTML, control: widgets.Widget) -> widgets.HBox:
     return box
 
 
-def _live(fig: go.Figure, height: int | None = None) -> go.FigureWidget:
-    live = go.FigureWidget(fig)
-    live._config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-    live.update_layout(autosize=True, height=height or fig.layout.height)
+def _live(fig: go.Figure) -> LiveFigure:
+    live = LiveFigure(fig)
+    live._config = {"responsive": True, "displayModeBar": False}
+    live.update_layout(autosize=True)
     return live
 
 
-def _redraw(live: go.FigureWidget, fig: go.Figure) -> None:
-    """Give the live figure the data of `fig`, which has the same kinds of traces, in one message."""
+def _redraw(live: LiveFigure, fig: go.Figure) -> None:
+    """Give the live figure the data and axes of `fig`, which has the same kinds of traces."""
     with live.batch_update():
         for old, new in zip(live.data, fig.data, strict=True):
             values = new.to_plotly_json()
             values.pop("type")
             old.update(values)
-        live.layout.xaxis.title.text = fig.layout.xaxis.title.text
+        for axis in ("xaxis", "yaxis"):
+            live.layout[axis].update(fig.layout[axis].to_plotly_json())

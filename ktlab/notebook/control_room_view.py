@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ktlab import html
 from ktlab.checkpoint.embedded import domain_texts
 from ktlab.errors import CheckpointError, KtlabError, SettingError
 from ktlab.model.model import Model
 from ktlab.notebook.control_room_choice import OWN, Choice, Library
 from ktlab.notebook.control_room_controls import Controls, State
 from ktlab.notebook.control_room_engine import Engine, Options, Request
+from ktlab.notebook.control_room_html import Snapshot
 from ktlab.notebook.control_room_results import Point, Results, points
 from ktlab.notebook.control_room_screen import Screen
 
@@ -167,7 +167,9 @@ class ControlRoom:
             rest.setdefault("text", OWN)
         if rest.get("layer", self.state.layer) not in [b.index for b in self.model.moe_blocks]:
             layers = [b.index for b in self.model.moe_blocks]
-            raise SettingError(f"layer {rest['layer']} has no router; the layers with one: {layers}")
+            raise SettingError(
+                f"layer {rest['layer']} has no router; the layers with one: {layers}"
+            )
         state = replace(self.state, **rest)
         if "text" in rest or "own_text" in rest:
             options = self._engine.options
@@ -203,7 +205,7 @@ class ControlRoom:
             self._show_status()
         self._engine.worker.close()
 
-    def snapshot(self) -> "Snapshot":
+    def snapshot(self) -> Snapshot:
         """The view as it is now, as one piece of static HTML."""
         with self._lock:
             return Snapshot(self.screen.static(self.results, self.points, self.state))
@@ -278,16 +280,3 @@ class ControlRoom:
 
 
 IDLE = ("done", "stopped", "failed", "closed")
-
-
-class Snapshot:
-    """A static view: shows itself in a notebook, `.html` is self-contained."""
-
-    def __init__(self, html: str) -> None:
-        self.html = html
-
-    def __repr__(self) -> str:
-        return f"Snapshot of a control room ({len(self.html):,} characters of HTML)"
-
-    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
-        return html.mimebundle(repr(self), self.html)

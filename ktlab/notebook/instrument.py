@@ -14,10 +14,11 @@ import ipywidgets as widgets
 
 from ktlab.errors import ContextError
 from ktlab.notebook.css import style
+from ktlab.notebook.live_figure import LiveFigure
 from ktlab.notebook.worker import Job, Worker
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure, FigureWidget
+    from plotly.graph_objects import Figure
 
     from ktlab.model.model import Model
 
@@ -44,13 +45,11 @@ def numbers(values: Mapping[str, object], *, preliminary: bool = False) -> str:
     return f'<div class="kt-numbers">{cells}</div>'
 
 
-def live(figure: "Figure") -> "FigureWidget":
+def live(figure: "Figure") -> LiveFigure:
     """`figure` as a widget that follows the width of its column and has no tool bar."""
-    import plotly.graph_objects as go
-
-    widget = go.FigureWidget(figure)
-    widget.update_layout(autosize=True)
-    widget._config = {**widget._config, "responsive": True, "displayModeBar": False}
+    widget = LiveFigure(figure)
+    widget.update_layout(autosize=True, margin_t=40)  # room for a title that comes later
+    widget._config = {"displayModeBar": False}
     widget.add_class("kt-figure")
     return widget
 

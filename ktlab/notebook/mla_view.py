@@ -5,6 +5,7 @@ T tokens of a call, S cached positions.
 
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
@@ -90,7 +91,7 @@ class MLAView(Instrument):
             self.model, tokens=tokens, contexts=contexts, ceilings=ceilings, cancel=cancel
         )
         for point in points:
-            if not self.publish(cancel, lambda p=point: self._show_point(p)):
+            if not self.publish(cancel, partial(self._show_point, point)):
                 return
 
     # Showing ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ E experts, T tokens.
 
 import threading
 from collections.abc import Mapping
+from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,7 @@ class OffloadView(Instrument):
             self.model, ids, a={}, b=change, cancel=cancel, baseline=self._baseline, first=48
         )
         for quality in evaluation:
-            if not self.publish(cancel, lambda q=quality: self._show_quality(q, ids)):
+            if not self.publish(cancel, partial(self._show_quality, quality, ids)):
                 return
         prompt = text[:PROMPT_CHARACTERS]
         if prompt not in self._plain:

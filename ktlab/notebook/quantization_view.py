@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
@@ -153,7 +154,7 @@ class QuantizationView(Instrument):
         )
         for quality in evaluation:
             tried = Tried(formats=tuple(formats.items()), text=text, nbytes=size, quality=quality)
-            if not self.publish(cancel, lambda t=tried: self._keep(t)):
+            if not self.publish(cancel, partial(self._keep, tried)):
                 return
 
     def _keep(self, tried: Tried) -> None:

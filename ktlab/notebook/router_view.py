@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FIRST = 96
 """Tokens traced for the first answer; the rest follows."""
+NAMES = ("all domains", "this text")
 
 
 class RouterView(Instrument):
@@ -45,7 +46,7 @@ class RouterView(Instrument):
         self.layer_slider = widgets.SelectionSlider(
             options=layers, value=layers[len(layers) // 2], description="layer"
         )
-        experts = [("by group of the heaviest", None)]
+        experts: list[tuple[str, int | None]] = [("by group of the heaviest", None)]
         experts += [(f"weight of expert {e}", e) for e in range(model.config.num_experts)]
         self.expert_choice = widgets.Dropdown(options=experts, description="colour")
         self.expert_choice.layout.width = "280px"
@@ -56,8 +57,7 @@ class RouterView(Instrument):
         before = None if reference is None else zeros_LE[0]
         self.bars = live(figures.router_histogram(zeros_LE[0], before, height=height))
         self.bars.update_layout(yaxis_rangemode="tozero")
-        names = ("all domains", "this text")
-        for trace, name in zip(self.bars.data, names[-len(self.bars.data) :], strict=True):
+        for trace, name in zip(self.bars.data, NAMES[-len(self.bars.data) :], strict=True):
             trace.name = name
         self.map = live(figures.load_heatmap(zeros_LE, layers, height=height))
         self.bars.data[-1].on_click(self._bar_clicked)
@@ -78,7 +78,7 @@ class RouterView(Instrument):
     @property
     def expert(self) -> int | None:
         """The expert whose weight colours the text, or None for the groups."""
-        return self.expert_choice.value  # type: ignore[no-any-return]
+        return self.expert_choice.value
 
     # Working ---------------------------------------------------------------------------------
 
@@ -195,6 +195,7 @@ class RouterView(Instrument):
         self.wait()
         statistics, layer = self.trace.routing, self.layer  # type: ignore[union-attr]
         before = self.reference.routing.histogram(layer) if self.reference else None
-        return Snapshot(
-            self.to_html(), statistics.histogram(layer).plot(before=before), plain=repr(self)
-        )
+        plot = statistics.histogram(layer).plot(before=before)
+        for trace, name in zip(plot.data, NAMES[-len(plot.data) :], strict=True):
+            trace.name = name
+        return Snapshot(self.to_html(), plot, plain=repr(self))

@@ -4,6 +4,7 @@ Pure functions from values to strings; everything that comes from a text is esca
 T tokens, K selected, E experts, G groups.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -118,6 +119,8 @@ def _wrapped(chosen: list[str], each: int = 8) -> str:
 def _token(piece: str, detail: str, mark: Mark) -> str:
     control = piece.startswith("<") and piece.endswith(">") and len(piece) > 3
     text = piece.replace("\n", "⏎\n").translate(_PICTURES) or "·"
+    if control:  # "<｜begin▁of▁sentence｜>": few fonts have these bars
+        text = f"⟨{re.sub(r'[^a-z0-9]+', ' ', piece.lower()).strip()}⟩"
     about = escape(detail, quote=True).replace("\n", "&#10;")
     kind = ' class="c"' if control or not piece else ""
     return f'<b tabindex="0"{kind}{_colour(mark)} data-t="{about}">{escape(text)}</b>'

@@ -201,6 +201,7 @@ def test_strata_against_the_textbook():
     variance = sum(0.25 * half.var(ddof=1) / 4 for half in (means[:4], means[4:]))
     d = np.concatenate([half - half.mean() for half in (means[:4], means[4:])])
     r = (d[:3] @ d[1:4] + d[4:7] @ d[5:]) / (d @ d) + 2 / 8
-    widening = (1 + r) / (1 - r) if r > 0 else 1.0
-    expected = student_quantile(0.975, 6 / widening) * math.sqrt(variance * widening)
+    r = max(0.0, r)
+    df = 6 * (1 - r**2) / (1 + r**2)
+    expected = student_quantile(0.975, df) * math.sqrt(variance * (1 + r) / (1 - r))
     assert intervals.mean(values, blocks).half_width == pytest.approx(expected, rel=1e-9)

@@ -18,6 +18,7 @@ from ktlab.measurement.quality import (
     summarize,
 )
 from ktlab.measurement.tokens import TokenComparison
+from ktlab.measurement.windows import encoded
 from ktlab.model.model import Model
 
 
@@ -234,6 +235,23 @@ def test_bad_input(model, ids, text, options, error, says):
         next(stream_quality(model, text, **{"a": {}, "b": {}, **options}))
     assert issubclass(error, KtlabError)
     assert next(stream_quality(model, ids, a={}, b={})).identical, "usable afterwards"
+
+
+def test_encoding_only_what_is_needed(monkeypatch):
+    from ktlab.checkpoint.tokenizer import Tokenizer
+
+    checkpoint = synthesize(TINY_TEST_CONFIG)
+    checkpoint.tokenizer = byte_tokenizer(TINY_TEST_CONFIG.vocab_size)
+    model, text = Model(checkpoint), "äöü and so on. " * 5000
+    whole, encode, seen = model.tokenizer.encode(text), Tokenizer.encode, []
+
+    def encode_and_note(self, text, **options):
+        seen.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode_and_note)
+    assert encoded(model, text, limit=100).tolist() == whole[:100]
+    assert sum(seen) < 2000
 
 
 def test_json_and_html(model, ids):

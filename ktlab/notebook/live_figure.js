@@ -1,0 +1,89 @@
+// The page's side of live_figure.py: one Plotly for all figures, each drawn from its whole state.
+
+const hub = (globalThis.ktlabPlotly ??= newHub());
+
+function newHub() {
+  let give;
+  const source = new Promise((resolve) => { give = resolve; });
+  let plotly;
+  // Loaded when the first figure is drawn, so that it holds up no widget's start.
+  return { give, plotly: () => (plotly ??= source.then(load)) };
+}
+
+async function load(source) {
+  // Plotly's file fills module.exports where there is one.
+  const parts = ["const module = {exports: {}};\n", source, "\nexport default module.exports;"];
+  const url = URL.createObjectURL(new Blob(parts, { type: "text/javascript" }));
+  try {
+    return (await import(/* webpackIgnore: true */ url)).default;
+  } finally {
+    URL.revokeObjectURL(url);
+  }
+}
+
+// Draws the latest state; states that arrive while it draws are skipped but for the last.
+function drawer(model, plot, Plotly) {
+  let busy = false;
+  let drawn;
+  return async () => {
+    if (busy) return;
+    busy = true;
+    try {
+      while (drawn !== model.get("_shown")) {
+        drawn = model.get("_shown");
+        const { data, layout } = JSON.parse(drawn);
+        await Plotly.react(plot, data, layout, model.get("_config"));
+      }
+    } finally {
+      busy = false;
+    }
+  };
+}
+
+// What FigureWidget's `trace.on_click(callback)` waits for on the Python side.
+function tellClick(model, { points }) {
+  const each = (what) => points.map(what);
+  model.set("_js2py_pointsCallback", {
+    event_type: "plotly_click",
+    points: {
+      trace_indexes: each((point) => point.curveNumber),
+      point_indexes: each((point) => point.pointNumber),
+      xs: each((point) => point.x),
+      ys: each((point) => point.y),
+    },
+  });
+  model.save_changes();
+}
+
+export default {
+  initialize({ model }) {
+    const source = model.get("source");
+    if (source) hub.give(source);
+  },
+
+  render({ model, el }) {
+    const plot = document.createElement("div");
+    el.append(plot);
+    let stop = () => {};
+    let gone = false;
+    hub.plotly().then((Plotly) => {
+      if (gone) return;
+      const draw = drawer(model, plot, Plotly);
+      const watch = new ResizeObserver(() => plot.data && plot.offsetParent && Plotly.Plots.resize(plot));
+      model.on("change:_shown", draw);
+      draw().then(() => {
+        watch.observe(el);
+        plot.on("plotly_click", (event) => tellClick(model, event));
+      });
+      stop = () => {
+        watch.disconnect();
+        model.off("change:_shown", draw);
+        Plotly.purge(plot);
+      };
+    });
+    return () => {
+      gone = true;
+      stop();
+    };
+  },
+};

@@ -1,0 +1,55 @@
+"""Live figures come up filled, follow changes made before and after they are drawn, and resize."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.browser.lab import Lab
+from tests.browser.test_harness import write_notebook
+
+pytestmark = pytest.mark.browser
+
+FIGURES = """\
+import ipywidgets as widgets
+import plotly.graph_objects as go
+from ktlab.notebook.live_figure import LiveFigure
+
+figures = [LiveFigure(go.Bar(y=[3, 1, 2])) for _ in range(6)]
+for figure in figures:
+    figure.update_layout(height=150, margin=dict(l=20, r=0, t=0, b=20), autosize=True)
+button = widgets.Button(description="press")
+button.add_class("the-button")
+
+def pressed(_):
+    for figure in figures:
+        for count in range(4, 8):
+            with figure.batch_update():
+                figure.data[0].y = list(range(1, count + 1))
+                figure.layout.title.text = "pressed"
+
+button.on_click(pressed)
+widgets.VBox([button, *figures])
+"""
+CHANGED_AT_ONCE = "figures[0].data[0].y = [1, 2, 3, 4, 5]"
+
+
+def bars(count: int, figures: int = 6) -> str:
+    plots = "[...document.querySelectorAll('.js-plotly-plot')]"
+    each = f"plot => plot.querySelectorAll('.bars .point').length === {count}"
+    return f"{plots}.filter({each}).length === {figures}"
+
+
+def test_figures_follow_their_objects(lab: Lab, notebook_folder: Path) -> None:
+    name = write_notebook(notebook_folder, "live-figure.ipynb", FIGURES, CHANGED_AT_ONCE)
+    lab.open(name, height=1500)
+    lab.run_all()
+    lab.wait_until(bars(5, figures=1))
+    lab.wait_until(bars(3, figures=5))
+    lab.page.click(".the-button")
+    lab.wait_until(bars(7))
+    lab.screenshot("live-figure")
+    width = "document.querySelector('.js-plotly-plot .main-svg').clientWidth"
+    wide = lab.page.evaluate(width)
+    lab.page.set_viewport_size({"width": 800, "height": 1500})
+    lab.wait_until(f"{width} < {wide - 200}")
+    assert not lab.complaints()
