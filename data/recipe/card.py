@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ktlab
-from ktlab.measurement.intervals import Interval
+from ktlab.interval import Interval
 from ktlab.measurement.provenance import Provenance
 from ktlab.measurement.quality import Quality, measure_quality
 from ktlab.measurement.tokens import BaselineCache

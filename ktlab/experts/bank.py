@@ -3,6 +3,7 @@
 T tokens, D hidden, E experts, K selected, F expert width.
 """
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,8 @@ class ExpertBank:
         self.gate, self.up, self.down = gate, up, down
         self.backend = dispatch.AUTO
         self._operands: dict[str, Any] = {}
+        # By format, weights and operands: requantized once, shared by clones like the rest.
+        self._requantized: dict[str, tuple[tuple[QTensor, QTensor, QTensor], dict[str, Any]]] = {}
 
     @property
     def formats(self) -> tuple[str, str, str]:
@@ -81,13 +84,15 @@ class ExpertBank:
 
     def quantized(self, format: str) -> "ExpertBank":
         """The same experts in another format (rows that do not fit it fall back as in llama.cpp),
-        with the same backend setting."""
-        weights = (
-            weight.requantize(fallback_format(format, weight.shape[-1]))
-            for weight in (self.gate, self.up, self.down)
-        )
-        bank = ExpertBank(self.layer, *weights)
-        bank.backend = self.backend
+        with the same switches."""
+        if format not in self._requantized:
+            gate, up, down = (
+                weight.requantize(fallback_format(format, weight.shape[-1]))
+                for weight in (self.gate, self.up, self.down)
+            )
+            self._requantized[format] = ((gate, up, down), {})
+        bank = copy.copy(self)
+        (bank.gate, bank.up, bank.down), bank._operands = self._requantized[format]
         return bank
 
     def __repr__(self) -> str:

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from ktlab import figures, html
 from ktlab.errors import TraceError, nearest
 from ktlab.experts.cache_order import positions
+from ktlab.interval import Interval
 from ktlab.routing import intervals
-from ktlab.routing.intervals import Interval
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

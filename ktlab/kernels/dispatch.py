@@ -93,7 +93,7 @@ EXPERT_KERNELS: tuple[ExpertKernel, ...] = (
     ExpertKernel(
         backend="numba",
         isa="LLVM's choice",
-        purpose=f"few tokens: reads the 8-bit values once (auto up to {NUMBA_TOKENS} tokens a call)",
+        purpose=f"few tokens: reads the 8-bit values once (auto: up to {NUMBA_TOKENS} a call)",
         layout="codes and scales apart",
         reject=_only_q8_0,
         prepare=numba_moe.prepare,

@@ -14,6 +14,7 @@ class Linear:
 
     def __init__(self, weight: QTensor) -> None:
         self.weight = weight
+        self._requantized: dict[str, Linear] = {}
 
     @cached_property
     def weight_OI(self) -> Tensor:
@@ -25,7 +26,10 @@ class Linear:
 
     def quantized(self, format: str) -> "Linear":
         """The same matrix in another format; rows that do not fit it fall back as in llama.cpp."""
-        return Linear(self.weight.requantize(fallback_format(format, self.weight.shape[-1])))
+        if format not in self._requantized:
+            fitting = fallback_format(format, self.weight.shape[-1])
+            self._requantized[format] = Linear(self.weight.requantize(fitting))
+        return self._requantized[format]
 
     @property
     def nbytes(self) -> int:

@@ -18,7 +18,7 @@ import ktlab
 from ktlab import html
 from ktlab.measurement import hardware
 from ktlab.measurement.provenance import git_revision, version
-from ktlab.measurement.record import Record
+from ktlab.record import Record
 
 Verdict = Literal["ok", "warn", "missing"]
 GIB = 1 << 30

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from ktlab import html
 from ktlab.errors import KtlabError
-from ktlab.measurement.intervals import Interval
+from ktlab.interval import Interval
 from ktlab.measurement.provenance import Provenance
 from ktlab.measurement.quality import Quality, measure_quality
-from ktlab.measurement.record import Record
 from ktlab.measurement.speed import SpeedComparison, measure_speed
 from ktlab.measurement.sweep import sweep
 from ktlab.measurement.tokens import BaselineCache
 from ktlab.measurement.windows import Text, label, settings_of
+from ktlab.record import Record
 
 if TYPE_CHECKING:
     import pandas as pd

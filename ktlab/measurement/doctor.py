@@ -7,7 +7,7 @@ from typing import Any
 from ktlab import html
 from ktlab.measurement import checks
 from ktlab.measurement.checks import Check
-from ktlab.measurement.record import Record
+from ktlab.record import Record
 
 MARKS = {"ok": "✓", "warn": "!", "missing": "✗"}
 TONES = {"ok": "ok", "warn": "warn", "missing": "bad"}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ktlab.measurement.record import Record
+from ktlab.record import Record
 
 FEATURES = (
     "avx2",

@@ -11,7 +11,7 @@ from pathlib import Path
 import ktlab
 from ktlab import html
 from ktlab.measurement import hardware
-from ktlab.measurement.record import Record
+from ktlab.record import Record
 
 LIBRARIES = ("torch", "numpy", "numba", "gguf")
 

@@ -37,9 +37,10 @@ def stream_quality(
     `text`: a string, token ids (which spares encoding a long string each time), or several of
     them by name (domains: strata of the interval).
     `a` and `b`: what `model.override` takes, on top of the model's settings of this moment;
-    `model` itself is not touched. Each window of `window` tokens is predicted from an empty cache;
-    every token but the first is predicted once. `max_tokens`: tokens in all, shared evenly by the
-    texts. `cancel` is looked at before every forward pass; what was yielded stays valid.
+    `model` itself is not touched. Each window of `window` tokens is predicted from an empty cache,
+    its first token seen as BOS; every token but the first is predicted once. `max_tokens`: tokens
+    in all, shared evenly by the texts. `cancel` is looked at before every forward pass; what was
+    yielded stays valid.
     `baseline`: keeps a's predictions, so that the next b on the same text is twice as fast.
     ContextError on a text under 2 tokens or a window beyond the model's context.
     """
@@ -143,7 +144,8 @@ def method(window: int, texts: int) -> str:
     """How the figures came about, in words."""
     several = f", {texts} texts as strata" if texts > 1 else ""
     return (
-        f"paired token by token, windows of {window} tokens, each from an empty cache{several}; "
+        f"paired token by token, windows of {window} tokens, each behind BOS and with an empty cache"
+        f"{several}; "
         "intervals by block jackknife with Student's quantile (ktlab.measurement.intervals); "
         "KL(a || b) in nats"
     )

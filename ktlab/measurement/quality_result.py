@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from ktlab import html
+from ktlab.interval import Interval
 from ktlab.measurement import intervals
 from ktlab.measurement.blocks import Blocks
-from ktlab.measurement.intervals import Interval
-from ktlab.measurement.record import Record, unsaved
 from ktlab.measurement.tokens import TokenComparison
+from ktlab.record import Record, unsaved
 
 ROUNDING_NATS = 1e-6
 """A mean KL divergence up to this is float32 rounding, not a change (measured: see the tests)."""

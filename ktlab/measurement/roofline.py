@@ -16,7 +16,7 @@ import torch
 
 from ktlab import html
 from ktlab.measurement import hardware
-from ktlab.measurement.record import Record
+from ktlab.record import Record
 
 MIB = 1 << 20
 BUFFER_BYTES = (2 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)

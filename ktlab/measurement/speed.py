@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ktlab import html
 from ktlab.errors import ContextError, SettingError
+from ktlab.interval import Interval
 from ktlab.measurement import intervals
-from ktlab.measurement.intervals import Interval
-from ktlab.measurement.record import Record
 from ktlab.measurement.roofline import Bound, Ceilings, measure_machine
 from ktlab.measurement.windows import Text, encoded, label
+from ktlab.record import Record
 
 if TYPE_CHECKING:
     from ktlab.model.model import Model

@@ -9,10 +9,10 @@ from ktlab import html
 from ktlab.errors import SettingError
 from ktlab.measurement.provenance import Provenance
 from ktlab.measurement.quality import Quality, measure_quality
-from ktlab.measurement.record import Record
 from ktlab.measurement.speed import Speed, measure_speed
 from ktlab.measurement.tokens import BaselineCache
 from ktlab.measurement.windows import Text, label, settings_of
+from ktlab.record import Record
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -76,6 +76,8 @@ def evaluate(
     total = sum(len(ids) - 1 for ids in texts.values())
     clone_a, clone_b = model.clone(), model.clone()
     bytes_of = TokenBytes(model)
+    tokenizer = model.checkpoint.tokenizer
+    bos = tokenizer.bos_id if tokenizer is not None and tokenizer.add_bos else None
     with clone_a.override(**a), clone_b.override(**b):
         key = settings_key(clone_a)
         identical = key == settings_key(clone_b)
@@ -85,7 +87,7 @@ def evaluate(
             )
             for name, ids_T in texts.items()
         }
-        for name, inputs_T, targets_T in _in_turn(texts, window, first):
+        for name, inputs_T, targets_T in _in_turn(texts, window, first, bos):
             if cancel is not None and cancel.is_set():
                 return
             before = _baseline(clone_a, inputs_T, targets_T, baseline, groups[name], total)
@@ -171,15 +173,22 @@ def _encoded(
 
 
 def _in_turn(
-    texts: Mapping[str, Tensor], window: int, first: int
+    texts: Mapping[str, Tensor], window: int, first: int, bos: int | None
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, inputs, targets) of every window: the first of each text, the second of each, ..."""
+    """(name, inputs, targets) of every window: the first of each text, the second of each, ...
+
+    The first token of a later window is seen as `bos`, where the model has one.
+    """
 
     def cut(name: str, ids_T: Tensor, size: int) -> Iterator[tuple[str, Tensor, Tensor]]:
         start = 0
         while start < len(ids_T) - 1:
             stop = min(start + size, len(ids_T) - 1)
-            yield name, ids_T[start:stop], ids_T[start + 1 : stop + 1]
+            inputs_T = ids_T[start:stop]
+            if bos is not None and start:
+                # As llama.cpp's perplexity tool does: a text never starts without it in training.
+                inputs_T = torch.cat((torch.tensor([bos]), inputs_T[1:]))
+            yield name, inputs_T, ids_T[start + 1 : stop + 1]
             start, size = stop, window
 
     first = min(first, window)

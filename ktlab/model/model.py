@@ -52,8 +52,6 @@ class Model:
         self.layers: list[Layer] = build_layers(checkpoint)
         self.output_norm_D = vector(checkpoint, "output_norm.weight")
         self.output = Linear(checkpoint.tensor("output.weight"))
-        # Requantized stages by (weights, format): shared by clones, so a toggle is instant again.
-        self._requantized: dict[tuple[int, str], tuple[Any, Any]] = {}
 
     # What is there ---------------------------------------------------------------------------
 
@@ -240,16 +238,8 @@ class Model:
         return change
 
     def requantized(self, stage: Any, format: str) -> Any:
-        """`stage` in another format, kept for the next time; its own switches are carried over."""
-        kept = self._requantized.get((id(stage), format))
-        if kept is None:
-            # The original is kept too: its id is the key and must not be reused.
-            kept = self._requantized[id(stage), format] = (stage, stage.quantized(format))
-        result = copy.copy(kept[1])
-        for switch in ("form", "backend"):
-            if hasattr(stage, switch):
-                setattr(result, switch, getattr(stage, switch))
-        return result
+        """One stage in another format: computed once for all clones, with the stage's switches."""
+        return stage.quantized(format)
 
     def clone(self) -> "Model":
         """A second model over the same weights with switches of its own, e.g. for a thread."""

@@ -70,7 +70,7 @@ class Controls:
         for name, widget in make.items():
             widget.style = wide
             widget.observe(lambda change, n=name: self._changed(n, change["new"]), names="value")
-            widget.add_class(f"cr-{name.replace('_', '-')}")
+            widget.add_class(f"cr-c-{name.replace('_', '-')}")
         make["quick_k"].add_class("cr-k")
         self.stop.add_class("cr-stop")
         self.own = widgets.VBox([make["own_text"], self.use])

@@ -8,7 +8,7 @@ from typing import Any
 
 from ktlab import html
 from ktlab.html import Raw, byte_size, text
-from ktlab.measurement.intervals import Interval
+from ktlab.interval import Interval
 from ktlab.model.model import Model
 from ktlab.notebook.control_room_choice import ALL, OWN
 from ktlab.notebook.control_room_results import Results

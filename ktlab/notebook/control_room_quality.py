@@ -5,7 +5,7 @@ from math import isfinite
 
 from ktlab.figures import BLUE
 from ktlab.html import Raw, text
-from ktlab.measurement.intervals import Interval
+from ktlab.interval import Interval
 from ktlab.measurement.quality import Quality
 from ktlab.notebook.control_room_html import EMPTY, expression, number, panel_title, tile
 from ktlab.notebook.control_room_results import Progress, Results

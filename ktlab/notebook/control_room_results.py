@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktlab.measurement.intervals import Interval
+from ktlab.interval import Interval
 from ktlab.measurement.quality import Quality
 from ktlab.measurement.speed import SpeedComparison
 from ktlab.notebook.control_room_choice import Choice

@@ -60,8 +60,12 @@ class Screen:
             [
                 _panel(self.html["quality"], name="quality"),
                 _panel(self.html["speed"], self.html["stages"], name="speed"),
-                _panel(_head(self.html["router_title"], layer), self.live["router"], self.html["router"],
-                       name="router"),
+                _panel(
+                    _head(self.html["router_title"], layer),
+                    self.live["router"],
+                    self.html["router"],
+                    name="router",
+                ),
                 _panel(_head(self.html["plane_title"], phase), self.live["plane"], name="plane"),
                 _panel(self.html["text"], name="text", wide=True),
             ]
@@ -167,7 +171,8 @@ class Screen:
             found["text"],
         )
         inner = "".join(f'<div class="cr-panel">{body}</div>' for body in bodies)
-        return f'{style("control_room")}<div class="ktlab-room">{self._header}<div class="cr-grid">{inner}</div></div>'
+        grid = f'<div class="cr-grid">{inner}</div>'
+        return f'{style("control_room")}<div class="ktlab-room">{self._header}{grid}</div>'
 
 
 def _panel(*children: widgets.Widget, name: str, wide: bool = False) -> widgets.VBox:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from ktlab.figures import COLORS, INK
 from ktlab.html import Raw, text
-from ktlab.measurement.intervals import Interval
+from ktlab.interval import Interval
 from ktlab.measurement.speed import Speed
 from ktlab.notebook.control_room_html import EMPTY, expression, number, panel_title, tile
 from ktlab.notebook.control_room_results import STAGES, Results, StageTimes

@@ -79,6 +79,15 @@ def loss_view(
     )  # fmt: skip
 
 
+def beginning(text: str, characters: int) -> str:
+    """The first words of a text, about `characters` long, without white space at the end."""
+    if len(text) <= characters:
+        return text.rstrip() or text
+    head = text[:characters]
+    space = max(head.rfind(" "), head.rfind("\n"))
+    return head[: space if space > characters // 2 else characters].rstrip() or head
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many leading tokens two generations share."""
     for index, (x, y) in enumerate(zip(a, b, strict=False)):

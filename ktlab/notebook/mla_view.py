@@ -58,14 +58,15 @@ class MLAView(Instrument):
         self.again.on_click(lambda _: self.refresh())
         self.summary = widgets.HTML()
         self.charts = {
+            "time": live(_lines("time of attention, a call", "time, ms", measured=True)),
+            "work": live(_lines("work of attention, a call", "work, MFLOP", measured=False)),
             "cache": live(_lines("cache of the whole model", "cache, MiB", measured=False)),
-            "work": live(_lines("work of attention, one call", "MFLOP", measured=False)),
-            "time": live(_lines("time of attention, one call", "ms", measured=True)),
         }
         top = widgets.HBox([self.source.choice, self.calls, self.again])
         top.add_class("kt-controls")
         row = widgets.HBox(list(self.charts.values()))
         row.add_class("kt-row")
+        row.add_class("kt-thirds")
         self.body.children = [top, self.source.area, self.summary, row]
         self.refresh()
 
@@ -185,13 +186,13 @@ class MLAView(Instrument):
         import plotly.graph_objects as go
 
         self.wait()
-        plots = [go.Figure(self.charts[name].to_dict()) for name in ("cache", "work", "time")]
+        plots = [go.Figure(self.charts[name].to_dict()) for name in self.charts]
         return Snapshot(self.to_html(), *plots, plain=repr(self))
 
 
 def _lines(title: str, unit: str, *, measured: bool) -> "Figure":
     """An empty chart over context, both axes logarithmic: a line for each form and its floor."""
-    fig = figures.figure(title, x="context, tokens", y=unit, height=280)
+    fig = figures.figure(title, x="context, tokens", y=unit, height=300)
     for form in FORMS:
         line = {"color": COLOR[form], "dash": DASH[form], "width": 2}
         fig.add_scatter(
@@ -207,5 +208,5 @@ def _lines(title: str, unit: str, *, measured: bool) -> "Figure":
             )  # fmt: skip
     ticks = default_contexts(1 << 14)
     fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{n:,}" for n in ticks])
-    fig.update_yaxes(type="log", dtick=1)
+    fig.update_yaxes(type="log", dtick="D2")
     return fig

@@ -15,7 +15,14 @@ from ktlab import figures, html
 from ktlab.measurement.quality import Quality, stream_quality
 from ktlab.measurement.tokens import BaselineCache
 from ktlab.notebook.css import style
-from ktlab.notebook.expert_choice import ORDERS, common_prefix, loss_view, most_masked, pick
+from ktlab.notebook.expert_choice import (
+    ORDERS,
+    beginning,
+    common_prefix,
+    loss_view,
+    most_masked,
+    pick,
+)
 from ktlab.notebook.instrument import Instrument, Snapshot, TextSource, live, numbers
 
 if TYPE_CHECKING:
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
 MOST_TOKENS = 768
 CONTINUATION = 32
 PROMPT_CHARACTERS = 160
+GONE = "rgba(213,94,0,0.45)"
 
 
 class OffloadView(Instrument):
@@ -52,7 +60,7 @@ class OffloadView(Instrument):
         self.source = TextSource(texts, self.refresh)
         layers = list(config.moe_layers)
         self.layer_choice = widgets.SelectionSlider(
-            options=layers, value=layers[0], description="layer", continuous_update=False
+            options=layers, value=layers[-1], description="layer", continuous_update=False
         )
         self.order_choice = widgets.Dropdown(
             options=ORDERS, value="hottest", description="take away"
@@ -117,7 +125,7 @@ class OffloadView(Instrument):
         for quality in evaluation:
             if not self.publish(cancel, partial(self._show_quality, quality, ids)):
                 return
-        prompt = text[:PROMPT_CHARACTERS]
+        prompt = beginning(text, PROMPT_CHARACTERS)
         if prompt not in self._plain:
             self._plain[prompt] = self._continue(self.model, prompt, cancel)
         with model.override(**change):
@@ -155,7 +163,13 @@ class OffloadView(Instrument):
         self.quality, self.continuations = None, None
         with self.bars.batch_update():
             self.bars.data[0].y, self.bars.data[1].y = before.relative_E, after.relative_E
-            self.bars.layout.title.text = f"layer {self.layer}: load before and after"
+            gone = set(masked)
+            self.bars.data[0].marker.color = [
+                GONE if e in gone else figures.FAINT for e in range(len(before))
+            ]
+            self.bars.layout.title.text = (
+                f"layer {self.layer}: load before and after; red: taken away"
+            )
         self.summary.value = numbers(self.figures(), preliminary=True)
 
     def _show_quality(self, quality: Quality, ids: list[int]) -> None:

@@ -6,8 +6,8 @@ Letters: T tokens, E experts, B units of resampling, G domains.
 import numpy as np
 from numpy.typing import NDArray
 
+from ktlab.interval import Interval
 from ktlab.routing import intervals
-from ktlab.routing.intervals import Interval
 
 SHUFFLES = 200
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ktlab import html
-from ktlab.routing.intervals import Interval
+from ktlab.interval import Interval
 
 
 class Shown:

@@ -8,11 +8,12 @@ Letters: T tokens, B units, R resamples, X whatever a unit sums up.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from math import isnan, nan, sqrt
+from math import inf, nan, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ktlab.interval import Interval
 
 ENOUGH_TEXTS = 20
 """From this many texts on, a text is the unit; below, blocks of consecutive tokens are."""
@@ -20,40 +21,6 @@ MIN_BLOCK, MAX_BLOCK = 16, 512
 RESAMPLES = 1000
 
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A measured value with its confidence interval; `low` and `high` are nan where there is none.
-
-    `n` counts the independent units behind it (blocks of tokens, repeats), not the tokens.
-    """
-
-    value: float
-    low: float
-    high: float
-    level: float = 0.95
-    n: int
-    unit: str = ""
-
-    def contains(self, value: float) -> bool:
-        return self.low <= value <= self.high
-
-    def __float__(self) -> float:
-        return self.value
-
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
-
-    def to_dict(self) -> dict[str, float | int | str]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        unit = f" {self.unit}" if self.unit else ""
-        if isnan(self.low) or isnan(self.high):
-            return f"{self.value:.4g}{unit} (no interval: n = {self.n})"
-        return f"{self.value:.4g}{unit} [{self.low:.4g}, {self.high:.4g}]"
 
 
 def runs(*labels: NDArray | None) -> NDArray[np.int64]:
@@ -130,7 +97,7 @@ def spread(
     biases (entropy, divergence) is not shifted; widened by sqrt(B/(B-1)) for few units.
     """
     if count < 2:
-        return np.full_like(value, nan), np.full_like(value, nan)
+        return np.full_like(value, -inf), np.full_like(value, inf)
     tail = (1 - level) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail], axis=0) - resampled.mean(axis=0)
     widen = sqrt(count / (count - 1))
@@ -150,7 +117,8 @@ def bootstrap(
     count = len(sums_BX)
     value = statistic(sums_BX.sum(axis=0, keepdims=True))
     low, high = spread(value, statistic(draws(count, seed=seed) @ sums_BX), count, level)
-    (low, high) = np.clip(low, *bounds), np.clip(high, *bounds)
+    if count > 1:  # one unit bounds nothing: its ends stay infinite
+        low, high = np.clip(low, *bounds), np.clip(high, *bounds)
     return Interval(
         value=float(value[0]),
         low=float(low[0]),
@@ -167,7 +135,7 @@ def ratio(
     """Interval of a rate in 0..1: sum of numerators over sum of denominators."""
     used_B = np.asarray(denominator_B) > 0
     if not used_B.any():
-        return Interval(value=nan, low=nan, high=nan, n=0, unit=unit)
+        return Interval(value=nan, low=-inf, high=inf, n=0, unit=unit)
     pairs_B2 = np.stack([numerator_B, denominator_B], axis=1)[used_B]
     return bootstrap(
         pairs_B2, lambda total: total[:, 0] / total[:, 1], unit=unit, bounds=(0, 1), seed=seed

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktlab import figures
+from ktlab.interval import Interval
 from ktlab.routing.findings import Shown
-from ktlab.routing.intervals import Interval
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from ktlab import html
 from ktlab.errors import TraceError
+from ktlab.interval import Interval
 from ktlab.routing import heldout, intervals
 from ktlab.routing.divergence import domain_js, entropy_bits, js_bits, js_by_chance, js_interval
 from ktlab.routing.findings import Entropy, HotSet, Predictability, Rate
-from ktlab.routing.intervals import Interval
 from ktlab.routing.overlap import chance_overlap, quasi_independent
 from ktlab.routing.patterns import Coactivation, DomainDivergence, Histogram
 from ktlab.routing.selections import Selections, span

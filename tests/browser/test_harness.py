@@ -12,8 +12,9 @@ pytestmark = pytest.mark.browser
 WIDGETS = """\
 import ipywidgets as widgets
 import plotly.graph_objects as go
+from ktlab.notebook.live_figure import LiveFigure
 
-figure = go.FigureWidget(go.Bar(y=[3, 1, 2]))
+figure = LiveFigure(go.Bar(y=[3, 1, 2]))
 button = widgets.Button(description="press")
 button.add_class("the-button")
 label = widgets.Label("not pressed")

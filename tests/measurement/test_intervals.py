@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
+from ktlab.interval import Interval
 from ktlab.measurement import intervals
 from ktlab.measurement.blocks import Blocks, student_quantile
-from ktlab.measurement.intervals import Interval
 
 
 def autoregressive(rng, runs, tokens, r):

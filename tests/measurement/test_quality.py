@@ -123,7 +123,10 @@ def test_a_real_change_is_significant_and_perplexity_is_right(model, ids):
     starts = [0, 64, 320, 576]
     with model.override(top_k=1):
         for start, stop in zip(starts, [*starts[1:], 599], strict=True):
-            logits = model.forward(ids[start:stop])
+            window = ids[start:stop].clone()
+            if start:
+                window[0] = model.tokenizer.bos_id
+            logits = model.forward(window)
             losses.append(
                 torch.nn.functional.cross_entropy(
                     logits, ids[start + 1 : stop + 1], reduction="none"

@@ -266,3 +266,13 @@ def test_without_a_tokenizer_text_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no tokenizer"):
         silent.generate("text")
     assert silent.forward([1, 2]).shape == (2, 100)
+
+
+def test_requantizing_is_done_once_for_all_clones(model: Model) -> None:
+    seen = []
+    for twin in (model, model.clone(), model.clone()):
+        with twin.override(quantize={"experts": "q5_1", "attention": "q5_1"}, backend="numpy"):
+            block = twin.layers[1]
+            assert block.experts.backend == "numpy"
+            seen.append((block.experts.gate, block.attention.weights.q_b.weight))
+    assert all(gate is seen[0][0] and q_b is seen[0][1] for gate, q_b in seen)
