@@ -144,7 +144,7 @@ def method(window: int, texts: int) -> str:
     """How the figures came about, in words."""
     several = f", {texts} texts as strata" if texts > 1 else ""
     return (
-        f"paired token by token, windows of {window} tokens, each behind BOS and with an empty cache"
+        f"paired token by token, windows of {window} tokens, each behind BOS, cache empty"
         f"{several}; "
         "intervals by block jackknife with Student's quantile (ktlab.measurement.intervals); "
         "KL(a || b) in nats"
