@@ -94,8 +94,13 @@ class Controls:
             cell.layout.overflow = "visible"
         return row
 
-    def show(self, state: State, baselines: Sequence[Choice] = ()) -> None:
-        """Set every control to the state, without asking for anything."""
+    def show(
+        self, state: State, baselines: Sequence[Choice] = (), *, keep_text: bool = False
+    ) -> None:
+        """Set every control to the state, without asking for anything.
+
+        `keep_text` leaves alone what the reader is typing, which the state did not accept.
+        """
         showing, self._showing = self._showing, True
         try:
             choice, controls = state.choice, self.all
@@ -108,9 +113,11 @@ class Controls:
             controls["threshold"].layout.display = "none" if fixed else None
             if not fixed:
                 controls["threshold"].value = choice.threshold
-            for name in ("text", "own_text", "layer", "phase"):
+            texts = () if keep_text else ("text", "own_text")
+            for name in (*texts, "layer", "phase"):
                 controls[name].value = getattr(state, name)
-            self.show_own(state.text == OWN)
+            if not keep_text:
+                self.show_own(state.text == OWN)
             self._show_baselines(state, baselines)
         finally:
             self._showing = showing
@@ -118,16 +125,6 @@ class Controls:
     def show_own(self, visible: bool) -> None:
         """Open or close the box for the reader's text."""
         self.own.layout.display = None if visible else "none"
-
-    def show_typed(self, typed: str) -> None:
-        """Leave what the reader has typed in the box."""
-        showing, self._showing = self._showing, True
-        try:
-            self.all["text"].value = OWN
-            self.all["own_text"].value = typed
-            self.show_own(True)
-        finally:
-            self._showing = showing
 
     def _show_baselines(self, state: State, baselines: Sequence[Choice]) -> None:
         control = self.all["baseline"]

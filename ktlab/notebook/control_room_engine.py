@@ -25,6 +25,9 @@ from ktlab.notebook.worker import Worker
 
 Update = tuple[Results, str]
 """What is known now, and the phase that is going on ("done" at the end)."""
+Fields = dict[str, Any]
+Found = tuple[Fields, str]
+Texts = dict[str, list[int]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,34 +118,31 @@ class Engine:
         )
         start, before = perf_counter(), results.seconds
         for found, phase in self._measure(model, request, results):
-            yield replace(found, seconds=before + perf_counter() - start), phase
+            results = replace(results, **found, seconds=before + perf_counter() - start)
+            yield results, phase
 
-    def _measure(self, model: Model, request: Request, results: Results) -> Iterator[Update]:
-        if results.quality is None:
-            results = self._first_answer(model, request, results)
-            yield results, "first answer"
+    def _measure(self, model: Model, request: Request, known: Results) -> Iterator[Found]:
+        """What is not known yet, as fields of `Results` with the phase they come from."""
+        if known.quality is None:
+            yield self._first_answer(model, request), "first answer"
         texts = request.library.ids(model, request.text, self.options.max_tokens)
-        if results.stages is None:
-            times, histogram = phases.stages(
-                model, request.baseline, request.choice, texts, self.options
-            )
-            results = replace(results, stages=times, histogram=histogram)
-            yield results, "stages"
-        if results.preliminary or not (results.quality and results.quality.done):
-            for step in self._quality(model, request, results, texts):
-                results = step
-                yield results, "quality"
-        if results.generations is None or not results.generations.done:
-            for step in self._text(model, request, results, texts):
-                results = step
-                yield results, "text"
-        if results.speed is None or not results.speed.done:
-            for step in self._speed(model, request, results, texts):
-                results = step
-                yield results, "speed"
-        yield results, "done"
+        timed = known.stages is not None
+        for found in self._quality(model, request, known, texts):
+            yield found, "quality"
+            if not timed and found["quality"].windows > 1:  # after a number that can be believed
+                yield self._stages(model, request, texts), "stages"
+                timed = True
+        if not timed:
+            yield self._stages(model, request, texts), "stages"
+        if known.generations is None or not known.generations.done:
+            for found in self._text(model, request, texts):
+                yield found, "text"
+        if known.speed is None or not known.speed.done:
+            for found in self._speed(model, request, known, texts):
+                yield found, "speed"
+        yield {}, "done"
 
-    def _first_answer(self, model: Model, request: Request, results: Results) -> Results:
+    def _first_answer(self, model: Model, request: Request) -> Fields:
         start = perf_counter()
         texts = request.library.ids(model, request.text, self.options.preview_tokens)
         before, after = (
@@ -153,7 +153,13 @@ class Engine:
         quality, histogram = phases.first_answer(
             model, before, after, labels, perf_counter() - start
         )
-        return replace(results, quality=quality, histogram=histogram, preliminary=True)
+        return {"quality": quality, "histogram": histogram, "preliminary": True}
+
+    def _stages(self, model: Model, request: Request, texts: Texts) -> Fields:
+        times, histogram = phases.stages(
+            model, request.baseline, request.choice, texts, self.options
+        )
+        return {"stages": times, "histogram": histogram}
 
     def _glance(self, model: Model, request: Request, choice: Choice, texts: Any) -> Glance:
         key = (choice, request.text_key)
@@ -164,27 +170,23 @@ class Engine:
         return self._glances[key]
 
     def _quality(
-        self, model: Model, request: Request, results: Results, texts: dict[str, list[int]]
-    ) -> Iterator[Results]:
-        known = 0 if results.preliminary or not results.quality else results.quality.tokens
+        self, model: Model, request: Request, known: Results, texts: Texts
+    ) -> Iterator[Fields]:
+        before = 0 if known.preliminary or not known.quality else known.quality.tokens
+        if before and known.quality and known.quality.done:
+            return
+        history = known.history
         a, b = request.baseline.overrides(), request.choice.overrides()
         for quality in stream_quality(
             model, texts, a=a, b=b, window=self.options.window, baseline=self._baseline
         ):
             quality = replace(quality, label_a=request.baseline.label, label_b=request.choice.label)
-            if quality.tokens <= known:  # cancelled and resumed: never show less than before
+            if quality.tokens <= before:  # cancelled and resumed: never show less than before
                 continue
-            results = replace(
-                results,
-                quality=quality,
-                preliminary=False,
-                history=(*results.history, _progress(quality)),
-            )
-            yield results
+            history = (*history, _progress(quality))
+            yield {"quality": quality, "preliminary": False, "history": history}
 
-    def _text(
-        self, model: Model, request: Request, results: Results, texts: dict[str, list[int]]
-    ) -> Iterator[Results]:
+    def _text(self, model: Model, request: Request, texts: Texts) -> Iterator[Fields]:
         options = self.options
         prompt = next(iter(texts.values()))[: options.prompt_tokens]
         a, b, where = request.baseline, request.choice, request.text_key
@@ -197,7 +199,7 @@ class Engine:
                     generations = phases.marked(
                         model, prompt, self._written[a, where], both, ids, done=False
                     )
-                    yield replace(results, generations=generations)
+                    yield {"generations": generations}
             self._written[choice, where] = ids
         generations = phases.marked(
             model,
@@ -207,7 +209,7 @@ class Engine:
             self._written[b, where],
             done=True,
         )
-        yield replace(results, generations=generations)
+        yield {"generations": generations}
 
     def _both(
         self, model: Model, request: Request, prompt: list[int]
@@ -225,16 +227,16 @@ class Engine:
         return found[0], found[1]
 
     def _speed(
-        self, model: Model, request: Request, results: Results, texts: dict[str, list[int]]
-    ) -> Iterator[Results]:
+        self, model: Model, request: Request, known: Results, texts: Texts
+    ) -> Iterator[Fields]:
+        before = known.speed.repeats if known.speed else 0
         settings = {"baseline": request.baseline.overrides()}
         if request.choice != request.baseline:
             settings["now"] = request.choice.overrides()
         ids = next(iter(texts.values()))
         for speed in stream_speed(model, settings, repeats=self.options.repeats, text=ids):
-            if results.speed is None or speed.repeats >= results.speed.repeats:
-                results = replace(results, speed=speed)
-                yield results
+            if speed.repeats > before:
+                yield {"speed": speed}
 
 
 def _progress(quality: Quality) -> Progress:

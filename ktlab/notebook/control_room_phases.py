@@ -35,8 +35,8 @@ ROUTER_IDS = ("layers.*.router.ids",)
 class Options:
     """How much is measured. Sizes in tokens."""
 
-    preview_tokens: int = 48
-    """Of the first answer. Up to 48 tokens the quick kernel runs (kernels.dispatch)."""
+    preview_tokens: int = 32
+    """Of the first answer: what can be on the page within 150 ms of a press."""
     max_tokens: int = 8192
     window: int = 256
     stage_tokens: int = 256

@@ -1,6 +1,7 @@
 """The panel of everything tried: settings in the plane of speed and quality."""
 
 from collections.abc import Sequence
+from math import floor, log10
 
 import plotly.graph_objects as go
 
@@ -31,16 +32,24 @@ def figure(points: Sequence[Point], phase: str) -> go.Figure:
         current=next((i for i, p in enumerate(points) if p.current), None),
         x=f"{phase} speed, × baseline",
     )
-    worst = max([p.kl.high for p in points if p.kl.high < float("inf")], default=0.0)
+    worst = max([p.kl.high for p in points if p.kl.high < float("inf")], default=0.0) or 0.01
     fig.update_yaxes(
         title_text="KL divergence, nats",
         autorange=False,
-        range=[1.1 * worst or 0.1, -0.2 * worst or -0.02],
+        range=[1.1 * worst, -0.2 * worst],  # room for a label above 0, which is the best there is
+        tickvals=_ticks(worst),
     )
     slow, fast = min([low for low, _ in ends], default=1.0), max([h for _, h in ends], default=1.0)
     pad = max(0.03, 0.15 * (fast - slow))
     fig.update_xaxes(autorange=False, range=[slow - pad, fast + pad])
     return fig.update_layout(height=HEIGHT)
+
+
+def _ticks(most: float) -> list[float]:
+    """Round values from 0 to `most`, about five."""
+    decade: float = 10 ** floor(log10(most / 4))
+    step = next(decade * m for m in (1, 2, 5, 10) if decade * m * 5 >= most)
+    return [round(step * i, 12) for i in range(int(most / step) + 1)]
 
 
 def plane_title(results: Results | None, text_name: str, baseline: str) -> str:

@@ -4,6 +4,7 @@ L layers with a router, E experts.
 """
 
 from math import log2
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -19,11 +20,25 @@ HEIGHT = 200
 
 def figure(found: Histogram | None, layer: int, experts: int) -> go.Figure:
     """Load of every expert of one layer, before and after; empty axes while nothing is known."""
+    after_E, before_E = _loads(found, layer) or ([0.0] * experts, [0.0] * experts)
+    fig = figures.router_histogram(after_E, before_E, height=HEIGHT)
+    fig.layout.annotations = ()  # "uniform" lies over the bars, and the axis says it already
+    return fig
+
+
+def redraw(live: go.FigureWidget, found: Histogram | None, layer: int) -> None:
+    """Give the live figure other bars: much quicker than another figure."""
+    loads = _loads(found, layer)
+    if loads is not None:
+        with live.batch_update():
+            live.data[1].y, live.data[0].y = loads
+
+
+def _loads(found: Histogram | None, layer: int) -> tuple[Any, Any] | None:
     if found is None:
-        return figures.router_histogram([0.0] * experts, [0.0] * experts, height=HEIGHT)
+        return None
     i = found.layers.index(layer)
-    after_E, before_E = found.relative("after")[i], found.relative("before")[i]
-    return figures.router_histogram(after_E, before_E, height=HEIGHT)
+    return found.relative("after")[i], found.relative("before")[i]
 
 
 def router_title(results: Results | None, layer: int) -> str:

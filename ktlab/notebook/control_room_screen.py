@@ -95,16 +95,16 @@ class Screen:
             self.grid.remove_class("cr-stale")
         for name, value in self._html(results, state).items():
             self.html[name].value = value
-        keys = {
+        keys: dict[str, tuple[Any, Any]] = {
             "router": (results.histogram if results else None, state.layer),
             "plane": (tuple(points), state.phase),
         }
-        stale = [name for name, key in keys.items() if self._shown.get(name) != key]
-        if stale:
-            self._shown.update(keys)
-            drawn = self.figures(results, points, state)
-            for name in stale:
-                _redraw(self.live[name], drawn[name])
+        stale = {name for name, key in keys.items() if self._shown.get(name) != key}
+        self._shown.update(keys)
+        if "router" in stale:
+            router.redraw(self.live["router"], keys["router"][0], state.layer)
+        if "plane" in stale:
+            _redraw(self.live["plane"], plane.figure(points, state.phase))
 
     def _html(self, results: Results | None, state: State) -> dict[str, str]:
         histogram = results.histogram if results else None
@@ -152,12 +152,10 @@ class Screen:
         """The figures as plain Plotly objects."""
         histogram = results.histogram if results else None
         layer, phase = (state.layer, state.phase) if state else (0, "decode")
-        drawn = {
+        return {
             "router": router.figure(histogram, layer, self._experts),
             "plane": plane.figure(points, phase),
         }
-        drawn["router"].update_layout(annotations=[])  # "uniform": the axis says it already
-        return drawn
 
     def static(self, results: Results | None, points: Sequence[Point], state: State) -> str:
         """The same panels with small SVG pictures in the place of the Plotly figures."""
@@ -198,11 +196,14 @@ def _live(fig: go.Figure) -> LiveFigure:
 
 
 def _redraw(live: LiveFigure, fig: go.Figure) -> None:
-    """Give the live figure the data and axes of `fig`, which has the same kinds of traces."""
+    """Give the live figure what changes of `fig`, which has the same traces; quicker than all."""
     with live.batch_update():
         for old, new in zip(live.data, fig.data, strict=True):
-            values = new.to_plotly_json()
-            values.pop("type")
-            old.update(values)
+            for name in ("x", "y", "text", "marker", "error_x", "error_y"):
+                value = getattr(new, name, None)
+                if value is not None:
+                    setattr(old, name, value)
         for axis in ("xaxis", "yaxis"):
-            live.layout[axis].update(fig.layout[axis].to_plotly_json())
+            live.layout[axis].title.text = fig.layout[axis].title.text
+            live.layout[axis].range = fig.layout[axis].range
+            live.layout[axis].tickvals = fig.layout[axis].tickvals

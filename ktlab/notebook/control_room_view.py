@@ -231,17 +231,14 @@ class ControlRoom:
             try:
                 self.set(**{name: value})
             except KtlabError as error:
-                self._complain(error, keep_own=name in ("text", "own_text"))
+                self._complain(error, keep_text=name in ("text", "own_text"))
 
     def _use_own_text(self, _: object) -> None:
         self._asked("own_text", self.controls.all["own_text"].value)
 
-    def _complain(self, error: Exception, *, keep_own: bool = False) -> None:
+    def _complain(self, error: Exception, *, keep_text: bool = False) -> None:
         self.message = str(error)
-        typed = self.controls.all["own_text"].value
-        self.controls.show(self.state)
-        if keep_own:  # the reader corrects the text, and does not type it again
-            self.controls.show_typed(typed)
+        self.controls.show(self.state, keep_text=keep_text)
         self.screen.message(self.message, error=True)
 
     def _publish(self, results: Results, phase: str) -> None:

@@ -4,12 +4,17 @@ E experts, T tokens.
 """
 
 from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ktlab.errors import SettingError
 from ktlab.notebook.token_view import Mark, quoted, tokens_html
+
+if TYPE_CHECKING:
+    from ktlab.model.generation import Generation
 
 ORDERS = {
     "the hottest": "hottest",
@@ -79,18 +84,35 @@ def loss_view(
     )  # fmt: skip
 
 
-def beginning(text: str, characters: int) -> str:
-    """The first words of a text, about `characters` long, without white space at the end."""
-    if len(text) <= characters:
-        return text.rstrip() or text
-    head = text[:characters]
-    space = max(head.rfind(" "), head.rfind("\n"))
-    return head[: space if space > characters // 2 else characters].rstrip() or head
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens two generations share."""
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many leading items two sequences share."""
     for index, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return index
     return min(len(a), len(b))
+
+
+def continuations_html(before: "Generation", after: "Generation") -> str:
+    """The same prompt continued greedily without and with the change; what differs is marked."""
+    same = common_prefix(before.ids, after.ids)
+    kept = common_prefix(before.text, after.text)
+
+    def row(name: str, generation: "Generation", marked: bool) -> str:
+        head, tail = generation.text[:kept], generation.text[kept:]
+        tone = "changed" if marked else "same"
+        return (
+            f'<div class="kt-note">{name}</div><div class="kt-text">'
+            f'<span class="prompt">{escape(generation.prompt[-80:])}</span>{escape(head)}'
+            f'<span class="{tone}">{escape(tail)}</span></div>'
+        )
+
+    verdict = (
+        "the same greedy continuation"
+        if before.ids == after.ids
+        else f"greedy continuations part after {same} tokens"
+    )
+    return (
+        f'<div style="margin-top:8px">{verdict}</div>'
+        + row("whole model", before, False)
+        + row("experts taken away", after, True)
+    )

@@ -40,11 +40,12 @@ class GenerationView(Instrument):
         )  # fmt: skip
         self.temperature = widgets.FloatSlider(
             value=0.7, min=0, max=1.5, step=0.1, description="temperature",
+            style={"description_width": "initial"},
             continuous_update=False,
         )  # fmt: skip
         self.seed = widgets.BoundedIntText(value=0, min=0, max=10**6, description="seed")
         self.seed.layout.width = "160px"
-        self.stop_button = widgets.Button(description="stop", icon="stop")
+        self.stop_button = widgets.Button(description="stop", icon="stop", layout={"width": "auto"})
         self.stop_button.on_click(lambda _: self.worker.cancel())
         self.summary, self.output = widgets.HTML(), widgets.HTML()
         for control in (self.experts, self.temperature, self.seed):

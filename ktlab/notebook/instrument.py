@@ -14,6 +14,7 @@ import ipywidgets as widgets
 
 from ktlab.errors import ContextError
 from ktlab.notebook.css import style
+from ktlab.notebook.excerpts import excerpt
 from ktlab.notebook.live_figure import LiveFigure
 from ktlab.notebook.worker import Job, Worker
 
@@ -23,15 +24,6 @@ if TYPE_CHECKING:
     from ktlab.model.model import Model
 
 OWN = "your own text"
-
-
-def excerpt(text: str, characters: int = 1200, place: float = 0.4) -> str:
-    """About `characters` of `text` from a place in it (0 start, 1 end), beginning on a new line."""
-    start = int(max(0, len(text) - characters) * place)
-    if start:
-        newline = text.find("\n", start, start + characters)
-        start = newline + 1 if newline >= 0 else start
-    return text[start : start + characters].strip("\n")
 
 
 def numbers(values: Mapping[str, object], *, preliminary: bool = False) -> str:
@@ -97,7 +89,7 @@ class TextSource:
             continuous_update=False,
             placeholder="type or paste a text, then click outside this box",
         )
-        self.area.layout = widgets.Layout(width="100%", height="96px")
+        self.area.layout = widgets.Layout(width="99%", height="96px")
         self.choice.observe(self._picked, "value")
         self.area.observe(self._edited, "value")
 

@@ -15,10 +15,10 @@ from ktlab import figures, html
 from ktlab.measurement.quality import Quality, stream_quality
 from ktlab.measurement.tokens import BaselineCache
 from ktlab.notebook.css import style
+from ktlab.notebook.excerpts import beginning
 from ktlab.notebook.expert_choice import (
     ORDERS,
-    beginning,
-    common_prefix,
+    continuations_html,
     loss_view,
     most_masked,
     pick,
@@ -227,29 +227,3 @@ class OffloadView(Instrument):
         self.wait()
         plots = [self.after.plot(before=self.before)] if self.after and self.before else []
         return Snapshot(self.to_html(), *plots, plain=repr(self))
-
-
-def continuations_html(before: "Generation", after: "Generation") -> str:
-    """The same prompt continued greedily without and with the change; what differs is marked."""
-    same = common_prefix(before.ids, after.ids)
-    kept = common_prefix(before.text, after.text)  # type: ignore[arg-type]
-
-    def row(name: str, generation: "Generation", marked: bool) -> str:
-        head, tail = generation.text[:kept], generation.text[kept:]
-        tone = "changed" if marked else "same"
-        return (
-            f'<div class="kt-note">{name}</div><div class="kt-text">'
-            f'<span class="prompt">{escape(generation.prompt[-80:])}</span>{escape(head)}'
-            f'<span class="{tone}">{escape(tail)}</span></div>'
-        )
-
-    verdict = (
-        "the same greedy continuation"
-        if before.ids == after.ids
-        else f"greedy continuations part after {same} tokens"
-    )
-    return (
-        f'<div style="margin-top:8px">{verdict}</div>'
-        + row("whole model", before, False)
-        + row("experts taken away", after, True)
-    )

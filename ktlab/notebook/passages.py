@@ -1,4 +1,4 @@
-"""Passages of several texts as one labelled trace, and tables about them. No widgets.
+"""Passages of several texts as one labelled trace. No widgets.
 
 A passage starts on a new line somewhere in its text; passages are far enough apart to count as
 different texts, so halves of them can be held out.
@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ktlab.errors import ContextError
-from ktlab.notebook.instrument import excerpt
+from ktlab.notebook.excerpts import excerpt
 
 if TYPE_CHECKING:
     from ktlab.model.model import Model
@@ -40,25 +39,6 @@ def trace_passages(
             ids = model.tokenizer.encode(passage)[:tokens]
             traces.append(model.trace(ids, names=NEEDED, domain=name))
     return traces[0].merge(*traces[1:])
-
-
-def coverage_GG(trace: "Trace", layer: int, share: float = 0.25) -> NDArray[np.float64]:
-    """(G, G) held-out slots of domain j covered by the hottest experts of domain i.
-
-    On the diagonal the set is chosen on one half of the domain and measured on the other.
-    """
-    by_domain = {name: trace.where(domain=name).routing for name in trace.domains}
-    return np.array(
-        [
-            [
-                (chosen.hot_set(layer, share) if i == j else chosen.hot_set(
-                    layer, share, held_out=measured
-                )).coverage.value
-                for j, measured in by_domain.items()
-            ]
-            for i, chosen in by_domain.items()
-        ]
-    )  # fmt: skip
 
 
 def experts_touched(trace: "Trace", layer: int, tokens: int) -> float:

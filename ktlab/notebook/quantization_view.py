@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,39 +14,16 @@ from ktlab.measurement.tokens import BaselineCache
 from ktlab.model.settings import COMPONENTS, component_formats
 from ktlab.notebook.css import style
 from ktlab.notebook.instrument import Instrument, Snapshot, TextSource, live, numbers
+from ktlab.notebook.quantization_plane import AS_LOADED, Tried, empty_plane, label, label_places
 from ktlab.notebook.requantizing import planned_bytes, requantize_all
 from ktlab.quantization import FORMATS
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
     from ktlab.model.model import Model
 
-AS_LOADED = "as loaded"
 FORMATS_SHOWN = "q8_0 q6_k q5_k q5_1 q5_0 q4_k q4_1 q4_0 iq4_nl mxfp4 q3_k q2_k tq2_0".split()
 SWEEP = "q6_k q5_0 q4_k q4_0 q3_k q2_k".split()
 MOST_TOKENS = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tried:
-    """One setting tried on one text."""
-
-    formats: tuple[tuple[str, str], ...]
-    text: str
-    nbytes: int
-    quality: Quality
-
-    @property
-    def label(self) -> str:
-        return label(dict(self.formats))
-
-
-def label(formats: Mapping[str, str]) -> str:
-    """{"experts": "q4_k"} -> "experts q4_k"."""
-    if len(formats) > 1 and len(set(formats.values())) == 1 and len(formats) == len(COMPONENTS):
-        return f"all {next(iter(formats.values()))}"
-    return ", ".join(f"{c} {f}" for c, f in formats.items()) or AS_LOADED
 
 
 class QuantizationView(Instrument):
@@ -84,7 +60,9 @@ class QuantizationView(Instrument):
         self.stop_button.on_click(lambda _: self.stop())
         self.reset_button.on_click(lambda _: self.set({}))
         self.summary = widgets.HTML()
-        self.plane = live(_plane(model.nbytes))
+        self.plane = live(empty_plane(model.nbytes))
+        for button in (self.sweep_button, self.stop_button, self.reset_button):
+            button.layout.width = "auto"
         top = widgets.HBox(
             [self.source.choice, self.sweep_button, self.stop_button, self.reset_button]
         )
@@ -199,6 +177,7 @@ class QuantizationView(Instrument):
             line.y = value[front]
             dots.x, dots.y = size, value
             dots.text = [t.label for t in points]
+            dots.textposition = label_places(size, value.tolist(), self.model.nbytes / 2**20)
             dots.error_y.array = [max(0.0, k.high - k.value) for k in kl]
             dots.error_y.arrayminus = [max(0.0, k.value - k.low) for k in kl]
             dots.marker.color = [figures.ORANGE if f else figures.INK for f in front]
@@ -231,29 +210,3 @@ class QuantizationView(Instrument):
 
         self.wait(None)
         return Snapshot(self.to_html(), go.Figure(self.plane.to_dict()), plain=repr(self))
-
-
-def _plane(loaded_bytes: int) -> "Figure":
-    """Size against KL, empty: the front, then the points."""
-    fig = figures.figure(
-        "every setting tried on this text; lower left is better",
-        x="size of the weights, MiB",
-        y="KL divergence from the model as loaded, nats/token",
-        height=380,
-    )
-    fig.add_scatter(
-        x=[], y=[], mode="lines", hoverinfo="skip",
-        line={"color": figures.ORANGE, "dash": "dot", "width": 1.5, "shape": "hv"},
-    )  # fmt: skip
-    fig.add_scatter(
-        x=[], y=[], mode="markers+text", textposition="top center", text=[],
-        textfont={"color": figures.INK}, marker={"size": 10},
-        error_y={"array": [], "arrayminus": [], "color": figures.INK, "thickness": 1.2},
-        hovertemplate="%{text}: %{x:,.1f} MiB, KL %{y:.4g}<extra></extra>",
-    )  # fmt: skip
-    fig.add_vline(
-        x=loaded_bytes / 2**20, line={"color": figures.INK, "dash": "dot", "width": 1},
-        annotation={"text": "as loaded", "font": {"color": figures.INK, "size": 11}},
-    )  # fmt: skip
-    fig.update_yaxes(type="log", exponentformat="power")
-    return fig.update_layout(showlegend=False)

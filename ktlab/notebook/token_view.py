@@ -36,15 +36,20 @@ def tokens_html(
     legend: Sequence[tuple[Mark, str]] = (),
     hint: str = "Hover a token, or click into the text and press Tab.",
     limit: int = LIMIT,
+    lines: int = 4,
 ) -> str:
-    """Tokens in a box with their marks; `details` are what the panel says about each."""
+    """Tokens in a box with their marks; `details` are what the panel says about each.
+
+    `lines`: how many the panel has room for where it lies above the text, on a narrow page.
+    """
     shown = list(zip(pieces, details, marks, strict=True))[:limit]
     body = "".join(_token(piece, detail, mark) for piece, detail, mark in shown)
     if len(pieces) > limit:
         hint += f" The first {limit:,} of {len(pieces):,} tokens are shown."
     keys = "".join(f"<span><i{_colour(mark)}></i>{escape(name)}</span>" for mark, name in legend)
     return (
-        f'{style("token_view")}<div class="kt-tokens-box"><div class="kt-tokens">'
+        f'{style("token_view")}<div class="kt-tokens-box">'
+        f'<div class="kt-tokens" style="--lines:{lines}">'
         f'<div class="text">{body}</div>'
         f'<div class="panel">{escape(hint)}</div><div class="legend">{keys}</div></div></div>'
     )
@@ -73,7 +78,8 @@ def token_view(
         marks, legend = _by_group(ids_TK[layer], share_TK, num_experts, n_group)
     else:
         marks, legend = _by_expert(ids_TK[layer], share_TK, expert)
-    return tokens_html(pieces, details, marks, legend=legend, limit=limit)
+    lines = 2 + len(ids_TK)
+    return tokens_html(pieces, details, marks, legend=legend, limit=limit, lines=lines)
 
 
 def shares(weights_TK: NDArray) -> NDArray[np.float64]:

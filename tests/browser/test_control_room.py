@@ -134,7 +134,8 @@ def test_the_latest_toggle_wins_and_the_first_answer_is_quick(room) -> None:
     page.wait_for_timeout(1500)
     assert page.evaluate(SETTING) == "k=4", "an older toggle came through"
 
-    fresh, known = [], []
+    fresh: list[float] = []
+    known: list[float] = []
     page.click(BUTTON.format(8))
     for text in ("c", "chinese", "dictionary", "english", "german", "python", "russian"):
         page.select_option(".cr-c-text select", text)

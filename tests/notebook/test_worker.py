@@ -53,7 +53,9 @@ def test_cancel_stops_what_runs(worker):
 
 
 def test_errors_and_busy_are_told_and_the_worker_lives_on():
-    errors, busy, done = [], [], []
+    errors: list[Exception] = []
+    busy: list[bool] = []
+    done: list[int] = []
     worker = Worker(on_error=errors.append, on_busy=busy.append)
 
     def fail(cancel):
@@ -69,7 +71,8 @@ def test_errors_and_busy_are_told_and_the_worker_lives_on():
 
 
 def test_the_error_of_a_replaced_job_is_dropped():
-    errors, started = [], threading.Event()
+    errors: list[Exception] = []
+    started = threading.Event()
     worker = Worker(on_error=errors.append)
 
     def fail_late(cancel):

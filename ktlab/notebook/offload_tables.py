@@ -1,0 +1,95 @@
+"""Tables of notebook 03: what calls read, which static set serves whom, what a link allows."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ktlab import html
+from ktlab.notebook.passages import experts_touched
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ktlab.experts.caches import CacheReplay
+    from ktlab.model.model import Model
+    from ktlab.model.trace import Trace
+
+V3_LAYERS = 58
+V3_EXPERT_BYTES = 3 * 7168 * 2048 * 4.5 / 8
+"""One routed expert of DeepSeek-V3 (arXiv 2412.19437, 4.2) at 4.5 bits a weight."""
+
+
+def touched_frame(
+    model: "Model", trace: "Trace", layer: int, calls: Sequence[int]
+) -> "pd.DataFrame":
+    """For calls of so many consecutive tokens: experts read, their bytes, work per byte."""
+    import pandas as pd
+
+    bank, k = model.layers[layer].experts, model.config.top_k
+    flop = 2 * sum(weight.size for weight in (bank.gate[0], bank.up[0], bank.down[0]))
+    rows = []
+    for tokens in calls:
+        touched = experts_touched(trace, layer, tokens)
+        alone = bank.num_experts * (1 - (1 - k / bank.num_experts) ** tokens)
+        nbytes = touched * bank.expert_bytes
+        rows.append(
+            {
+                "tokens in a row": tokens,
+                "experts read": f"{touched:.1f}",
+                "if tokens chose independently": f"{alone:.1f}",
+                "bytes": html.byte_size(nbytes),
+                "FLOP per byte": f"{tokens * k * flop / nbytes:.3g}",
+            }
+        )
+    return pd.DataFrame(rows).set_index("tokens in a row")
+
+
+def static_set_frame(trace: "Trace", layer: int, share: float) -> "pd.DataFrame":
+    """Hits of a static set on each domain, chosen on the same domain or on all the others."""
+    import pandas as pd
+
+    rows = []
+    for name in trace.domains:
+        own = trace.where(domain=name)
+        others = trace.where(domain=set(trace.domains) - {name})
+        here = own.routing.hot_set(layer, share)
+        elsewhere = others.routing.hot_set(layer, share, held_out=own)
+        rows.append(
+            {
+                "used on": name,
+                "chosen on the same domain": str(here.coverage),
+                "chosen on all others": str(elsewhere.coverage),
+                "best with hindsight": f"{here.hindsight:.3f}",
+            }
+        )
+    return pd.DataFrame(rows).set_index("used on")
+
+
+def link_frame(
+    model: "Model", caches: "CacheReplay", capacity: int, bytes_per_s: float
+) -> "pd.DataFrame":
+    """Bytes that a token's misses move, and the tokens per second that a link then allows.
+
+    Once for this model, once for DeepSeek-V3's sizes with *this* model's hit rates.
+    """
+    import pandas as pd
+
+    bank, layers = model.moe_blocks[0].experts, len(model.moe_blocks)
+    sizes = {
+        model.name: (bank.expert_bytes, 1.0),
+        "DeepSeek-V3's sizes": (V3_EXPERT_BYTES, V3_LAYERS * 8 / caches.requests_per_token),
+    }
+    assert layers == len(caches.by_layer)
+    rows = []
+    for name, (expert_bytes, scale) in sizes.items():
+        for policy in caches.overall:
+            moved = caches.loads_per_token(policy, capacity) * scale * expert_bytes
+            rows.append(
+                {
+                    "model": name,
+                    "policy": policy,
+                    "one expert": html.byte_size(expert_bytes),
+                    "moved a token": html.byte_size(moved),
+                    "tokens/s at most": html.quantity(bytes_per_s / moved) if moved else "∞",
+                }
+            )
+    return pd.DataFrame(rows).set_index(["model", "policy"])

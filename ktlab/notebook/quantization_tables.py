@@ -1,0 +1,104 @@
+"""Tables and plots of notebook 05: formats, where the bytes are, what they are worth."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ktlab import figures
+from ktlab.notebook.quantization_plane import Tried
+from ktlab.notebook.requantizing import component_tensors
+from ktlab.quantization import FORMATS, QTensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+    from ktlab.model.model import Model
+
+DB_PER_BIT = 6.02
+"""A bit more halves the step of a uniform quantizer: 20 log10(2)."""
+
+
+def formats_frame() -> "pd.DataFrame":
+    """Every format, most bits first."""
+    import pandas as pd
+
+    rows = [
+        {
+            "format": f.name,
+            "bits/weight": f.bits_per_weight,
+            "block": f"{f.block_size} in {f.block_bytes} bytes",
+            "made here": "yes" if f.can_quantize else "read only",
+            "defined in": f.source,
+        }
+        for f in sorted(FORMATS.values(), key=lambda f: -f.bits_per_weight)
+    ]
+    return pd.DataFrame(rows).set_index("format")
+
+
+def component_frame(model: "Model") -> "pd.DataFrame":
+    """Weights and bytes of each component that can be requantized."""
+    import pandas as pd
+
+    rows = []
+    for component, named in component_tensors(model).items():
+        tensors = [tensor for _, tensor in named]
+        stored = sum(tensor.nbytes for tensor in tensors)
+        rows.append(
+            {
+                "component": component,
+                "weights": f"{sum(tensor.size for tensor in tensors):,}",
+                "MiB as loaded": f"{stored / 2**20:.2f}",
+                "share": f"{stored / model.nbytes:.1%}",
+                "formats": ", ".join(sorted({tensor.format.name for tensor in tensors})),
+            }
+        )
+    return pd.DataFrame(rows).set_index("component")
+
+
+def snr_plot(tensor: QTensor) -> "Figure":
+    """Signal over noise of a tensor in every format below 8 bits that fits its rows."""
+    fitting = [
+        f
+        for f in FORMATS.values()
+        if f.can_quantize and f.bits_per_weight < 8 and tensor.shape[-1] % f.block_size == 0
+    ]
+    found = sorted((tensor.error(f) for f in fitting), key=lambda e: (e.bits_per_weight, e.snr_db))
+    fig = figures.figure(tensor.name, x="bits per weight", y="signal to noise, dB", height=380)
+    best = max(found, key=lambda e: e.snr_db - DB_PER_BIT * e.bits_per_weight)
+    ends = [found[0].bits_per_weight - 0.2, found[-1].bits_per_weight + 0.4]
+    fig.add_scatter(
+        x=ends, y=[best.snr_db + DB_PER_BIT * (bits - best.bits_per_weight) for bits in ends],
+        mode="lines", line={"dash": "dot", "color": figures.INK, "width": 1}, hoverinfo="skip",
+    )  # fmt: skip
+    sides = ["middle right" if i % 2 else "middle left" for i in range(len(found))]
+    fig.add_scatter(
+        x=[e.bits_per_weight for e in found], y=[e.snr_db for e in found],
+        text=[f" {e.format} " for e in found], mode="markers+text", textposition=sides,
+        marker={"size": 9, "color": figures.BLUE}, textfont={"color": figures.INK},
+        hovertemplate="%{text}: %{x:.4g} bits, %{y:.1f} dB<extra></extra>",
+    )  # fmt: skip
+    return fig.update_layout(showlegend=False)
+
+
+def spent_frame(points: Iterable[Tried], loaded_bytes: int, format: str) -> "pd.DataFrame":
+    """What `format` costs in each component per MiB that it saves, cheapest first."""
+    import pandas as pd
+
+    rows = []
+    for point in points:
+        formats = dict(point.formats)
+        if len(formats) != 1 or set(formats.values()) != {format}:
+            continue
+        saved = (loaded_bytes - point.nbytes) / 2**20
+        kl = point.quality.kl_mean
+        value, low, high = (1e3 * x for x in (kl.value, kl.low, kl.high))
+        rows.append(
+            {
+                "component": next(iter(formats)),
+                "MiB saved": round(saved, 2),
+                "KL, millinats": f"{value:.2f} [{low:.2f}, {high:.2f}]",
+                "per MiB saved": round(value / saved, 2),
+                "interval": f"[{low / saved:.2f}, {high / saved:.2f}]",
+            }
+        )
+    return pd.DataFrame(rows).set_index("component").sort_values("per MiB saved")

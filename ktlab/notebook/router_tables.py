@@ -1,0 +1,97 @@
+"""Tables and plots of notebook 02, from a trace's routing statistics. No widgets.
+
+G domains.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktlab import figures
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+    from ktlab.model.trace import Trace
+
+
+def hot_set_frame(trace: "Trace", share: float = 0.25) -> "pd.DataFrame":
+    """For every layer: what the hottest `share` of the experts covers, and the verdict."""
+    import pandas as pd
+
+    routing = trace.routing
+    rows = [
+        {
+            "layer": layer,
+            "held out": str(hot.coverage),
+            "in sample": f"{hot.in_sample:.3f}",
+            "best with hindsight": f"{hot.hindsight:.3f}",
+            "verdict": hot.verdict.split(":")[0],
+        }
+        for layer in routing.layers
+        for hot in [routing.hot_set(layer, share)]
+    ]
+    return pd.DataFrame(rows).set_index("layer")
+
+
+def coverage_GG(trace: "Trace", layer: int, share: float = 0.25) -> NDArray[np.float64]:
+    """(G, G) held-out slots of domain j covered by the hottest experts of domain i.
+
+    On the diagonal the set is chosen on one half of the domain and measured on the other.
+    """
+    statistics = [trace.where(domain=name).routing for name in trace.domains]
+
+    def covered(i: int, j: int) -> float:
+        held_out = None if i == j else statistics[j]
+        return float(statistics[i].hot_set(layer, share, held_out=held_out).coverage.value)
+
+    domains = range(len(statistics))
+    return np.array([[covered(i, j) for j in domains] for i in domains])
+
+
+def coverage_plot(coverage: NDArray, domains: Sequence[str], *, title: str = "") -> "Figure":
+    """`coverage_GG` as a map: rows chosen on, columns used on."""
+    figure = figures.domain_heatmap(coverage, domains, title=title)
+    figure.update_traces(
+        x=list(domains),
+        hovertemplate="chosen on %{y}, used on %{x}: %{z:.1%}<extra></extra>",
+        colorbar_title_text="covered",
+    )
+    return figure.update_layout(xaxis_title_text="used on", yaxis_title_text="chosen on")
+
+
+def hot_set_verdict(trace: "Trace", layer: int, share: float = 0.25) -> str:
+    """Where a hot set was chosen, and how much of held-out text it covers: in words."""
+    coverage = coverage_GG(trace, layer, share)
+    off_diagonal = ~np.eye(len(coverage), dtype=bool)
+    mixed = trace.routing.hot_set(layer, share)
+    lines = [
+        f"layer {layer}, hottest {share:.0%} of the experts, share of held-out slots covered",
+        f"  chosen on the same domain    {np.diagonal(coverage).mean():.1%}",
+        f"  chosen on all domains        {mixed.coverage.value:.1%}",
+        f"  chosen on another domain     {coverage[off_diagonal].mean():.1%}",
+        f"  if experts were used alike   {mixed.uniform:.1%}",
+        f"for mixed text: {mixed.verdict}",
+    ]
+    return "\n".join(lines)
+
+
+def likeness_frame(mine: "Trace", trace: "Trace", layer: int) -> "pd.DataFrame":
+    """Divergence of a text's loads from each domain's, the most alike first."""
+    import pandas as pd
+
+    found = {
+        name: mine.routing.divergence(trace.where(domain=name), layer) for name in trace.domains
+    }
+    rows = [
+        {
+            "domain": name,
+            "divergence, bits": str(rate.interval),
+            "by chance": f"{rate.chance:.3f}",
+        }
+        for name, rate in sorted(found.items(), key=lambda item: item[1].value)
+    ]
+    return pd.DataFrame(rows).set_index("domain")

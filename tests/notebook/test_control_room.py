@@ -1,0 +1,204 @@
+"""The control room without a browser: choices, engine, results, what is shown and what is kept."""
+
+import time
+
+import pytest
+
+from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
+from ktlab.errors import ContextError, SettingError
+from ktlab.model.model import Model
+from ktlab.notebook import control_room
+from ktlab.notebook.control_room_choice import ALL, OWN, Choice, Library
+
+TEXTS = {
+    "prose": "The cat sat on the mat, and the dog looked on. " * 20,
+    "code": "def f(x):\n    return x + 1\n\n" * 30,
+}
+QUICK = {
+    "max_tokens": 192, "window": 64, "repeats": 2, "new_tokens": 12, "stage_tokens": 48,
+    "stage_steps": 2, "stage_repeats": 1, "preview_tokens": 16,
+}  # fmt: skip
+WAIT_S = 60
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model(synthesize(TINY_TEST_CONFIG, formats="q8_0"))
+
+
+@pytest.fixture
+def room(model):
+    opened = control_room(model, texts=TEXTS, **QUICK)
+    yield opened
+    opened.close()
+
+
+def test_everything_is_measured_and_reachable(room, model):
+    before = model.settings
+    assert room.wait(WAIT_S) and room.phase == "done"
+    assert room.results.quality.identical and room.results.is_baseline
+    room.set(top_k=3)
+    assert room.wait(WAIT_S) and room.message == ""
+    results = room.results
+    assert results.complete and results.choice.top_k == 3
+    assert results.quality.tokens == 192 and results.quality.kl_mean.value > 0
+    assert [step.tokens for step in results.history][-1] == 192
+    assert results.histogram.after_LE.sum() * 4 == results.histogram.before_LE.sum() * 3
+    assert not results.histogram.preliminary
+    assert set(results.stages.prefill) == {"before", "after"}
+    assert results.speed_ratio("decode").n == 2
+    assert len(results.generations.before) == 12
+    assert {point.label for point in room.points} == {"k=3", "k=4"}
+    assert room.front and set(room.front) <= set(room.points)
+    assert set(room.figures) == {"router", "plane"}
+    assert model.settings == before, "the reader's model was changed"
+
+
+def test_the_numbers_are_those_of_compare(room, model):
+    from ktlab.measurement.compare import compare
+
+    room.set(top_k=2)
+    assert room.wait(WAIT_S)
+    a, b = room.state.baseline.overrides(), room.state.choice.overrides()
+    found = compare(model, TEXTS["prose"], a=a, b=b, max_tokens=192, window=64, speed=False)
+    assert room.results.quality.kl_mean.value == pytest.approx(
+        found.quality.kl_mean.value, rel=1e-3
+    )
+
+
+def test_known_results_come_back_at_once(room):
+    room.wait(WAIT_S)
+    first = room.results
+    room.set(top_k=2)
+    room.wait(WAIT_S)
+    room.set(top_k=4)
+    assert room.results is first and room.phase == "done" and not room.busy
+    assert 'data-setting="k=4"' in room.screen.html["quality"].value
+
+
+def test_the_latest_of_many_toggles_wins(room):
+    shown = []
+    room.screen.html["quality"].observe(lambda change: shown.append(change["new"]), "value")
+    for k in (3, 4, 3, 1, 2):
+        room.set(top_k=k)
+    assert room.wait(WAIT_S)
+    assert room.results.choice.top_k == 2 and 'data-setting="k=2"' in shown[-1]
+    settled = next(i for i, html in enumerate(shown) if 'data-setting="k=2"' in html)
+    assert all('data-setting="k=2"' in html for html in shown[settled:])
+
+
+def test_stop_keeps_what_is_known_and_resume_goes_on(model):
+    room = control_room(model, texts=TEXTS, **{**QUICK, "repeats": 500})
+    deadline = time.monotonic() + WAIT_S
+    while (room.results is None or room.results.speed is None) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    room.stop()
+    assert room.wait(5) and room.phase == "stopped"
+    kept = room.results
+    assert kept is not None and kept.quality.done and kept.speed.repeats < 500
+    room.resume()
+    assert room.busy and room.results is kept
+    room.close()
+    assert not room.busy
+    with pytest.raises(SettingError, match="closed"):
+        room.set(top_k=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"top_k": 99}, SettingError, "expected 1 to"),
+        ({"top_k": 0}, SettingError, "top_k = 0"),
+        ({"top_k": "six"}, SettingError, "whole number"),
+        ({"rule": "top-q"}, SettingError, 'did you mean "top-p"'),
+        ({"rule": "top-p", "threshold": 2.0}, SettingError, "share of the scores"),
+        ({"experts": "q5_5"}, ValueError, "q5_5"),
+        ({"experts": "q4_0", "backend": "numba"}, SettingError, "q8_0 only"),
+        ({"attention": "fast"}, SettingError, "fast"),
+        ({"own_text": "  "}, ContextError, "own text is empty"),
+        ({"own_text": "x"}, ContextError, "expected at least 3"),
+        ({"text": "prosa"}, ContextError, 'did you mean "prose"'),
+        ({"layer": 0}, SettingError, "no router"),
+        ({"colour": 1}, SettingError, "can set top_k"),
+    ],
+)
+def test_bad_input_is_refused_and_the_state_kept(room, changes, error, message):
+    before = room.state
+    with pytest.raises(error, match=message):
+        room.set(**changes)
+    assert room.state == before
+
+
+def test_a_bad_press_is_shown_in_the_room_and_undone(room):
+    room.controls.all["backend"].value = "numba"
+    room.controls.all["experts"].value = "q4_0"
+    assert "q8_0 only" in room.message and "alert" in room.screen.message_html.value
+    assert room.controls.all["experts"].value == "as stored"
+    room.controls.all["own_text"].value = "x"
+    assert "expected at least 3" in room.message
+    assert room.controls.all["own_text"].value == "x", "what was typed is gone"
+    room.controls.all["quick_k"].value = 3
+    assert room.message == "" and room.state.choice.top_k == 3
+    assert room.controls.all["top_k"].value == 3
+
+
+def test_own_text_all_domains_and_another_baseline(room):
+    room.set(own_text="Some words of my own, long enough to be read and judged by the model.")
+    assert room.state.text == OWN and room.wait(WAIT_S) and room.results.text == OWN
+    room.set(text=ALL, top_k=2)
+    assert room.wait(WAIT_S) and room.results.quality.windows >= 4
+    room.set(baseline="now")
+    assert room.results is None or room.results.is_baseline
+    room.set(top_k=4)
+    assert room.wait(WAIT_S) and room.results.baseline == Choice(top_k=2)
+    assert "against k=2" in room.screen.html["quality"].value
+
+
+def test_rules_formats_and_forms_have_labels_and_expressions(room):
+    room.set(rule="top-p", experts="q4_0", attention="naive")
+    assert room.state.choice.threshold == 0.8
+    assert room.state.choice.label == "top-p 0.8, k≤4 · q4_0 · naive"
+    assert "rule=ktlab.CumulativeProbability(p=0.8" in room.state.choice.expression
+    assert room.wait(WAIT_S) and room.message == ""
+    assert room.results.histogram.experts_a_token("after").max() <= 4
+
+
+def test_static_picture_and_bundle(room):
+    room.set(top_k=2)
+    room.wait(WAIT_S)
+    picture = room.snapshot().html
+    assert "<script" not in picture and "http" not in picture.replace("http://www.w3.org", "")
+    for part in ("KL divergence", "where the time goes", "everything tried", "<svg", "greedy"):
+        assert part in picture
+    bundle = room._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert "text/html" in bundle and "k=2 against k=4" in bundle["text/plain"]
+
+
+def test_numbers_say_how_they_were_measured(room):
+    room.set(top_k=2)
+    room.wait(WAIT_S)
+    quality, speed = (room.screen.html[name].value for name in ("quality", "speed"))
+    assert "room.results.quality.kl_mean" in quality and "192 tokens" in quality
+    assert "a=dict(top_k=4), b=dict(top_k=2)" in quality
+    assert "Ceiling" in speed and "room.results.speed_ratio" in speed
+    room.set(top_k=4)
+    assert "no change" in room.screen.html["quality"].value
+
+
+def test_text_is_escaped(model):
+    opened = control_room(model, texts={"<b>": "<script>alert(1)</script> & more. " * 9}, **QUICK)
+    opened.wait(WAIT_S)
+    assert "<script>" not in opened.snapshot().html
+    opened.close()
+
+
+def test_library_names_its_texts():
+    library = Library(TEXTS)
+    assert list(library) == ["prose", "code", ALL, OWN] and len(library) == 4
+    assert list(Library({})) == [OWN]
+
+
+def test_unknown_options_are_named(model):
+    with pytest.raises(TypeError, match="max_token"):
+        control_room(model, texts=TEXTS, max_token=3)

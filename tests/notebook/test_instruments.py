@@ -1,0 +1,163 @@
+"""The live views without a browser: they answer, survive bad input, and leave the model alone."""
+
+import pytest
+
+from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
+from ktlab.errors import KtlabError
+from ktlab.model.model import Model
+from ktlab.notebook.excerpts import beginning, excerpt
+from ktlab.notebook.generation_view import GenerationView
+from ktlab.notebook.instrument import OWN, TextSource, numbers
+from ktlab.notebook.mla_timing import agreement, cache_bytes, measure, work
+from ktlab.notebook.mla_view import MLAView
+from ktlab.notebook.offload_view import OffloadView
+from ktlab.notebook.passages import coverage_GG, experts_touched, passages, trace_passages
+from ktlab.notebook.quantization_plane import label
+from ktlab.notebook.quantization_view import QuantizationView
+from ktlab.notebook.requantizing import kind_errors, planned_bytes, requantize_all, sampled
+from ktlab.notebook.router_view import RouterView
+
+TEXTS = {
+    "one": "It was the best of times,\nit was the worst of times,\n" * 8,
+    "two": "def f(x):\n    return [y * 2 for y in x]\n" * 8,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model(synthesize(TINY_TEST_CONFIG, formats="q8_0"))
+
+
+@pytest.fixture
+def view(request, model):
+    made = request.param(model, TEXTS)
+    assert made.wait(60).error == ""
+    yield made
+    made.close()
+
+
+every_view = pytest.mark.parametrize(
+    "view", [RouterView, OffloadView, MLAView, QuantizationView, GenerationView], indirect=True
+)
+
+
+@every_view
+def test_answers_and_has_a_static_picture(view, model):
+    before = model.settings
+    html = view.snapshot().html
+    assert view.title.split(":")[0] in html and "<script" not in html
+    assert view.figures()
+    bundle = view._repr_mimebundle_()
+    assert {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"} <= set(bundle)
+    assert model.settings == before
+
+
+@every_view
+def test_bad_input_is_said_and_what_was_shown_stays(view):
+    shown = view.figures()
+    view.source.set("   ")
+    view.wait(60)
+    assert "the text is empty" in view.status.value and "kt-error" in view.status.value
+    assert view.figures().keys() >= {*list(shown)[:1]}
+    view.source.set("now a text <b>again</b>, and one that is long enough to be measured")
+    assert view.wait(60).error == ""
+    assert "kt-error" not in view.status.value and "<b>again" not in view.snapshot().html
+
+
+@pytest.mark.parametrize("view", [RouterView], indirect=True)
+def test_router_view_follows_layer_and_expert(view):
+    view.layer_slider.value = 1
+    view.expert_choice.value = 3
+    assert view.bars.data[-1].y[3] == pytest.approx(view.trace.routing.histogram(1).relative_E[3])
+    assert "expert 3 has" in view.tokens.value
+
+
+@pytest.mark.parametrize("view", [OffloadView], indirect=True)
+def test_offload_view_masks_what_it_says(view):
+    assert view.before is not None and view.after is not None
+    assert view.masked and all(view.after.counts_E[e] == 0 for e in view.masked)
+    assert view.quality.done and not view.quality.identical
+    view.count_slider.value = 0
+    assert view.wait(60).quality.identical
+
+
+@pytest.mark.parametrize("view", [QuantizationView], indirect=True)
+def test_quantization_view_keeps_every_point(view, model):
+    view.set({"attention": "q4_0"})
+    view.wait(60)
+    view.set({})
+    view.sweep(["q5_0"])
+    view.wait(60)
+    labels = [point.label for point in view.points()]
+    assert sorted(labels) == ["attention q4_0", "experts q4_0", "experts q5_0"]
+    for point in view.points():
+        with view.model.override(quantize=dict(point.formats)):
+            assert view.model.nbytes == point.nbytes
+    assert len(view.plane.data[1].x) == 3
+    with pytest.raises(KtlabError, match="unknown format"):
+        view.set({"experts": "q9"})
+
+
+def test_both_forms_agree_and_are_timed(model):
+    assert agreement(model, list(range(40))).equal
+    naive, absorbed = (cache_bytes(model, form, 100) for form in ("naive", "absorbed"))
+    assert naive > absorbed
+    (point,) = measure(model, tokens=2, contexts=[64], repeats=2)
+    assert len(point["naive"].seconds) == 2 and point["naive"].median_s > 0
+    assert (point["absorbed"].flop, point["absorbed"].bytes) == work(model, "absorbed", 2, 64)
+    with pytest.raises(KtlabError, match="does not end at"):
+        list(measure(model, tokens=8, contexts=[4]))
+
+
+def test_sizes_and_errors_of_formats(model):
+    formats = {"experts": "q4_k", "attention": "q4_0"}
+    planned = planned_bytes(model, formats)
+    assert planned < planned_bytes(model, {}) == model.nbytes
+    assert [*requantize_all(model, formats)][-1] == (5, 5)
+    with model.override(quantize=formats):
+        assert model.nbytes == planned
+    errors = {(e.kind, e.wanted): e for e in kind_errors(model, ["q8_0", "q4_0"], rows=64)}
+    assert errors["gate", "q8_0"].relative_rmse == 0
+    assert 0.02 < errors["gate", "q4_0"].relative_rmse < 0.2
+    tensor = model.moe_blocks[0].experts.gate
+    assert sampled(tensor, 10).shape[1] == tensor.shape[-1]
+    assert label({}) == "as loaded" and label(formats) == "experts q4_k, attention q4_0"
+    with pytest.raises(KtlabError, match="components"):
+        planned_bytes(model, {"expert": "q4_0"})
+
+
+def test_passages_are_labelled_and_apart(model):
+    assert len(passages(TEXTS["one"], 4, 100)) == 4
+    assert passages("short", 4, 100) == ["short"]
+    trace = trace_passages(model, TEXTS, count=2, tokens=16)
+    assert trace.domains == ("one", "two") and len(set(trace.segment_T.tolist())) == 4
+    layer = model.moe_blocks[0].index
+    coverage = coverage_GG(trace, layer, 0.5)
+    assert coverage.shape == (2, 2) and ((coverage > 0) & (coverage <= 1)).all()
+    assert experts_touched(trace, layer, 1) == model.config.top_k
+    with pytest.raises(KtlabError, match="no text in the trace has"):
+        experts_touched(trace, layer, 1000)
+    with pytest.raises(KtlabError, match="no texts"):
+        trace_passages(model, {})
+
+
+def test_editing_makes_it_the_readers_own_text():
+    calls = []
+    source = TextSource(TEXTS, lambda: calls.append(source.name))
+    source.choice.value = "two"
+    source.set("mine")
+    source.choice.value = "one"
+    assert calls == ["two", OWN, "one"] and source.text.startswith("It was")
+
+
+def test_excerpt_and_numbers():
+    assert excerpt("a\nb\nc", 100) == "a\nb\nc"
+    assert excerpt("0123\n" * 50, 22) == "0123\n" * 3 + "0123"
+    assert excerpt("ab cd " * 50, 10).split() == ["cd", "ab", "cd"]
+    assert "&lt;b&gt;" in numbers({"x": "<b>"})
+
+
+def test_beginning_ends_with_a_word():
+    assert beginning("one two three", 9) == "one two"
+    assert beginning("short ", 20) == "short"
+    assert beginning("x" * 30, 10) == "x" * 10
