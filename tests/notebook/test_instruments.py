@@ -4,18 +4,22 @@ import pytest
 
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.errors import KtlabError
+from ktlab.experts.caches import replay
+from ktlab.measurement.roofline import measure_machine
 from ktlab.model.model import Model
+from ktlab.notebook import mla_tables, offload_tables, quantization_tables, router_tables
 from ktlab.notebook.excerpts import beginning, excerpt
 from ktlab.notebook.generation_view import GenerationView
 from ktlab.notebook.instrument import OWN, TextSource, numbers
 from ktlab.notebook.mla_timing import agreement, cache_bytes, measure, work
 from ktlab.notebook.mla_view import MLAView
 from ktlab.notebook.offload_view import OffloadView
-from ktlab.notebook.passages import coverage_GG, experts_touched, passages, trace_passages
-from ktlab.notebook.quantization_plane import label
+from ktlab.notebook.passages import experts_touched, passages, trace_passages
+from ktlab.notebook.quantization_plane import label, label_places
 from ktlab.notebook.quantization_view import QuantizationView
 from ktlab.notebook.requantizing import kind_errors, planned_bytes, requantize_all, sampled
 from ktlab.notebook.router_view import RouterView
+from ktlab.quantization import FORMATS
 
 TEXTS = {
     "one": "It was the best of times,\nit was the worst of times,\n" * 8,
@@ -132,7 +136,7 @@ def test_passages_are_labelled_and_apart(model):
     trace = trace_passages(model, TEXTS, count=2, tokens=16)
     assert trace.domains == ("one", "two") and len(set(trace.segment_T.tolist())) == 4
     layer = model.moe_blocks[0].index
-    coverage = coverage_GG(trace, layer, 0.5)
+    coverage = router_tables.coverage_GG(trace, layer, 0.5)
     assert coverage.shape == (2, 2) and ((coverage > 0) & (coverage <= 1)).all()
     assert experts_touched(trace, layer, 1) == model.config.top_k
     with pytest.raises(KtlabError, match="no text in the trace has"):
@@ -161,3 +165,38 @@ def test_beginning_ends_with_a_word():
     assert beginning("one two three", 9) == "one two"
     assert beginning("short ", 20) == "short"
     assert beginning("x" * 30, 10) == "x" * 10
+
+
+def test_tables_of_the_notebooks(model):
+    trace = trace_passages(model, TEXTS, count=1, tokens=64)
+    layer = model.moe_blocks[0].index
+    assert list(router_tables.hot_set_frame(trace).index) == list(model.config.moe_layers)
+    assert "chosen on another domain" in router_tables.hot_set_verdict(trace, layer)
+    coverage = router_tables.coverage_GG(trace, layer)
+    assert router_tables.coverage_plot(coverage, trace.domains).data[0].z.shape == (2, 2)
+    mine = model.trace(TEXTS["one"][:64], domain="mine")
+    assert set(router_tables.likeness_frame(mine, trace, layer).index) == {"one", "two"}
+    touched = offload_tables.touched_frame(model, trace, layer, [1, 4])
+    assert touched["experts read"][1] == f"{model.config.top_k:.1f}"
+    assert len(offload_tables.static_set_frame(trace, layer, 0.25)) == 2
+    link = offload_tables.link_frame(model, replay(trace), 8, 25e9)
+    assert "DeepSeek-V3's sizes" in link.index.get_level_values("model")
+    assert len(quantization_tables.component_frame(model)) == 5
+    assert len(quantization_tables.formats_frame()) == len(FORMATS)
+    plot = quantization_tables.snr_plot(model.moe_blocks[0].experts.gate[0])
+    assert " q4_0 " in plot.data[1].text and " q4_k " not in plot.data[1].text  # rows of 64
+
+
+def test_cache_of_a_token_as_published(model):
+    frame = mla_tables.cache_frame(model)
+    # DeepSeek-V2-Lite in 16 bits: what absorption is usually quoted with.
+    assert frame["naive, bytes"].iloc[1] == "276,480"
+    assert frame["absorbed, bytes"].iloc[1] == "31,104"
+    work = mla_tables.work_frame(model, measure_machine(), [1], 64)
+    assert len(work) == 2
+
+
+def test_labels_of_crowded_points_go_apart():
+    assert label_places([5.0, 9.5, 9.6], [1.0, 2.0, 1.5], 10.0) == [
+        "top right", "top left", "bottom left"
+    ]  # fmt: skip
