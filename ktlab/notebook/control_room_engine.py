@@ -5,7 +5,9 @@ tokens, time by stage and routing, streamed quality, generated text, speed. Ever
 kept, so that a setting chosen again is there at once, and a cancelled one goes on where it can.
 """
 
+import sys
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +24,12 @@ from ktlab.notebook.control_room_phases import Glance, Options
 from ktlab.notebook.control_room_results import Progress, Results
 from ktlab.notebook.interrupt import Interrupted, InterruptibleModel
 from ktlab.notebook.worker import Worker
+
+SWITCH_S = 0.0005
+"""How long a thread may keep Python's lock while a request runs. Usually it is 5 ms; then the
+kernel's answers to the page, of many short steps, wait for the worker at each of them."""
+BREATH_S = 0.02
+"""Between the first number and the pictures, so that the page paints the number first."""
 
 Update = tuple[Results, str]
 """What is known now, and the phase that is going on ("done" at the end)."""
@@ -76,10 +84,7 @@ class Engine:
     def submit(self, request: Request) -> Results | None:
         """Start measuring, instead of whatever runs; returns what is known already."""
         known = self.known(request)
-        if known is None or not known.complete:
-            self.worker.submit(lambda cancel: self._run(request, cancel))
-        else:
-            self.worker.cancel()
+        self.worker.submit(lambda cancel: self._run(request, cancel))
         return known
 
     def known(self, request: Request) -> Results | None:
@@ -100,6 +105,8 @@ class Engine:
 
     def _run(self, request: Request, cancel: threading.Event) -> None:
         model = InterruptibleModel(self.model, cancel)
+        usual = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
         try:
             for results, phase in self._phases(model, request):
                 keep = partial(self._keep, request, results, phase)
@@ -107,6 +114,8 @@ class Engine:
                     return
         except Interrupted:
             return
+        finally:
+            sys.setswitchinterval(usual)
 
     def _keep(self, request: Request, results: Results, phase: str) -> None:
         self._results[request.key] = results
@@ -118,13 +127,19 @@ class Engine:
         )
         start, before = perf_counter(), results.seconds
         for found, phase in self._measure(model, request, results):
-            results = replace(results, **found, seconds=before + perf_counter() - start)
+            if found:
+                results = replace(results, **found, seconds=before + perf_counter() - start)
             yield results, phase
 
     def _measure(self, model: Model, request: Request, known: Results) -> Iterator[Found]:
         """What is not known yet, as fields of `Results` with the phase they come from."""
         if known.quality is None:
             yield self._first_answer(model, request), "first answer"
+        time.sleep(BREATH_S)
+        if known.complete:
+            yield {}, "done"
+            return
+        yield {}, "pictures"
         texts = request.library.ids(model, request.text, self.options.max_tokens)
         timed = known.stages is not None
         for found in self._quality(model, request, known, texts):

@@ -57,7 +57,7 @@ def plane_title(results: Results | None, text_name: str, baseline: str) -> str:
     waits = results is not None and results.speed is None and not results.is_baseline
     note = f"on {text_name}, against {baseline}"
     if waits and results is not None:
-        note += f"; {results.choice.label} appears when its speed is measured"
+        note += f"; {results.choice.label} is to come"
     return panel_title("everything tried", note)
 
 

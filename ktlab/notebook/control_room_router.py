@@ -61,12 +61,12 @@ def router(found: Histogram | None, layer: int) -> str:
     most = log2(found.before_LE.shape[1])
     taken = [found.experts_a_token(which)[i] for which in ("before", "after")]
     title = (
-        f"Counts over the same {found.tokens} tokens for both settings. Here: "
+        f"Counts over the same {found.tokens} tokens; divergence: Jensen-Shannon. Here: "
         f"room.results.histogram; of any text: model.trace(text).routing.histogram({layer})"
     )
     line = (
         f"experts a token {taken[0]:.2f} → {taken[1]:.2f} · entropy {before:.3f} → {after:.3f} of "
-        f"{most:.3g} bits · divergence {found.divergence[i]:.4f} bits (Jensen-Shannon)"
+        f"{most:.3g} bits · divergence {found.divergence[i]:.4f} bits"
     )
     return f'<div class="cr-grey" title="{text(title)}">{line}</div>{strips(found, layer)}'
 

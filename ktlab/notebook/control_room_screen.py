@@ -27,6 +27,7 @@ from ktlab.notebook.live_figure import LiveFigure
 PANELS = ("quality", "speed", "stages", "router_title", "router", "text", "plane_title")
 PHASES = {
     "first answer": "first answer from a few tokens",
+    "pictures": "first answer from a few tokens",
     "stages": "timing the stages, counting the router's choices",
     "quality": "reading",
     "text": "writing",
@@ -85,14 +86,16 @@ class Screen:
         self.widget.add_class("ktlab-room")
         self._shown: dict[str, Any] = {}
 
-    def show(self, results: Results | None, points: Sequence[Point], state: State) -> None:
-        """Everything that is known of a setting; dimmed numbers are the previous setting's."""
+    def first(self, results: Results | None) -> None:
+        """The quality of a setting, before all else; without it, what was shown is dimmed."""
         if results is None:
-            if self._shown:
-                self.grid.add_class("cr-stale")
-                return
+            self.grid.add_class("cr-stale")
         else:
+            self.html["quality"].value = quality(results)
             self.grid.remove_class("cr-stale")
+
+    def show(self, results: Results | None, points: Sequence[Point], state: State) -> None:
+        """Everything that is known of a setting."""
         for name, value in self._html(results, state).items():
             self.html[name].value = value
         keys: dict[str, tuple[Any, Any]] = {

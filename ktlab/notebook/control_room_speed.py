@@ -60,7 +60,7 @@ def stage_bars(results: Results | None) -> str:
     """Time by stage: baseline above setting, prefill and decode each to its own scale."""
     found = results.stages if results else None
     if results is None or found is None:
-        return '<div class="cr-grey">measured right after the first answer</div>'
+        return '<div class="cr-grey">measured after the first windows of text</div>'
     names = {"before": results.baseline.label, "after": results.choice.label}
     rows = [
         _phase("prefill", found.prefill, names, f"{found.prefill_tokens} tokens", found),

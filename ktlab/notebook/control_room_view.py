@@ -179,11 +179,9 @@ class ControlRoom:
     def resume(self) -> None:
         """Measure what is not known yet of the present setting."""
         with self._lock:
-            self.phase = "first answer"
             known = self._engine.submit(self._request())
-            if known is not None and known.complete:
-                self.phase = "done"
-            self._show(known)
+            self.phase = "done" if known is not None and known.complete else "first answer"
+            self._show_first(known)
 
     def stop(self) -> None:
         """Stop measuring; what is shown stays, and `resume` (or any change) goes on."""
@@ -243,7 +241,10 @@ class ControlRoom:
 
     def _publish(self, results: Results, phase: str) -> None:
         self.phase = phase
-        self._show(results)
+        if phase == "first answer":
+            self._show_first(results)
+        else:
+            self._show(results)
         if phase == "done":
             self.controls.show(self.state, [r.choice for r in self.tried])
 
@@ -259,6 +260,11 @@ class ControlRoom:
 
     def _show(self, results: Results | None) -> None:
         self.screen.show(results, self.points, self.state)
+        self._show_status()
+
+    def _show_first(self, results: Results | None) -> None:
+        """The numbers at once; the rest follows from the engine when the page has painted them."""
+        self.screen.first(results)
         self._show_status()
 
     def _show_status(self) -> None:

@@ -147,7 +147,7 @@ class Instrument:
             style("instrument") + style("token_view") + f'<div class="kt-title">{self.title}</div>'
         )
         self.body = widgets.VBox()
-        self.box = widgets.VBox([head, self.body, self.status])
+        self.box = widgets.VBox([head, self.status, self.body])
         self.box.add_class("kt-view")
         self.worker = Worker(on_error=self._on_error, on_busy=self._on_busy)
 

@@ -58,9 +58,9 @@ class MLAView(Instrument):
         self.again.on_click(lambda _: self.refresh())
         self.summary = widgets.HTML()
         self.charts = {
-            "time": live(_lines("time of attention, a call", "time, ms", measured=True)),
-            "work": live(_lines("work of attention, a call", "work, MFLOP", measured=False)),
-            "cache": live(_lines("cache of the whole model", "cache, MiB", measured=False)),
+            "time": live(_lines("time", "attention, ms", measured=True)),
+            "work": live(_lines("work", "attention, MFLOP", measured=False)),
+            "cache": live(_lines("cache", "MiB", measured=False)),
         }
         top = widgets.HBox([self.source.choice, self.calls, self.again])
         top.add_class("kt-controls")
@@ -76,6 +76,7 @@ class MLAView(Instrument):
         """Counts at once; then agreement on the text; then the clock, context after context."""
         with self.worker.lock:
             self.points = []
+            self.summary.value = numbers(self.figures(), preliminary=True)
             self._draw_counts()
             self._draw_times()
         self.submit(self._measure, "comparing and timing")
@@ -145,6 +146,11 @@ class MLAView(Instrument):
     def _draw_times(self) -> None:
         chart = self.charts["time"]
         with chart.batch_update():
+            # While nothing is measured: the axes that will be there, not Plotly's guess.
+            ends = np.log10([self.contexts[0], self.contexts[-1]])
+            chart.layout.xaxis.range = [float(ends[0]) - 0.1, float(ends[1]) + 0.1]
+            chart.layout.yaxis.range = None if self.points else [0, 2]
+            chart.layout.yaxis.autorange = True if self.points else None
             for number, form in enumerate(FORMS):
                 points = [p[form] for p in self.points]
                 contexts = [p.context for p in points]
@@ -208,5 +214,6 @@ def _lines(title: str, unit: str, *, measured: bool) -> "Figure":
             )  # fmt: skip
     ticks = default_contexts(1 << 14)
     fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{n:,}" for n in ticks])
-    fig.update_yaxes(type="log", dtick="D2")
-    return fig
+    steps = [m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5)]
+    fig.update_yaxes(type="log", tickvals=steps, ticktext=[f"{step:g}" for step in steps])
+    return fig.update_layout(showlegend=measured)

@@ -203,11 +203,11 @@ class OffloadView(Instrument):
         per_token = self.quality.per_token
         parts = []
         if per_token is not None and len(per_token):
-            pieces = self.model.tokenizer.pieces(ids[: len(per_token) + 1])
+            pieces = self.model.tokenizer.pieces([ids[0], *per_token.ids_T.tolist()])
             parts.append(
                 loss_view(
                     pieces, per_token.logprob_a_T, per_token.logprob_b_T,
-                    what=f"taking {len(self.masked)} experts of layer {self.layer} away",
+                    what=f"taking {_count(self.masked)} of layer {self.layer} away",
                 )
             )  # fmt: skip
         if self.continuations is not None:
@@ -227,3 +227,7 @@ class OffloadView(Instrument):
         self.wait()
         plots = [self.after.plot(before=self.before)] if self.after and self.before else []
         return Snapshot(self.to_html(), *plots, plain=repr(self))
+
+
+def _count(experts: tuple[int, ...]) -> str:
+    return "1 expert" if len(experts) == 1 else f"{len(experts)} experts"

@@ -48,7 +48,8 @@ class QuantizationView(Instrument):
             if component in loaded:
                 options = [(f"{AS_LOADED} ({loaded[component]})", "")] + [(n, n) for n in usable]
                 choice = widgets.Dropdown(options=options, description=component, value="")
-                choice.layout.width = "245px"
+                choice.layout.width = "198px"
+                choice.style.description_width = "66px"
                 choice.observe(lambda _: self.refresh(), "value")
                 self.choices[component] = choice
         self.sweep_button = widgets.Button(

@@ -66,6 +66,8 @@ def coverage_plot(coverage: NDArray, domains: Sequence[str], *, title: str = "")
 def hot_set_verdict(trace: "Trace", layer: int, share: float = 0.25) -> str:
     """Where a hot set was chosen, and how much of held-out text it covers: in words."""
     coverage = coverage_GG(trace, layer, share)
+    at_home = [trace.where(domain=d).routing.hot_set(layer, share) for d in trace.domains]
+    hot = sum(h.verdict.startswith("a hot set") for h in at_home)
     off_diagonal = ~np.eye(len(coverage), dtype=bool)
     mixed = trace.routing.hot_set(layer, share)
     lines = [
@@ -74,6 +76,7 @@ def hot_set_verdict(trace: "Trace", layer: int, share: float = 0.25) -> str:
         f"  chosen on all domains        {mixed.coverage.value:.1%}",
         f"  chosen on another domain     {coverage[off_diagonal].mean():.1%}",
         f"  if experts were used alike   {mixed.uniform:.1%}",
+        f"within one domain: a hot set in {hot} of {len(at_home)} domains",
         f"for mixed text: {mixed.verdict}",
     ]
     return "\n".join(lines)

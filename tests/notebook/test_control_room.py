@@ -1,6 +1,7 @@
 """The control room without a browser: choices, engine, results, what is shown and what is kept."""
 
 import time
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ TEXTS = {
     "prose": "The cat sat on the mat, and the dog looked on. " * 20,
     "code": "def f(x):\n    return x + 1\n\n" * 30,
 }
-QUICK = {
+QUICK: dict[str, Any] = {
     "max_tokens": 192, "window": 64, "repeats": 2, "new_tokens": 12, "stage_tokens": 48,
     "stage_steps": 2, "stage_repeats": 1, "preview_tokens": 16,
 }  # fmt: skip
@@ -72,8 +73,10 @@ def test_known_results_come_back_at_once(room):
     room.set(top_k=2)
     room.wait(WAIT_S)
     room.set(top_k=4)
-    assert room.results is first and room.phase == "done" and not room.busy
+    assert room.results is first and room.phase == "done"
     assert 'data-setting="k=4"' in room.screen.html["quality"].value
+    assert room.wait(5) and room.results is first
+    assert 'data-setting="k=4"' in room.screen.html["text"].value
 
 
 def test_the_latest_of_many_toggles_wins(room):
@@ -95,7 +98,8 @@ def test_stop_keeps_what_is_known_and_resume_goes_on(model):
     room.stop()
     assert room.wait(5) and room.phase == "stopped"
     kept = room.results
-    assert kept is not None and kept.quality.done and kept.speed.repeats < 500
+    assert kept and kept.quality and kept.quality.done
+    assert kept.speed and kept.speed.repeats < 500
     room.resume()
     assert room.busy and room.results is kept
     room.close()
@@ -183,6 +187,7 @@ def test_numbers_say_how_they_were_measured(room):
     assert "a=dict(top_k=4), b=dict(top_k=2)" in quality
     assert "Ceiling" in speed and "room.results.speed_ratio" in speed
     room.set(top_k=4)
+    room.wait(5)
     assert "no change" in room.screen.html["quality"].value
 
 
