@@ -6,7 +6,7 @@ B batch, T tokens, D hidden, V vocabulary.
 import copy
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from time import perf_counter
@@ -52,6 +52,8 @@ class Model:
         self.layers: list[Layer] = build_layers(checkpoint)
         self.output_norm_D = vector(checkpoint, "output_norm.weight")
         self.output = Linear(checkpoint.tensor("output.weight"))
+        self.watch: Callable[[Probe], Probe] | None = None
+        """Wraps the probe of everything this model does, e.g. to stop it; clones inherit it."""
 
     # What is there ---------------------------------------------------------------------------
 
@@ -179,6 +181,7 @@ class Model:
         probe: Probe,
         chunk: int,
     ) -> Tensor:
+        probe = self.watch(probe) if self.watch is not None else probe
         tokens = ids_BT.shape[1]
         positions_BT = cache.positions(tokens)  # refuses before anything is written
         pieces = []
@@ -239,7 +242,9 @@ class Model:
 
     def requantized(self, stage: Any, format: str) -> Any:
         """One stage in another format: computed once for all clones, with the stage's switches."""
-        return stage.quantized(format)
+        probe = self.watch(NO_PROBE) if self.watch is not None else NO_PROBE
+        with probe.stage("requantize"):
+            return stage.quantized(format)
 
     def clone(self) -> "Model":
         """A second model over the same weights with switches of its own, e.g. for a thread."""

@@ -22,7 +22,7 @@ from ktlab.notebook import control_room_phases as phases
 from ktlab.notebook.control_room_choice import OWN, Choice, Library
 from ktlab.notebook.control_room_phases import Glance, Options
 from ktlab.notebook.control_room_results import Progress, Results
-from ktlab.notebook.interrupt import Interrupted, InterruptibleModel
+from ktlab.notebook.interrupt import Interrupted, interruptible
 from ktlab.notebook.worker import Worker
 
 SWITCH_S = 0.0005
@@ -104,7 +104,7 @@ class Engine:
     # On the worker's thread --------------------------------------------------------------------
 
     def _run(self, request: Request, cancel: threading.Event) -> None:
-        model = InterruptibleModel(self.model, cancel)
+        model = interruptible(self.model, cancel)
         usual = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S)
         try:

@@ -47,6 +47,7 @@ def quality(results: Results | None) -> str:
     )
     attributes = (
         f'data-setting="{text(results.choice.label)}" data-tokens="{found.tokens}" '
+        f'data-text="{text(results.text)}" '
         f'data-preliminary="{str(results.preliminary).lower()}"'
     )
     return (

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktlab.interval import Interval
+from ktlab.measurement.intervals import exactly
 from ktlab.measurement.quality import Quality
 from ktlab.measurement.speed import SpeedComparison
 from ktlab.notebook.control_room_choice import Choice
@@ -170,22 +171,27 @@ class Point:
 
 
 def points(tried: Iterable[Results], current: Choice, phase: str) -> tuple[Point, ...]:
-    """The settings whose quality and speed are measured; the front among them marked."""
+    """The settings whose quality and speed are measured; the front among them marked.
+
+    The baseline is there with the first of them: against itself it has nothing to measure.
+    """
     from ktlab.figures import pareto_front
 
-    known = [
-        (r, ratio, r.quality.kl_mean)
-        for r in tried
-        if r.quality is not None and (ratio := r.speed_ratio(phase)) is not None
-    ]
-    front = pareto_front([s.value for _, s, _ in known], [q.value for _, _, q in known])
+    found: dict[Choice, tuple[Interval, Interval]] = {}
+    for r in tried:
+        ratio = r.speed_ratio(phase)
+        if r.quality is not None and ratio is not None:
+            found.setdefault(r.baseline, (exactly(ratio, 1.0), exactly(r.quality.kl_mean, 0.0)))
+            found[r.choice] = (ratio, r.quality.kl_mean)
+    pairs = list(found.values())
+    front = pareto_front([speed.value for speed, _ in pairs], [kl.value for _, kl in pairs])
     return tuple(
         Point(
-            label=r.choice.label,
+            label=choice.label,
             speed=speed,
             kl=kl,
             on_front=bool(best),
-            current=r.choice == current,
+            current=choice == current,
         )
-        for (r, speed, kl), best in zip(known, front, strict=True)
+        for (choice, (speed, kl)), best in zip(found.items(), front, strict=True)
     )

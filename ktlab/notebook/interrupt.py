@@ -6,11 +6,10 @@ already pressed the next button waits that long for the first answer.
 
 import threading
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
-from ktlab.attention.cache import Cache
 from ktlab.model.model import Model
 from ktlab.probe import Probe
 
@@ -34,25 +33,8 @@ class _Stopping(Probe):
         return self._inner.stage(name)
 
 
-class InterruptibleModel(Model):
-    """A clone of `model` (so are its clones) that raises `Interrupted` once `cancel` is set."""
-
-    def __init__(self, model: Model, cancel: threading.Event) -> None:
-        # Like Model.clone: the same weights, stages of its own; nothing is loaded again.
-        self.__dict__.update(model.clone().__dict__)
-        self._cancel = cancel
-
-    def _hidden(
-        self,
-        ids_BT: Tensor,
-        cache: Cache,
-        lengths: Any,
-        probe: Probe,
-        chunk: int,
-    ) -> Tensor:
-        return super()._hidden(ids_BT, cache, lengths, _Stopping(probe, self._cancel), chunk)
-
-    def requantized(self, stage: Any, format: str) -> Any:
-        if self._cancel.is_set():
-            raise Interrupted
-        return super().requantized(stage, format)
+def interruptible(model: Model, cancel: threading.Event) -> Model:
+    """A clone of `model` that raises `Interrupted` at its next stage once `cancel` is set."""
+    clone = model.clone()
+    clone.watch = partial(_Stopping, cancel=cancel)
+    return clone

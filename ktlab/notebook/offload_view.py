@@ -113,6 +113,8 @@ class OffloadView(Instrument):
         before = self._whole[text, layer]
         count = 1 if order == "one" else int(self.count_slider.value)
         masked = pick(before.load_E, order, count, first=int(self.expert_number.value))
+        if not self.publish(cancel, lambda: self._show_loads(before, None, masked)):
+            return
         change = {"mask": {layer: masked}} if masked else {}
         model = self.model.clone()
         with model.override(**change):
@@ -158,11 +160,14 @@ class OffloadView(Instrument):
 
     # Showing ---------------------------------------------------------------------------------
 
-    def _show_loads(self, before: "Histogram", after: "Histogram", masked: tuple[int, ...]) -> None:
+    def _show_loads(
+        self, before: "Histogram", after: "Histogram | None", masked: tuple[int, ...]
+    ) -> None:
         self.before, self.after, self.masked = before, after, masked
         self.quality, self.continuations = None, None
         with self.bars.batch_update():
-            self.bars.data[0].y, self.bars.data[1].y = before.relative_E, after.relative_E
+            self.bars.data[0].y = before.relative_E
+            self.bars.data[1].y = [0.0] * len(before) if after is None else after.relative_E
             gone = set(masked)
             self.bars.data[0].marker.color = [
                 GONE if e in gone else figures.FAINT for e in range(len(before))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ktlab.model.model import Model
     from ktlab.model.trace import Trace
 
-FIRST = 96
+FIRST = 32
 """Tokens traced for the first answer; the rest follows."""
 NAMES = ("all domains", "this text")
 

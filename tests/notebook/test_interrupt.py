@@ -7,12 +7,12 @@ import torch
 
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.model.model import Model
-from ktlab.notebook.interrupt import Interrupted, InterruptibleModel
+from ktlab.notebook.interrupt import Interrupted, interruptible
 
 
 def test_the_same_logits_until_cancelled_and_settings_restored():
     model, cancel = Model(synthesize(TINY_TEST_CONFIG)), threading.Event()
-    stoppable = InterruptibleModel(model, cancel)
+    stoppable = interruptible(model, cancel)
     ids = [1, 2, 3, 4]
     assert torch.equal(stoppable.forward(ids), model.forward(ids))
     before = stoppable.settings
