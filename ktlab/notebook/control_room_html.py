@@ -50,6 +50,8 @@ def number(interval: Interval, prefix: str = "") -> str:
     if interval.no_change is not None and not interval.changed:
         word = "no change" if interval.low == interval.high else "no change inside"
         same = f'<span class="cr-nochange">{word}</span>'
+    if spread and interval.level < 0.9:  # too few repeats for more
+        spread += f" ({100 * interval.level:.0f} %)"
     return (
         f'<span class="cr-value">{text(prefix)}{text(value.replace("-", "−"))}</span> '
         f'<span class="cr-spread">{text(spread)} {text(interval.unit)}</span>{same}'

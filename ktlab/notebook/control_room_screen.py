@@ -171,7 +171,11 @@ class Screen:
             found["plane_title"] + plane.plane(points, state.phase),
             found["text"],
         )
-        inner = "".join(f'<div class="cr-panel">{body}</div>' for body in bodies)
+        wide = ("",) * (len(bodies) - 1) + (" cr-wide",)
+        inner = "".join(
+            f'<div class="cr-panel{width}">{body}</div>'
+            for body, width in zip(bodies, wide, strict=True)
+        )
         grid = f'<div class="cr-grid">{inner}</div>'
         return f'{style("control_room")}<div class="ktlab-room">{self._header}{grid}</div>'
 

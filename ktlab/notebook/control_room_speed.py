@@ -9,6 +9,9 @@ from ktlab.measurement.speed import Speed
 from ktlab.notebook.control_room_html import EMPTY, expression, number, panel_title, tile
 from ktlab.notebook.control_room_results import STAGES, Results, StageTimes
 
+ENOUGH = 0.9
+"""Level that the interval of a few repeats must hold before a ratio is called a change."""
+
 
 def speed(results: Results | None) -> str:
     """Ratio to the baseline, and in grey what has no baseline: tokens a second."""
@@ -46,7 +49,7 @@ def _ratio(phase: str, base: Speed, now: Speed, method: str, source: str) -> str
         f"Anywhere: {source}.speed['b'].{phase}_ratio"
     )
     tone = "cr-same"
-    if ratio.changed:
+    if ratio.changed and ratio.level >= ENOUGH:
         tone = "cr-better" if ratio.value > 1 else "cr-worse"
     absolute = (
         f'<div class="cr-grey" title="{text(title)}">now {text(mine.tokens_per_s)}<br>'

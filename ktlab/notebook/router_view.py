@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FIRST = 32
 """Tokens traced for the first answer; the rest follows."""
+BY_GROUP = -1  # not None, which a drop-down takes for nothing chosen
 NAMES = ("all domains", "this text")
 
 
@@ -46,9 +47,9 @@ class RouterView(Instrument):
         self.layer_slider = widgets.SelectionSlider(
             options=layers, value=layers[len(layers) // 2], description="layer"
         )
-        experts: list[tuple[str, int | None]] = [("by group of the heaviest", None)]
+        experts = [("by group of the heaviest", BY_GROUP)]
         experts += [(f"weight of expert {e}", e) for e in range(model.config.num_experts)]
-        self.expert_choice = widgets.Dropdown(options=experts, description="colour")
+        self.expert_choice = widgets.Dropdown(options=experts, value=BY_GROUP, description="colour")
         self.expert_choice.layout.width = "280px"
         self.summary = widgets.HTML()
         self.tokens = widgets.HTML()
@@ -78,7 +79,8 @@ class RouterView(Instrument):
     @property
     def expert(self) -> int | None:
         """The expert whose weight colours the text, or None for the groups."""
-        return self.expert_choice.value
+        chosen = int(self.expert_choice.value)
+        return None if chosen == BY_GROUP else chosen
 
     # Working ---------------------------------------------------------------------------------
 
