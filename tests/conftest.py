@@ -9,6 +9,8 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that wait must not burn the other core: see CONTRIBUTING.md, "Tries that lost".
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A shared machine's clock says nothing about a property; CI repeats the same examples.
 settings.register_profile("ktlab", deadline=None, derandomize=bool(os.environ.get("CI")))

@@ -12,6 +12,10 @@ from ktlab import html
 from ktlab.kernels import dispatch
 from ktlab.quantization import QTensor, fallback_format
 
+KEPT_FORMATS = 2
+"""Requantized copies of a bank that are kept for a quick toggle back, with all that kernels made of
+them (a float32 copy is four times Q8_0); the oldest goes first. Binder has 2 GB in all."""
+
 
 class ExpertBank:
     """gate and up (E, F, D), down (E, D, F); `backend` is live.
@@ -25,6 +29,7 @@ class ExpertBank:
     def __init__(self, layer: int, gate: QTensor, up: QTensor, down: QTensor) -> None:
         self.layer = layer
         self.gate, self.up, self.down = gate, up, down
+        self._stored = (gate, up, down)
         self.backend = dispatch.AUTO
         self._operands: dict[str, Any] = {}
         # By format, weights and operands: requantized once, shared by clones like the rest.
@@ -83,12 +88,14 @@ class ExpertBank:
         return dispatch.explain(self.backend, self.formats, tokens)
 
     def quantized(self, format: str) -> "ExpertBank":
-        """The same experts in another format (rows that do not fit it fall back as in llama.cpp),
-        with the same switches."""
+        """The stored experts in another format (rows that do not fit it fall back as in llama.cpp),
+        with this bank's switches. Always from the weights as loaded: errors do not add up."""
         if format not in self._requantized:
+            while len(self._requantized) >= KEPT_FORMATS:
+                self._requantized.pop(next(iter(self._requantized)))
             gate, up, down = (
                 weight.requantize(fallback_format(format, weight.shape[-1]))
-                for weight in (self.gate, self.up, self.down)
+                for weight in self._stored
             )
             self._requantized[format] = ((gate, up, down), {})
         bank = copy.copy(self)

@@ -14,6 +14,7 @@ class Linear:
 
     def __init__(self, weight: QTensor) -> None:
         self.weight = weight
+        self._stored = self
         self._requantized: dict[str, Linear] = {}
 
     @cached_property
@@ -25,11 +26,16 @@ class Linear:
         return F.linear(x, self.weight_OI)
 
     def quantized(self, format: str) -> "Linear":
-        """The same matrix in another format; rows that do not fit it fall back as in llama.cpp."""
-        if format not in self._requantized:
-            fitting = fallback_format(format, self.weight.shape[-1])
-            self._requantized[format] = Linear(self.weight.requantize(fitting))
-        return self._requantized[format]
+        """The stored matrix in another format; rows that do not fit it fall back as in llama.cpp.
+
+        Always from the weights as loaded, so that errors do not add up; computed once."""
+        stored = self._stored
+        if format not in stored._requantized:
+            fitting = fallback_format(format, stored.weight.shape[-1])
+            changed = Linear(stored.weight.requantize(fitting))
+            changed._stored = stored
+            stored._requantized[format] = changed
+        return stored._requantized[format]
 
     @property
     def nbytes(self) -> int:

@@ -95,7 +95,10 @@ class Screen:
             self.grid.remove_class("cr-stale")
 
     def show(self, results: Results | None, points: Sequence[Point], state: State) -> None:
-        """Everything that is known of a setting."""
+        """Everything that is known of a setting; while that is nothing, the last one, dimmed."""
+        if results is None and self._shown:
+            self.first(None)
+            return
         for name, value in self._html(results, state).items():
             self.html[name].value = value
         keys: dict[str, tuple[Any, Any]] = {

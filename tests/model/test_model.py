@@ -276,3 +276,24 @@ def test_requantizing_is_done_once_for_all_clones(model: Model) -> None:
             assert block.experts.backend == "numpy"
             seen.append((block.experts.gate, block.attention.weights.q_b.weight))
     assert all(gate is seen[0][0] and q_b is seen[0][1] for gate, q_b in seen)
+
+
+def test_nested_requantizing_starts_from_the_stored_weights(model: Model) -> None:
+    both = {"experts": "q5_0", "attention": "q5_0"}
+    with model.override(quantize=both):
+        direct = model.forward(IDS)
+    twin = model.clone()
+    with twin.override(quantize={"experts": "q4_0", "attention": "q4_0"}):
+        coarse = twin.forward(IDS)
+        with twin.override(quantize=both):
+            assert torch.equal(twin.forward(IDS), direct)
+        with twin.override(quantize={"experts": "q8_0", "attention": "q8_0"}):
+            assert torch.equal(twin.forward(IDS), model.forward(IDS))
+        assert torch.equal(twin.forward(IDS), coarse)
+
+
+def test_few_requantized_banks_are_kept(model: Model) -> None:
+    bank = model.layers[1].experts
+    for format in ("q4_0", "q4_1", "q5_0", "q5_1"):
+        bank.quantized(format)
+    assert list(bank._requantized) == ["q5_0", "q5_1"]

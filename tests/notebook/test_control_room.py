@@ -146,6 +146,14 @@ def test_a_bad_press_is_shown_in_the_room_and_undone(room):
     assert room.controls.all["top_k"].value == 3
 
 
+def test_asking_again_for_what_is_on_its_way_keeps_the_numbers(room):
+    room.wait(WAIT_S)
+    for _ in range(2):
+        room.set(own_text="Some words of my own, long enough to be read and judged.")
+        assert "cr-quality" in room.screen.html["quality"].value
+    assert room.wait(WAIT_S) and room.results.text == OWN
+
+
 def test_own_text_all_domains_and_another_baseline(room):
     room.set(own_text="Some words of my own, long enough to be read and judged by the model.")
     assert room.state.text == OWN and room.wait(WAIT_S) and room.results.text == OWN
