@@ -32,6 +32,8 @@ function drawer(model, plot, Plotly) {
       while (drawn !== model.get("_shown")) {
         drawn = model.get("_shown");
         const { data, layout } = JSON.parse(drawn);
+        // Resizing measures the element, so it must have the figure's height of its own.
+        if (layout.height) plot.style.height = `${layout.height}px`;
         await Plotly.react(plot, data, layout, model.get("_config"));
       }
     } finally {
