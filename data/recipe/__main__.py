@@ -32,7 +32,6 @@ def main() -> None:
     run("corpus", "--out", corpus, "--publish", DATA / "texts")
     run("tokenizer", "--corpus", corpus)
     run("train", "--minutes", f"{args.minutes:g}", "--corpus", corpus, "--out", last.parent)
-    run("parity", last)
     run("export", last, "--out", DATA / "tiny.gguf")
     run("card", "--log", last.parent / "log.jsonl")
 
