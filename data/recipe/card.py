@@ -12,24 +12,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ktlab
 from ktlab.interval import Interval
 from ktlab.measurement.provenance import Provenance
-from ktlab.measurement.quality import Quality, measure_quality
-from ktlab.measurement.tokens import BaselineCache
+from ktlab.measurement.quality import Quality, measure_quality, summarize
+from ktlab.measurement.tokens import BaselineCache, TokenComparison
 from ktlab.model.model import Model
 from ktlab.model.trace import Trace
 
+T = TypeVar("T")
 DATA = Path(__file__).resolve().parent.parent
 WINDOW = 512
 KS = range(1, 13)
 PROMPTS = {
     "english": "The old house stood at the end of the road, and",
-    "dictionary": "a small bird",
+    "dictionary": "small bird, songbird (noun):",
     "python": "def read_lines(path):\n",
     "c": "static int parse_number(const char *s)\n{\n",
     "german": "Um eine Tabelle einzufügen,",
@@ -42,23 +44,49 @@ def plain(interval: Interval) -> dict[str, float]:
     return {k: round(getattr(interval, k), 6) for k in ("value", "low", "high")}
 
 
-def present(interval: Interval | None) -> Interval:
-    assert interval is not None, "bits per byte need a tokenizer"
-    return interval
+def present(value: T | None) -> T:
+    assert value is not None, "bits per byte need a tokenizer"
+    return value
+
+
+def windows(model: Model, text: str, tokens: int) -> list[list[int]]:
+    """Stretches of WINDOW tokens behind BOS, spread evenly over a text: `tokens` in all."""
+    ids, bos = model.tokenizer.encode(text), model.tokenizer.bos_id
+    assert bos is not None
+    count = max(1, tokens // WINDOW)
+    last = len(ids) - WINDOW - 1
+    starts = [round(i * last / max(1, count - 1)) for i in range(count)]
+    return [[bos, *ids[start + 1 : start + WINDOW + 1]] for start in starts]
 
 
 def bits_per_byte(model: Model, texts: dict[str, str], tokens: int) -> dict[str, Any]:
     """Of each domain, on `tokens` held-out tokens each, and their plain mean."""
-    measured = measure_quality(model, texts, a={}, b={}, window=WINDOW, max_tokens=tokens)
-    assert measured is not None
-    each = {name: present(q.bits_per_byte_a) for name, q in measured[1].items()}
-    macro = sum(map(float, each.values())) / len(each)
+    each: dict[str, Quality] = {}
+    for name, text in texts.items():
+        parts = {str(i): ids for i, ids in enumerate(windows(model, text, tokens))}
+        measured = measure_quality(model, parts, a={}, b={}, window=WINDOW)
+        assert measured is not None
+        pooled, by_window = measured
+        in_order = [present(by_window[key].per_token) for key in parts]
+        # As one text: its blocks are what varies, windows as strata would hide that they differ.
+        each[name] = summarize(
+            [TokenComparison.join(in_order)],
+            total_tokens=pooled.tokens,
+            windows=len(parts),
+            label_a="",
+            label_b="",
+            seconds=pooled.seconds,
+            method=pooled.method,
+        )
+        print(f"{name}: {each[name].bits_per_byte_a}", flush=True)
+    intervals = {name: present(quality.bits_per_byte_a) for name, quality in each.items()}
+    macro = sum(map(float, intervals.values())) / len(each)
     # The domains' texts are independent, so their errors add in squares.
-    margin = math.sqrt(sum(i.half_width**2 for i in each.values())) / len(each)
+    margin = math.sqrt(sum(i.half_width**2 for i in intervals.values())) / len(each)
     return {
         "window": WINDOW,
-        "tokens": {name: quality.tokens for name, quality in measured[1].items()},
-        "domains": {name: plain(interval) for name, interval in each.items()},
+        "tokens": {name: quality.tokens for name, quality in each.items()},
+        "domains": {name: plain(interval) for name, interval in intervals.items()},
         "macro": round(macro, 4),
         "macro_margin": round(margin, 4),
     }
@@ -118,13 +146,12 @@ def samples(model: Model) -> dict[str, str]:
 
 def curve(log: Path) -> list[dict[str, float]]:
     """Tokens seen and held-out bits per byte along the training run."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
-    return [
-        {"step": line["step"], "tokens": tokens.get(line["step"], 0), **line["bits_per_byte"]}
-        for line in lines
-        if "bits_per_byte" in line
-    ]
+    points, tokens = [], 0
+    for line in map(json.loads, log.read_text().splitlines()):
+        tokens = line.get("tokens", tokens)
+        if "bits_per_byte" in line:
+            points.append({"step": line["step"], "tokens": tokens, **line["bits_per_byte"]})
+    return points
 
 
 def main() -> None:
@@ -134,21 +161,28 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="held-out tokens a domain")
     parser.add_argument("--sweep-tokens", type=int, default=8192, help="the same, for each k")
     parser.add_argument("--out", type=Path, default=DATA)
+    parser.add_argument(
+        "--again", nargs="*", default=[], help="sections to measure again for the same model"
+    )
     args = parser.parse_args()
     model, texts = ktlab.load(args.model), dict(ktlab.domain_texts())
-    count = len(texts)
-    card: dict[str, Any] = {
-        "model": {"fingerprint": model.identity.fingerprint, "bytes": model.nbytes},
-        "bits_per_byte": bits_per_byte(model, texts, args.tokens * count),
-        "quality_by_k": quality_by_k(model, texts, args.sweep_tokens * count),
-        "routing": routing(model, texts, args.sweep_tokens),
-        "samples": samples(model),
-        "curve": curve(args.log) if args.log.exists() else [],
-        "provenance": asdict(Provenance.collect(model=model.name, seed=0)),
+    count, path = len(texts), args.out / "model_card.json"
+    identity = {"fingerprint": model.identity.fingerprint, "bytes": model.nbytes}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.get("model") != identity:
+        known = {}
+    measure: dict[str, Callable[[], Any]] = {
+        "bits_per_byte": lambda: bits_per_byte(model, texts, args.tokens),
+        "quality_by_k": lambda: quality_by_k(model, texts, args.sweep_tokens * count),
+        "routing": lambda: routing(model, texts, args.sweep_tokens),
+        "samples": lambda: samples(model),
+        "curve": lambda: curve(args.log) if args.log.exists() else [],
     }
-    (args.out / "model_card.json").write_text(
-        json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    card: dict[str, Any] = {"model": identity}
+    for name, section in measure.items():
+        card[name] = known[name] if name in known and name not in args.again else section()
+    card["provenance"] = asdict(Provenance.collect(model=model.name, seed=0))
+    path.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (args.out / "MODEL_CARD.md").write_text(page(model, card), encoding="utf-8")
     print(f"macro {card['bits_per_byte']['macro']} bits a byte")
 
@@ -181,7 +215,7 @@ def page(model: Model, card: dict[str, Any]) -> str:
         "recognisable, not true: it knows nothing.",
         "",
         "## Held-out bits per byte",
-        f"Windows of {WINDOW} tokens from `data/texts/`, none of which was trained on.",
+        f"Windows of {WINDOW} tokens spread over `data/texts/`, none of which was trained on.",
         "",
         "| domain | bits per byte | 95 % interval | tokens |",
         "|---|---|---|---|",
@@ -198,8 +232,8 @@ def page(model: Model, card: dict[str, Any]) -> str:
     ]
     lines += [
         "## Quality against the number of experts",
-        f"Against k = {c.top_k}, paired over the same {card['quality_by_k']['tokens']:,} tokens of "
-        "all domains. KL divergence in nats a token.",
+        f"Against k = {c.top_k}, paired over the same {card['quality_by_k']['tokens']:,} tokens, the "
+        "first of all domains. KL divergence in nats a token.",
         "",
         "| k | KL, mean | same top-1 % | perplexity ratio | change in bits a byte |",
         "|---|---|---|---|---|",
@@ -241,7 +275,7 @@ def page(model: Model, card: dict[str, Any]) -> str:
         "|---|---|",
     ]
     points = card["curve"]
-    for point in points[:: max(1, len(points) // 16)] + points[-1:]:
+    for point in points[:: max(1, len(points) // 16)]:
         lines.append(f"| {point['tokens'] / 1e6:.1f} | {point['macro']:.3f} |")
     lines += ["", "## Samples", "Temperature 0.7, top-p 0.9, seed 0; not chosen.", ""]
     for name, sample in card["samples"].items():
