@@ -230,10 +230,11 @@ def page(model: Model, card: dict[str, Any]) -> str:
         f"| **mean of domains** | **{bits['macro']:.3f}** | ± {bits['macro_margin']:.3f} | |",
         "",
     ]
+    paired = card["quality_by_k"]["tokens"]
     lines += [
         "## Quality against the number of experts",
-        f"Against k = {c.top_k}, paired over the same {card['quality_by_k']['tokens']:,} tokens, the "
-        "first of all domains. KL divergence in nats a token.",
+        f"Against k = {c.top_k}, paired over the same {paired:,} tokens, the first of all domains. "
+        "KL divergence in nats a token.",
         "",
         "| k | KL, mean | same top-1 % | perplexity ratio | change in bits a byte |",
         "|---|---|---|---|---|",
