@@ -137,7 +137,7 @@ def routing(model: Model, texts: dict[str, str], tokens: int) -> dict[str, Any]:
 
 
 def samples(model: Model) -> dict[str, str]:
-    """One continuation a domain, sampled with a fixed seed: not chosen."""
+    """One continuation a domain, sampled with a fixed seed."""
     return {
         name: str(model.generate(prompt, max_new_tokens=90, temperature=0.7, top_p=0.9, seed=0))
         for name, prompt in PROMPTS.items()
@@ -278,7 +278,8 @@ def page(model: Model, card: dict[str, Any]) -> str:
     points = card["curve"]
     for point in points[:: max(1, len(points) // 16)]:
         lines.append(f"| {point['tokens'] / 1e6:.1f} | {point['macro']:.3f} |")
-    lines += ["", "## Samples", "Temperature 0.7, top-p 0.9, seed 0; not chosen.", ""]
+    lines += ["", "## Samples"]
+    lines += ["Prompts in each domain's own form; temperature 0.7, top-p 0.9, seed 0, one try.", ""]
     for name, sample in card["samples"].items():
         lines += [f"**{name}**", "", "```text", sample.replace("```", "'''"), "```", ""]
     return "\n".join(lines)

@@ -90,16 +90,17 @@ class ExpertBank:
     def quantized(self, format: str) -> "ExpertBank":
         """The stored experts in another format (rows that do not fit it fall back as in llama.cpp),
         with this bank's switches. Always from the weights as loaded: errors do not add up."""
-        if format not in self._requantized:
+        kept = self._requantized.get(format)  # once: another thread may drop it meanwhile
+        if kept is None:
             while len(self._requantized) >= KEPT_FORMATS:
-                self._requantized.pop(next(iter(self._requantized)))
+                self._requantized.pop(next(iter(self._requantized)), None)
             gate, up, down = (
                 weight.requantize(fallback_format(format, weight.shape[-1]))
                 for weight in self._stored
             )
-            self._requantized[format] = ((gate, up, down), {})
+            kept = self._requantized[format] = ((gate, up, down), {})
         bank = copy.copy(self)
-        (bank.gate, bank.up, bank.down), bank._operands = self._requantized[format]
+        (bank.gate, bank.up, bank.down), bank._operands = kept
         return bank
 
     def __repr__(self) -> str:
