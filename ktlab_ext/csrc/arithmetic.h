@@ -1,0 +1,62 @@
+/* Arithmetic that every instruction set compiles for itself, written so that loops vectorise. */
+#ifndef KTL_ARITHMETIC_H
+#define KTL_ARITHMETIC_H
+
+#include "internal.h"
+
+/* e^x within 2 units in the last place; 0 below -87, infinity above 88.7, NaN stays NaN.
+ * x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial of degree 6 for e^r (Taylor, remainder
+ * below 2^-25 there). */
+KTL_INLINE float ktl_exp(float x) {
+    const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    float bounded = x > 88.8f ? 88.8f : x;
+    bounded = bounded < -87.4f ? -87.4f : bounded; /* a NaN passes both comparisons */
+    float n = bounded * 1.44269504f + round - round;
+    float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.0f + r * (1.0f + r * (0.5f + r * (1.6666667e-1f + r * (4.1666667e-2f +
+              r * (8.3333333e-3f + r * 1.3888889e-3f)))));
+    /* 2^n in two halves, so that n = 128 does not overflow before the product does. */
+    int32_t k = (int32_t)(x != x ? 0.0f : n), h = k >> 1;
+    union { int32_t i; float f; } a = {.i = (h + 127) << 23}, b = {.i = (k - h + 127) << 23};
+    return p * a.f * b.f;
+}
+
+/* 256 activations to int8: absmax / 127 is the scale of each group, codes are rounded to nearest.
+ * A group with a NaN or an infinity gets the scale NaN, so that it shows in every product. */
+KTL_INLINE void ktl_quantize_act(ktl_act_key key, const float *x, ktl_act *a) {
+    const int group = key.sub > KTL_GROUP ? key.sub : KTL_GROUP;
+    for (int g = 0; g < KTL_CHUNK / group; g++) {
+        const float *v = x + g * group;
+        uint32_t largest = 0;
+        for (int i = 0; i < group; i++) {
+            uint32_t bits;
+            memcpy(&bits, v + i, 4);
+            bits &= 0x7fffffff;
+            largest = bits > largest ? bits : largest;
+        }
+        float most;
+        memcpy(&most, &largest, 4);
+        const int finite = largest < 0x7f800000, some = finite && most > 1e-35f;
+        const float inverse = some ? 127.0f / most : 0;
+        a->scale[g] = finite ? (some ? most / 127.0f : 0) : 0.0f * most * (most - most);
+        int8_t *q = a->q + g * group;
+        if (some)
+            for (int i = 0; i < group; i++) {
+                /* Rounds as adding 1.5 * 2^23 does; the integer is then in the low bits. */
+                float shifted = v[i] * inverse + 12582912.0f;
+                int32_t bits;
+                memcpy(&bits, &shifted, 4);
+                q[i] = (int8_t)(bits - 0x4b400000);
+            }
+        else
+            memset(q, 0, (size_t)group);
+    }
+    for (int s = 0; s < KTL_CHUNK / key.sub; s++) {
+        int32_t total = 0;
+        for (int i = 0; i < key.sub; i++) total += a->q[s * key.sub + i];
+        a->init[s] = -key.zero * total;
+        a->sum[s] = a->scale[s * key.sub / group] * (float)total;
+    }
+}
+
+#endif

@@ -1,0 +1,167 @@
+/* What the C files share: the table of formats, the blocks that kernels work on, the interface of
+ * one instruction set. Letters as in ktl.h. */
+#ifndef KTL_INTERNAL_H
+#define KTL_INTERNAL_H
+
+#include <string.h>
+
+#include "ktl.h"
+#include "packed.h"
+
+#define KTL_INLINE static inline __attribute__((always_inline))
+#define KTL_ALIGNED __attribute__((aligned(64)))
+
+/* What kernels need to know of a format; the table is in formats.c, the words in packed.h. */
+typedef struct {
+    const char *name;
+    int block_cols;  /* of a block in the file; 0: a row is the block */
+    int block_bytes; /* int8_channel: bytes before the codes */
+    int base_bits, high_bits; /* 0: a float format, of `block_bytes` a number */
+    int zero;                 /* code of the value 0 */
+    int table;                /* codes index the iq4_nl table */
+    int sub;                  /* columns that share a scale */
+    int has_scale, has_min;   /* bytes per (sub, row) in packed form */
+    int d_cols;               /* columns that share d; 0: none */
+} ktl_format_info;
+
+extern const ktl_format_info ktl_formats[KTL_FORMATS];
+extern const int8_t ktl_iq4_table[16];
+
+KTL_INLINE int ktl_is_float(int format) { return format <= KTL_BF16; }
+
+/* ---- one row's share of a chunk, taken apart but not computed -------------------------------- */
+typedef struct {
+    uint8_t code[KTL_CHUNK];
+    uint8_t scale[16]; /* per sub-block; int8 for q3_k, q6_k, iq4_xs */
+    uint8_t min[16];
+    uint16_t d[8]; /* float16 */
+    uint16_t dmin;
+    float row_scale; /* int8_channel */
+} ktl_raw;
+
+/* ---- activations ------------------------------------------------------------------------------ */
+/* 256 activations of one token as int8 with a scale per group of max(sub, 32) columns. `sum` and
+ * `init` are per sub-block: scale * (sum of q), and -zero * (sum of q), the starting value of the
+ * integer sums that turns unsigned codes back into signed ones. */
+typedef struct KTL_ALIGNED {
+    int8_t q[KTL_CHUNK];
+    float scale[8];
+    float sum[16];
+    int32_t init[16];
+    uint8_t padding[32];
+} ktl_act;
+
+typedef enum { KTL_ACT_INT8, KTL_ACT_F32, KTL_ACT_BF16 } ktl_act_kind;
+
+/* How a kernel wants its activations: equal keys can share them. */
+typedef struct {
+    int kind;
+    int sub, zero; /* int8 only */
+} ktl_act_key;
+
+KTL_INLINE size_t ktl_act_bytes(int kind) {
+    return kind == KTL_ACT_INT8  ? sizeof(ktl_act)
+           : kind == KTL_ACT_F32 ? KTL_CHUNK * sizeof(float)
+                                 : KTL_CHUNK * sizeof(uint16_t);
+}
+
+/* ---- a tile: 16 rows x 256 columns, ready to multiply ------------------------------------------ */
+typedef struct KTL_ALIGNED {
+    union {
+        uint8_t code[KTL_CHUNK * KTL_PANEL];   /* [column/4][row][4] */
+        float f32[KTL_CHUNK * KTL_PANEL];      /* [column][row], float formats */
+        uint16_t bf16[KTL_CHUNK * KTL_PANEL];  /* [column/2][row][2], for TDPBF16PS */
+    };
+    float scale[16][KTL_PANEL];  /* [sub][row] */
+    float offset[16][KTL_PANEL]; /* -min; formats with minima */
+    const uint8_t *codes; /* `code`, or the packed data itself where that is the same */
+} ktl_tile;
+
+/* Tokens against tiles: row i multiplies act row act_index[i] (i if NULL) into the sums at
+ * acc + acc_index[i] * acc_stride (i if NULL); the indices of acc are distinct. */
+typedef struct {
+    const void *act; /* of the chunk: rows of ktl_act_bytes */
+    const int32_t *act_index;
+    float *acc;
+    int64_t acc_stride;
+    const int32_t *acc_index;
+    int64_t n;
+} ktl_job;
+
+enum { KTL_TASK_PANELS = 4, KTL_TASK_ROWS = KTL_TASK_PANELS * KTL_PANEL };
+
+/* ---- one instruction set ------------------------------------------------------------------------- */
+typedef struct {
+    ktl_act_key (*act_key)(int format);
+    /* One row's `cols` (at most 256) activations to an act row; the rest is zero. */
+    void (*prepare)(ktl_act_key key, const float *x, int cols, void *act);
+    /* A packed chunk of `groups` groups of 32 columns; `head` is the panel's. */
+    void (*decode_packed)(int format, const uint8_t *head, const uint8_t *chunk, int groups,
+                          ktl_tile *tile);
+    /* The same from `rows` (1..16) rows in blocks form, columns [column, column + cols). */
+    void (*decode_blocks)(int format, const uint8_t *row, int64_t row_bytes, int rows,
+                          int64_t column, int cols, ktl_tile *tile);
+    /* `panels` tiles (padded to an even number by the caller) times job->n tokens. */
+    void (*multiply)(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job);
+    /* Few tokens on blocks: sums[i * stride + r] += row r . act row, for `rows` rows, all columns.
+     * act is [chunk][token row]; chunk_bytes apart. NULL: none, decode_blocks does. */
+    void (*dot_blocks)(int format, const uint8_t *row, int64_t row_bytes, int rows, int64_t cols,
+                       const void *act, int64_t chunk_bytes, const ktl_job *job);
+    void (*silu_mul)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
+    void (*scale_row)(float *x, float factor, int64_t count);
+    int contiguous; /* multiply wants act_index NULL */
+} ktl_kernels;
+
+extern const ktl_kernels ktl_kernels_serial, ktl_kernels_avx2, ktl_kernels_avx512,
+    ktl_kernels_amx_int8, ktl_kernels_amx_bf16, ktl_kernels_amx_int8_emulated,
+    ktl_kernels_amx_bf16_emulated;
+
+/* The kernels of an isa for many tokens, or for few (amx_*: those of avx512, or serial). */
+const ktl_kernels *ktl_kernels_of(int isa, int few);
+
+/* ---- small shared arithmetic ----------------------------------------------------------------------- */
+KTL_INLINE int64_t ktl_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+KTL_INLINE uint16_t ktl_load16(const uint8_t *p) {
+    uint16_t v;
+    memcpy(&v, p, 2);
+    return v;
+}
+
+/* float16 bits to float32, exact, infinities and NaN included. Written so that loops over it
+ * vectorise: rebias the exponent by a multiplication, which also normalises subnormals. */
+KTL_INLINE float ktl_f16(uint16_t h) {
+    union { uint32_t u; float f; } magic = {.u = 0x77800000u /* 2^112 */}, v;
+    v.u = (uint32_t)(h & 0x7fff) << 13;
+    v.f *= magic.f;
+    v.u |= (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
+    v.u |= (uint32_t)(h & 0x8000) << 16;
+    return v.f;
+}
+
+KTL_INLINE float ktl_bf16(uint16_t h) {
+    union { uint32_t u; float f; } v = {.u = (uint32_t)h << 16};
+    return v.f;
+}
+
+/* Nearest, ties to even; a NaN stays one. */
+KTL_INLINE uint16_t ktl_to_bf16(float x) {
+    union { float f; uint32_t u; } v = {.f = x};
+    uint32_t rounded = (v.u + 0x7fff + ((v.u >> 16) & 1)) >> 16;
+    return (v.u & 0x7fffffff) > 0x7f800000 ? (uint16_t)((v.u >> 16) | 0x40) : (uint16_t)rounded;
+}
+
+uint16_t ktl_to_f16(float x); /* nearest, ties to even */
+
+/* Value of a code before its scale. */
+KTL_INLINE int ktl_code_value(int format, int code) {
+    return ktl_formats[format].table ? ktl_iq4_table[code & 15] : code - ktl_formats[format].zero;
+}
+
+/* Bytes of a packed chunk of so many groups of 32 columns, and of a panel's head. */
+int64_t ktl_chunk_bytes(int format, int groups);
+KTL_INLINE int64_t ktl_head_bytes(int format) { return format == KTL_INT8_CHANNEL ? 64 : 0; }
+/* Bytes of a packed panel of a matrix with `cols` columns. */
+int64_t ktl_panel_bytes(int format, int64_t cols);
+
+#endif

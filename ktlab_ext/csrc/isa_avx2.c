@@ -1,0 +1,104 @@
+/* AVX2 with FMA and F16C: VPMADDUBSW and VPMADDWD make four products a 32-bit lane. */
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+#include "arithmetic.h"
+
+#define VB 32
+#define TOKENS 3
+#define PANELS 1
+#define VI __m256i
+#define VF __m256
+/* VPMADDUBSW saturates its 16-bit sums of two products: harmless for codes up to 127, as
+ * 2 * 127 * 127 < 32768. */
+#define DOT(sum, u, s) \
+    _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)))
+/* Codes above 127 are made signed, and the sign moved to the activation. */
+#define DOT_WIDE(sum, u, s) dot_wide(sum, u, s)
+#define WIDE_ZERO 0
+#define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define ADDF(a, b) _mm256_add_ps(a, b)
+#define MULF(a, b) _mm256_mul_ps(a, b)
+#define SET1F(x) _mm256_set1_ps(x)
+#define SET1I(x) _mm256_set1_epi32(x)
+#define LOADI(p) _mm256_loadu_si256((const __m256i *)(p))
+#define LOADF(p) _mm256_loadu_ps(p)
+#define STOREF(p, v) _mm256_storeu_ps(p, v)
+#define ZEROF() _mm256_setzero_ps()
+#define TO_FLOAT(v) _mm256_cvtepi32_ps(v)
+#define F16X16(src, dst) f16x16(src, dst)
+#define SUMF(v) sum_lanes(v)
+#define LOOKUP(codes) lookup(codes)
+#define TRANSPOSE16(src, stride, dst) transpose16(src, stride, dst)
+
+KTL_INLINE __m256i dot_wide(__m256i sum, __m256i code, __m256i s) {
+    __m256i w = _mm256_xor_si256(code, _mm256_set1_epi8((char)0x80));
+    return DOT(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(s, w));
+}
+
+KTL_INLINE void f16x16(const uint8_t *src, float *dst) {
+    _mm256_storeu_ps(dst, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)src)));
+    _mm256_storeu_ps(dst + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(src + 16))));
+}
+
+KTL_INLINE float sum_lanes(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+KTL_INLINE __m256i lookup(__m256i codes) {
+    const __m128i levels = _mm_xor_si128(_mm_loadu_si128((const __m128i *)ktl_iq4_table),
+                                         _mm_set1_epi8((char)0x80));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), codes);
+}
+
+KTL_INLINE void transpose16(const uint32_t *src, int stride, uint32_t *dst) {
+    for (int half = 0; half < 2; half++)
+        for (int quarter = 0; quarter < 4; quarter++) {
+            __m128i a[4];
+            for (int q = 0; q < 2; q++) {
+                const uint32_t *p = src + (8 * half + 4 * q) * stride + 4 * quarter;
+                for (int i = 0; i < 4; i++) a[i] = _mm_loadu_si128((const __m128i *)(p + i * stride));
+                __m128i b0 = _mm_unpacklo_epi32(a[0], a[1]), b1 = _mm_unpackhi_epi32(a[0], a[1]);
+                __m128i b2 = _mm_unpacklo_epi32(a[2], a[3]), b3 = _mm_unpackhi_epi32(a[2], a[3]);
+                uint32_t *to = dst + 64 * quarter + 8 * half + 4 * q;
+                _mm_storeu_si128((__m128i *)to, _mm_unpacklo_epi64(b0, b2));
+                _mm_storeu_si128((__m128i *)(to + 16), _mm_unpackhi_epi64(b0, b2));
+                _mm_storeu_si128((__m128i *)(to + 32), _mm_unpacklo_epi64(b1, b3));
+                _mm_storeu_si128((__m128i *)(to + 48), _mm_unpackhi_epi64(b1, b3));
+            }
+        }
+}
+
+/* 256 codes of one row against one token: eight vectors of 8 sums, each of four columns. */
+KTL_INLINE __m256 dot_row(int sub, int table, int is_wide, const uint8_t *code, const float *scale,
+                          const float *offset, const ktl_act *act, __m256 sum) {
+    const int group = sub > KTL_GROUP ? sub : KTL_GROUP;
+    for (int v = 0; v < 8; v++) {
+        __m256i c = LOADI(code + 32 * v), q = LOADI(act->q + 32 * v);
+        if (table) c = lookup(c);
+        __m256i d = is_wide ? DOT_WIDE(_mm256_setzero_si256(), c, q)
+                            : DOT(_mm256_setzero_si256(), c, q);
+        const int s = 32 * v / sub;
+        __m256 w = _mm256_set1_ps(scale[s]);
+        if (sub == 16) w = _mm256_blend_ps(w, _mm256_set1_ps(scale[s + 1]), 0xf0);
+        w = _mm256_mul_ps(w, _mm256_set1_ps(act->scale[32 * v / group]));
+        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(d), w, sum);
+    }
+    float rest = 0;
+    for (int s = 0; s < KTL_CHUNK / sub; s++) rest += offset[s] * act->sum[s];
+    return _mm256_add_ps(sum, _mm256_setr_ps(rest, 0, 0, 0, 0, 0, 0, 0));
+}
+
+#include "kernel.inc.h"
+
+const ktl_kernels ktl_kernels_avx2 = KERNELS;
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif

@@ -1,0 +1,432 @@
+/* The kernels of one instruction set with vectors of VB bytes. Included by isa_avx2.c and
+ * isa_avx512_vnni.c, which define before:
+ *     VB           bytes of a vector; VN = 64 / VB vectors hold 16 lanes of 32 bits
+ *     TOKENS       tokens that one pass of the inner loop keeps in registers, at most 8
+ *     PANELS       panels of 16 rows that it keeps, 1 or 2
+ *     VI, VF       integer and float vector types
+ *     DOT(sum, u, s)       32-bit sums += four products of unsigned and signed bytes
+ *     DOT_WIDE(sum, u, s)  the same where u exceeds 127 (may want `u` and `s` both signed: WIDE_ZERO)
+ *     WIDE_ZERO    the zero that codes have in DOT_WIDE: 128 (unsigned) or 0 (it flips the sign bit)
+ *     FMA(a, b, c) SET1F SET1I LOADI LOADF STOREF ZEROF TO_FLOAT ADDF MULF LOOKUP(codes)
+ *     TRANSPOSE16(src, stride, dst)   16 x 16 words of 32 bits
+ *     F16X16(src, dst)                16 float16 to float32
+ */
+#include "arithmetic.h"
+#include "blocks.h"
+
+enum { VN = 64 / VB };
+
+typedef uint16_t lanes16 __attribute__((vector_size(VB), may_alias, aligned(1)));
+
+KTL_INLINE int wide(int format) { return ktl_formats[format].zero == 128; }
+KTL_INLINE int zero_of(int format) {
+    return wide(format) ? WIDE_ZERO : ktl_formats[format].zero;
+}
+
+static ktl_act_key act_key(int format) {
+    ktl_act_key key = {ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8, 0, 0};
+    if (key.kind == KTL_ACT_INT8) {
+        key.sub = ktl_formats[format].sub;
+        key.zero = zero_of(format);
+    }
+    return key;
+}
+
+/* ---- tiles -------------------------------------------------------------------------------------- */
+KTL_INLINE void unpack_group(int base, int high, int table, const uint8_t *src, uint8_t *dst) {
+    const uint8_t *plane = src + 64 * base;
+    for (int o = 0; o < 64; o += VB)
+#pragma GCC unroll 8
+        for (int v = 0; v < 8; v++) {
+            lanes16 c, h;
+            if (base == 4) {
+                c = *(const lanes16 *)(src + 64 * (v / 2) + o);
+                c = (v & 1 ? c >> 4 : c) & 0x0f0f;
+            } else {
+                c = *(const lanes16 *)(src + 64 * (v / 4) + o);
+                c = (c >> (2 * (v % 4))) & 0x0303;
+            }
+            if (high) {
+                int from = high * (v % (8 / high)), to = base;
+                h = *(const lanes16 *)(plane + 64 * (v / (8 / high)) + o);
+                h = to >= from ? h << (to >= from ? to - from : 0) : h >> (from > to ? from - to : 0);
+                c |= h & (uint16_t)((((1 << high) - 1) << base) * 0x0101);
+            }
+            if (table) c = (lanes16)LOOKUP((VI)c);
+            *(lanes16 *)(dst + 64 * v + o) = c;
+        }
+}
+
+KTL_INLINE void decode_packed_as(int format, const uint8_t *head, const uint8_t *chunk, int groups,
+                                 ktl_tile *tile) {
+    const ktl_format_info *f = &ktl_formats[format];
+    const uint8_t *p = chunk;
+    if (ktl_is_float(format)) {
+        int pairs = groups * KTL_GROUP / 2;
+        if (format == KTL_F32) {
+            memcpy(tile->f32, p, (size_t)pairs * 2 * KTL_PANEL * sizeof(float));
+            return;
+        }
+        for (int i = 0; i < pairs; i++)
+            for (int j = 0; j < 2; j++)
+                for (int r = 0; r < KTL_PANEL; r++) {
+                    uint16_t h = (uint16_t)(((const uint32_t *)(const void *)p)[16 * i + r] >> 16 * j);
+                    tile->f32[(2 * i + j) * KTL_PANEL + r] =
+                        format == KTL_BF16 ? ktl_bf16(h) : ktl_f16(h);
+                }
+        return;
+    }
+    tile->codes = f->base_bits == 8 ? p : tile->code;
+    if (f->base_bits != 8)
+        for (int g = 0; g < groups; g++)
+            unpack_group(f->base_bits, f->high_bits, f->table,
+                         p + (size_t)g * 64 * (f->base_bits + f->high_bits), tile->code + 512 * g);
+    p += (size_t)groups * 64 * (f->base_bits + f->high_bits);
+    if (format == KTL_INT8_CHANNEL) {
+        memcpy(tile->scale[0], head, 64);
+        return;
+    }
+    if (!f->has_scale) {
+        int n = (int)ktl_ceil((int64_t)groups * KTL_GROUP, f->d_cols);
+        for (int s = 0; s < n; s++) F16X16(p + 32 * s, tile->scale[s]);
+        return;
+    }
+    float d[KTL_PANEL] KTL_ALIGNED, dmin[KTL_PANEL] KTL_ALIGNED;
+    int subs = KTL_CHUNK / f->sub;
+    const uint8_t *scale = p, *min = p + subs * KTL_PANEL;
+    p += subs * KTL_PANEL * (1 + f->has_min);
+    F16X16(p, d);
+    if (ktl_has_dmin(format)) F16X16(p + 32, dmin);
+#pragma GCC unroll 16
+    for (int s = 0; s < subs; s++)
+        for (int r = 0; r < KTL_PANEL; r++) {
+            uint8_t b = scale[s * KTL_PANEL + r];
+            if (format == KTL_Q2_K) {
+                tile->scale[s][r] = d[r] * (float)(b & 15);
+                tile->offset[s][r] = -dmin[r] * (float)(b >> 4);
+            } else if (f->has_min) {
+                tile->scale[s][r] = d[r] * (float)b;
+                tile->offset[s][r] = -dmin[r] * (float)min[s * KTL_PANEL + r];
+            } else {
+                tile->scale[s][r] = d[r] * (float)(int8_t)b;
+            }
+        }
+}
+
+KTL_INLINE void decode_blocks_as(int format, const uint8_t *row, int64_t row_bytes, int rows,
+                                 int64_t column, int cols, ktl_tile *tile) {
+    if (ktl_is_float(format)) {
+        float line[KTL_PANEL][KTL_CHUNK] KTL_ALIGNED;
+        int padded = (cols + 31) / 32 * 32;
+        for (int r = 0; r < KTL_PANEL; r++) {
+            const uint8_t *p = row + r * row_bytes + column * ktl_formats[format].block_bytes;
+            int n = r < rows ? cols : 0;
+            if (format == KTL_F32) memcpy(line[r], p, (size_t)n * 4);
+            else
+                for (int i = 0; i < n; i++)
+                    line[r][i] = format == KTL_BF16 ? ktl_bf16(ktl_load16(p + 2 * i))
+                                                    : ktl_f16(ktl_load16(p + 2 * i));
+            memset(line[r] + n, 0, (size_t)(padded - n) * 4);
+        }
+        for (int c = 0; c < padded; c += 16)
+            TRANSPOSE16((const uint32_t *)line + c, KTL_CHUNK, (uint32_t *)tile->f32 + c * KTL_PANEL);
+        return;
+    }
+    struct KTL_ALIGNED { uint8_t code[KTL_PANEL][KTL_CHUNK]; float scale[KTL_PANEL][16], offset[KTL_PANEL][16]; } lines;
+    const ktl_format_info *f = &ktl_formats[format];
+    for (int r = 0; r < KTL_PANEL; r++) {
+        ktl_raw raw;
+        if (r < rows) {
+            ktl_raw_from_blocks(format, row + r * row_bytes, column, cols, &raw);
+            ktl_raw_scales(format, &raw, cols, lines.scale[r], lines.offset[r]);
+            memcpy(lines.code[r], raw.code, KTL_CHUNK);
+        } else {
+            memset(lines.code[r], 0, KTL_CHUNK);
+            memset(lines.scale[r], 0, 64);
+            memset(lines.offset[r], 0, 64);
+        }
+    }
+    for (int c = 0; c < cols; c += 64)
+        TRANSPOSE16((const uint32_t *)lines.code + c / 4, KTL_CHUNK / 4, (uint32_t *)tile->code + c * 4);
+    if (f->table)
+        for (int i = 0; i < cols * KTL_PANEL; i += VB)
+            *(lanes16 *)(tile->code + i) = (lanes16)LOOKUP((VI) * (lanes16 *)(tile->code + i));
+    TRANSPOSE16((const uint32_t *)lines.scale, 16, (uint32_t *)tile->scale);
+    if (f->has_min || format == KTL_Q2_K)
+        TRANSPOSE16((const uint32_t *)lines.offset, 16, (uint32_t *)tile->offset);
+    tile->codes = tile->code;
+}
+
+/* ---- activations ---------------------------------------------------------------------------------- */
+static void prepare(ktl_act_key key, const float *x, int cols, void *out) {
+    float padded[KTL_CHUNK] KTL_ALIGNED;
+    if (key.kind == KTL_ACT_F32) {
+        memcpy(out, x, (size_t)cols * 4);
+        memset((float *)out + cols, 0, (size_t)(KTL_CHUNK - cols) * 4);
+        return;
+    }
+    if (cols < KTL_CHUNK) {
+        memcpy(padded, x, (size_t)cols * 4);
+        memset(padded + cols, 0, (size_t)(KTL_CHUNK - cols) * 4);
+        x = padded;
+    }
+    ktl_quantize_act(key, x, (ktl_act *)out);
+}
+
+/* ---- the inner loops --------------------------------------------------------------------------------- */
+enum { RV = PANELS * VN }; /* vectors of one column: PANELS x 16 rows */
+
+/* T tokens x PANELS tiles. The float sums stay in registers through the chunk. */
+KTL_INLINE void multiply_int8(int T, int sub, int mins, int is_wide, const ktl_tile *tile,
+                              int groups, const ktl_act *const *act, float *const *acc) {
+    VF sum[8][RV];
+    const int group = sub > KTL_GROUP ? sub : KTL_GROUP, half = sub < KTL_GROUP ? sub : group;
+    const int cols = groups * KTL_GROUP;
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc[t] + r * (VB / 4));
+    for (int c = 0; c < cols; c += group) {
+        VF part[8][RV];
+#pragma GCC unroll 2
+        for (int h = 0; h < group; h += half) {
+            VI dot[8][RV];
+            const int s = (c + h) / sub;
+            const int steps = (sub > KTL_GROUP ? (cols - c < half ? cols - c : half) : half) / 4;
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                VI init = SET1I(act[t]->init[s]);
+#pragma GCC unroll 4
+                for (int r = 0; r < RV; r++) dot[t][r] = init;
+            }
+#pragma GCC unroll 8
+            for (int j = 0; j < steps; j++) {
+                VI w[RV];
+#pragma GCC unroll 4
+                for (int r = 0; r < RV; r++)
+                    w[r] = LOADI(tile[r / VN].codes + ((c + h) / 4 + j) * 64 + r % VN * VB);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++) {
+                    int32_t four;
+                    memcpy(&four, act[t]->q + c + h + 4 * j, 4);
+                    VI x = SET1I(four);
+#pragma GCC unroll 4
+                    for (int r = 0; r < RV; r++)
+                        dot[t][r] = is_wide ? DOT_WIDE(dot[t][r], w[r], x) : DOT(dot[t][r], w[r], x);
+                }
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < RV; r++) {
+                VF scale = LOADF(tile[r / VN].scale[s] + r % VN * (VB / 4));
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++)
+                    part[t][r] = h ? FMA(TO_FLOAT(dot[t][r]), scale, part[t][r])
+                                   : MULF(TO_FLOAT(dot[t][r]), scale);
+                if (mins) {
+                    VF offset = LOADF(tile[r / VN].offset[s] + r % VN * (VB / 4));
+#pragma GCC unroll 8
+                    for (int t = 0; t < T; t++)
+                        sum[t][r] = FMA(offset, SET1F(act[t]->sum[s]), sum[t][r]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            VF scale = SET1F(act[t]->scale[c / group]);
+#pragma GCC unroll 4
+            for (int r = 0; r < RV; r++) sum[t][r] = FMA(part[t][r], scale, sum[t][r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) STOREF(acc[t] + r * (VB / 4), sum[t][r]);
+}
+
+KTL_INLINE void multiply_f32(int T, const ktl_tile *tile, int groups, const float *const *act,
+                             float *const *acc) {
+    VF sum[8][RV];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc[t] + r * (VB / 4));
+    for (int c = 0; c < groups * KTL_GROUP; c++) {
+        VF w[RV];
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) w[r] = LOADF(tile[r / VN].f32 + c * KTL_PANEL + r % VN * (VB / 4));
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            VF x = SET1F(act[t][c]);
+#pragma GCC unroll 4
+            for (int r = 0; r < RV; r++) sum[t][r] = FMA(w[r], x, sum[t][r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) STOREF(acc[t] + r * (VB / 4), sum[t][r]);
+}
+
+typedef void (*inner_loop)(const ktl_tile *, int, const void *const *, float *const *);
+
+#define INT8_LOOP(T, sub, mins, is_wide)                                                            \
+    static void int8_##sub##_##mins##is_wide##_##T(const ktl_tile *tile, int groups,                \
+                                                   const void *const *act, float *const *acc) {     \
+        multiply_int8(T, sub, mins, is_wide, tile, groups, (const ktl_act *const *)act, acc);       \
+    }
+#define F32_LOOP(T)                                                                                 \
+    static void f32_##T(const ktl_tile *tile, int groups, const void *const *act,                   \
+                        float *const *acc) {                                                        \
+        multiply_f32(T, tile, groups, (const float *const *)act, acc);                              \
+    }
+#if TOKENS == 6
+#define EACH_T(LOOP, ...) LOOP(1, ##__VA_ARGS__) LOOP(2, ##__VA_ARGS__) LOOP(3, ##__VA_ARGS__) \
+    LOOP(4, ##__VA_ARGS__) LOOP(5, ##__VA_ARGS__) LOOP(6, ##__VA_ARGS__)
+#define TABLE(name) {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
+#else
+#define EACH_T(LOOP, ...) LOOP(1, ##__VA_ARGS__) LOOP(2, ##__VA_ARGS__) LOOP(3, ##__VA_ARGS__)
+#define TABLE(name) {name##_1, name##_2, name##_3}
+#endif
+EACH_T(INT8_LOOP, 16, 0, 0)
+EACH_T(INT8_LOOP, 16, 1, 0)
+EACH_T(INT8_LOOP, 32, 0, 0)
+EACH_T(INT8_LOOP, 32, 0, 1)
+EACH_T(INT8_LOOP, 32, 1, 0)
+EACH_T(INT8_LOOP, 128, 0, 0)
+EACH_T(INT8_LOOP, 256, 0, 1)
+EACH_T(F32_LOOP)
+
+static const inner_loop *loops_of(int format) {
+    static const inner_loop f32[] = TABLE(f32), s16[] = TABLE(int8_16_00),
+                            s16m[] = TABLE(int8_16_10), s32[] = TABLE(int8_32_00),
+                            s32w[] = TABLE(int8_32_01), s32m[] = TABLE(int8_32_10),
+                            s128[] = TABLE(int8_128_00), s256[] = TABLE(int8_256_01);
+    const ktl_format_info *f = &ktl_formats[format];
+    if (ktl_is_float(format)) return f32;
+    if (f->sub == 16) return format == KTL_Q2_K ? s16m : s16;
+    if (f->sub == 32) return f->has_min ? s32m : wide(format) ? s32w : s32;
+    return f->sub == 128 ? s128 : s256;
+}
+
+static void multiply(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job) {
+    const inner_loop *loops = loops_of(format);
+    const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
+    const void *act[8];
+    float *acc[8];
+    for (int64_t t = 0; t < job->n;) {
+        /* Even shares: 7 tokens are 4 and 3, not 6 and 1. */
+        int64_t left = job->n - t, passes = ktl_ceil(left, TOKENS);
+        int T = (int)ktl_ceil(left, passes);
+        for (int i = 0; i < T; i++) {
+            int64_t a = job->act_index ? job->act_index[t + i] : t + i;
+            int64_t y = job->acc_index ? job->acc_index[t + i] : t + i;
+            act[i] = (const uint8_t *)job->act + (size_t)a * act_bytes;
+            acc[i] = job->acc + y * job->acc_stride;
+        }
+        for (int p = 0; p < panels; p += PANELS) {
+            loops[T - 1](tiles + p, groups, act, acc);
+            for (int i = 0; i < T; i++) acc[i] += PANELS * KTL_PANEL;
+        }
+        t += T;
+    }
+}
+
+/* ---- few tokens on file blocks: one row at a time, no tile ------------------------------------------ */
+KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes, int rows,
+                              int64_t cols, const void *act, int64_t chunk_bytes,
+                              const ktl_job *job) {
+    const ktl_format_info *f = &ktl_formats[format];
+    const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
+    for (int64_t first = 0; first < job->n; first += TOKENS) {
+        const int T = (int)(job->n - first < TOKENS ? job->n - first : TOKENS);
+        for (int r = 0; r < rows; r++) {
+            VF sum[TOKENS];
+            for (int t = 0; t < TOKENS; t++) sum[t] = ZEROF();
+            const uint8_t *p = row + r * row_bytes;
+            for (int64_t column = 0; column < cols; column += KTL_CHUNK) {
+                const uint8_t *x = (const uint8_t *)act + column / KTL_CHUNK * chunk_bytes;
+                int n = (int)(cols - column < KTL_CHUNK ? cols - column : KTL_CHUNK);
+                if (ktl_is_float(format)) {
+                    float line[KTL_CHUNK] KTL_ALIGNED;
+                    const uint8_t *q = p + column * f->block_bytes;
+                    if (n < KTL_CHUNK) memset(line, 0, sizeof line);
+                    if (format == KTL_F32) memcpy(line, q, (size_t)n * 4);
+                    else if (format == KTL_BF16)
+                        for (int i = 0; i < n; i++) line[i] = ktl_bf16(ktl_load16(q + 2 * i));
+                    else
+                        for (int i = 0; i < n; i++) line[i] = ktl_f16(ktl_load16(q + 2 * i));
+                    for (int t = 0; t < T; t++) {
+                        int64_t a = job->act_index ? job->act_index[first + t] : first + t;
+                        const float *xa = (const float *)(x + (size_t)a * act_bytes);
+                        VF s0 = sum[t], s1 = ZEROF();
+                        for (int i = 0; i < KTL_CHUNK; i += VB / 2) {
+                            s0 = FMA(LOADF(line + i), LOADF(xa + i), s0);
+                            s1 = FMA(LOADF(line + i + VB / 4), LOADF(xa + i + VB / 4), s1);
+                        }
+                        sum[t] = ADDF(s0, s1);
+                    }
+                    continue;
+                }
+                ktl_raw raw KTL_ALIGNED;
+                float scale[16] KTL_ALIGNED = {0}, offset[16] KTL_ALIGNED = {0};
+                ktl_raw_from_blocks(format, p, column, n, &raw);
+                ktl_raw_scales(format, &raw, n, scale, offset);
+                if (n < KTL_CHUNK) memset(raw.code + n, 0, (size_t)(KTL_CHUNK - n));
+                if (!f->has_min && format != KTL_Q2_K)
+                    for (int s = 0; s < 16; s++) offset[s] = (float)-zero_of(format) * scale[s];
+                for (int t = 0; t < T; t++) {
+                    int64_t a = job->act_index ? job->act_index[first + t] : first + t;
+                    sum[t] = dot_row(f->sub, f->table, wide(format), raw.code, scale, offset,
+                                     (const ktl_act *)(x + (size_t)a * act_bytes), sum[t]);
+                }
+            }
+            for (int t = 0; t < T; t++) {
+                int64_t y = job->acc_index ? job->acc_index[first + t] : first + t;
+                job->acc[y * job->acc_stride + r] += SUMF(sum[t]);
+            }
+        }
+    }
+}
+
+static void silu_mul(float *gate, const float *up, int64_t count) {
+    for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + ktl_exp(-gate[i])) * up[i];
+}
+
+static void scale_row(float *x, float factor, int64_t count) {
+    for (int64_t i = 0; i < count; i++) x[i] *= factor;
+}
+
+/* ---- one copy of each per format, chosen by a constant ------------------------------------------------- */
+#define EACH_FORMAT(X) X(KTL_F32) X(KTL_F16) X(KTL_BF16) X(KTL_Q8_0) X(KTL_Q4_0) X(KTL_Q5_0) \
+    X(KTL_Q2_K) X(KTL_Q3_K) X(KTL_Q4_K) X(KTL_Q5_K) X(KTL_Q6_K) X(KTL_IQ4_NL) X(KTL_IQ4_XS)  \
+    X(KTL_INT8_CHANNEL) X(KTL_INT4_GROUP32) X(KTL_INT4_GROUP128)
+
+static void decode_packed(int format, const uint8_t *head, const uint8_t *chunk, int groups,
+                          ktl_tile *tile) {
+    switch (format) {
+#define X(F) case F: decode_packed_as(F, head, chunk, groups, tile); break;
+        EACH_FORMAT(X)
+#undef X
+    }
+}
+
+static void decode_blocks(int format, const uint8_t *row, int64_t row_bytes, int rows,
+                          int64_t column, int cols, ktl_tile *tile) {
+    switch (format) {
+#define X(F) case F: decode_blocks_as(F, row, row_bytes, rows, column, cols, tile); break;
+        EACH_FORMAT(X)
+#undef X
+    }
+}
+
+static void dot_blocks(int format, const uint8_t *row, int64_t row_bytes, int rows, int64_t cols,
+                       const void *act, int64_t chunk_bytes, const ktl_job *job) {
+    switch (format) {
+#define X(F) case F: dot_blocks_as(F, row, row_bytes, rows, cols, act, chunk_bytes, job); break;
+        EACH_FORMAT(X)
+#undef X
+    }
+}
+
+#define KERNELS                                                                                     \
+    {act_key, prepare, decode_packed, decode_blocks, multiply, dot_blocks, silu_mul, scale_row, 0}

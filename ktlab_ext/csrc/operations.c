@@ -1,0 +1,366 @@
+/* linear and moe: how the work is cut into tasks, for any instruction set.
+ *
+ * Every sum of the result is formed by one task in a fixed order, so the bits depend neither on the
+ * number of threads nor on who steals what. */
+#include "internal.h"
+
+enum {
+    MAX_TOKENS = 4096,   /* of one pass; more are done in several */
+    SMALL_WORK = 1 << 17 /* multiplications below which waking another thread costs more */
+};
+
+/* Shared scratch slots, counted from ktl_pool_threads(). */
+enum { SLOT_ACTS = 0 /* to 3 */, SLOT_HIDDEN = 4, SLOT_HIDDEN_ACTS = 5 /* and 6 */, SLOT_GROUPS = 7 };
+
+static void run(ktl_pool *pool, int small, ktl_task task, void *context, int64_t tasks) {
+    if (small)
+        for (int64_t i = 0; i < tasks; i++) task(context, i, 0);
+    else
+        ktl_pool_run(pool, task, context, tasks);
+}
+
+/* Prepared activations: [chunk][row] of ktl_act_bytes. */
+typedef struct {
+    ktl_act_key key;
+    const ktl_kernels *kernels;
+    int by_slot; /* rows are slots in expert order, not tokens */
+    uint8_t *base;
+    int64_t chunk_bytes;
+} acts;
+
+static int64_t chunks_of(int64_t cols) { return ktl_ceil(cols, KTL_CHUNK); }
+
+static int acts_alloc(ktl_pool *pool, int slot, acts *a, int64_t rows, int64_t cols) {
+    a->chunk_bytes = rows * (int64_t)ktl_act_bytes(a->key.kind);
+    a->base = ktl_pool_scratch(pool, ktl_pool_threads(pool) + slot,
+                               (size_t)(chunks_of(cols) * a->chunk_bytes) + 64);
+    return a->base ? KTL_OK : KTL_ERR_MEMORY;
+}
+
+static void acts_fill(const acts *a, int64_t row, const void *x, int x_type, int64_t cols) {
+    const size_t bytes = ktl_act_bytes(a->key.kind);
+    for (int64_t c = 0; c < cols; c += KTL_CHUNK) {
+        float line[KTL_CHUNK];
+        const float *from = (const float *)x + c;
+        int n = (int)(cols - c < KTL_CHUNK ? cols - c : KTL_CHUNK);
+        if (x_type == KTL_X_BF16) {
+            for (int i = 0; i < n; i++) line[i] = ktl_bf16(((const uint16_t *)x)[c + i]);
+            from = line;
+        }
+        a->kernels->prepare(a->key, from, n,
+                            a->base + c / KTL_CHUNK * a->chunk_bytes + (size_t)row * bytes);
+    }
+}
+
+static const void *x_row(const void *x, int x_type, int64_t stride, int64_t row) {
+    return (const uint8_t *)x + row * stride * (x_type == KTL_X_BF16 ? 2 : 4);
+}
+
+/* job->acc += rows [row0, row0 + 16 panels) of one matrix times the prepared activations. */
+static void rows_times(const ktl_kernels *kernels, int few, const ktl_matrix *m, int64_t expert,
+                       int64_t row0, int panels, const acts *a, int64_t first_act,
+                       const ktl_job *job, ktl_tile *tiles) {
+    const uint8_t *data = m->data + expert * m->expert_stride;
+    const uint8_t *act = a->base + first_act * (int64_t)ktl_act_bytes(a->key.kind);
+    const int rows = (int)(m->rows - row0 < panels * KTL_PANEL ? m->rows - row0 : panels * KTL_PANEL);
+    const int packed = m->layout == KTL_PACKED;
+    const int64_t row_bytes = ktl_row_bytes(m->format, m->cols);
+    if (few && !packed && kernels->dot_blocks) {
+        kernels->dot_blocks(m->format, data + row0 * row_bytes, row_bytes, rows, m->cols, act,
+                            a->chunk_bytes, job);
+        return;
+    }
+    const int64_t panel_bytes = packed ? ktl_panel_bytes(m->format, m->cols) : 0;
+    const int64_t chunk_bytes = ktl_chunk_bytes(m->format, KTL_CHUNK / KTL_GROUP);
+    const int used = (rows + KTL_PANEL - 1) / KTL_PANEL, even = (used + 1) / 2 * 2;
+    if (even > used) memset(&tiles[used], 0, sizeof(ktl_tile));
+    tiles[even - 1].codes = tiles[even - 1].code;
+    for (int64_t c = 0; c < m->cols; c += KTL_CHUNK) {
+        const int cols = (int)(m->cols - c < KTL_CHUNK ? m->cols - c : KTL_CHUNK);
+        const int groups = (cols + KTL_GROUP - 1) / KTL_GROUP;
+        for (int p = 0; p < used; p++) {
+            if (packed) {
+                const uint8_t *panel = data + (row0 / KTL_PANEL + p) * panel_bytes;
+                kernels->decode_packed(m->format, panel,
+                                       panel + ktl_head_bytes(m->format) + c / KTL_CHUNK * chunk_bytes,
+                                       groups, &tiles[p]);
+            } else {
+                int here = rows - p * KTL_PANEL < KTL_PANEL ? rows - p * KTL_PANEL : KTL_PANEL;
+                kernels->decode_blocks(m->format, data + (row0 + p * KTL_PANEL) * row_bytes,
+                                       row_bytes, here, c, cols, &tiles[p]);
+            }
+        }
+        ktl_job part = *job;
+        part.act = act + c / KTL_CHUNK * a->chunk_bytes;
+        kernels->multiply(m->format, tiles, even, groups, &part);
+    }
+}
+
+/* Each worker's private scratch: tiles, then room for sums. */
+static int worker_scratch(ktl_pool *pool, int64_t sums) {
+    size_t bytes = KTL_TASK_PANELS * sizeof(ktl_tile) + (size_t)sums * sizeof(float) + 64;
+    for (int w = 0; w < ktl_pool_threads(pool); w++)
+        if (!ktl_pool_scratch(pool, w, bytes)) return KTL_ERR_MEMORY;
+    return KTL_OK;
+}
+
+/* ---- linear ---------------------------------------------------------------------------------------- */
+typedef struct {
+    ktl_pool *pool;
+    const ktl_kernels *kernels;
+    int few, x_type;
+    const ktl_matrix *w;
+    int64_t expert, tokens, x_stride, y_stride;
+    const void *x;
+    float *y;
+    acts a;
+} linear_work;
+
+static void linear_prepare(void *context, int64_t t, int worker) {
+    linear_work *l = context;
+    (void)worker;
+    acts_fill(&l->a, t, x_row(l->x, l->x_type, l->x_stride, t), l->x_type, l->w->cols);
+}
+
+static void linear_rows(void *context, int64_t task, int worker) {
+    linear_work *l = context;
+    ktl_tile *tiles = ktl_pool_scratch(l->pool, worker, 0);
+    float *acc = (float *)(tiles + KTL_TASK_PANELS);
+    const int64_t row0 = task * KTL_TASK_ROWS;
+    const int64_t rows = l->w->rows - row0 < KTL_TASK_ROWS ? l->w->rows - row0 : KTL_TASK_ROWS;
+    memset(acc, 0, (size_t)(l->tokens * KTL_TASK_ROWS) * sizeof(float));
+    ktl_job job = {NULL, NULL, acc, KTL_TASK_ROWS, NULL, l->tokens};
+    rows_times(l->kernels, l->few, l->w, l->expert, row0, KTL_TASK_PANELS, &l->a, 0, &job, tiles);
+    for (int64_t t = 0; t < l->tokens; t++)
+        memcpy(l->y + t * l->y_stride + row0, acc + t * KTL_TASK_ROWS, (size_t)rows * sizeof(float));
+}
+
+int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t expert,
+               const void *x, int x_type, int64_t tokens, int64_t x_stride,
+               float *y, int64_t y_stride) {
+    if (isa < 0 || isa >= KTL_ISAS || *ktl_isa_reason(isa)) return KTL_ERR_ISA;
+    if (!ktl_isa_computes(isa, w->format)) return KTL_ERR_FORMAT;
+    if (expert < 0 || expert >= w->experts || tokens < 0) return KTL_ERR_SHAPE;
+    if (!tokens || !w->rows) return KTL_OK;
+    int error = KTL_OK;
+    ktl_pool_lock(pool);
+    for (int64_t t = 0; t < tokens && !error; t += MAX_TOKENS) {
+        int64_t n = tokens - t < MAX_TOKENS ? tokens - t : MAX_TOKENS;
+        linear_work l = {pool, ktl_kernels_of(isa, n <= few), n <= few, x_type, w, expert, n,
+                         x_stride, y_stride, x_row(x, x_type, x_stride, t), y + t * y_stride, {{0}}};
+        l.a.kernels = l.kernels;
+        l.a.key = l.kernels->act_key(w->format);
+        error = acts_alloc(pool, SLOT_ACTS, &l.a, n, w->cols);
+        if (!error) error = worker_scratch(pool, n * KTL_TASK_ROWS);
+        if (error) break;
+        int small = n * w->rows * w->cols < SMALL_WORK;
+        run(pool, small || n * w->cols < SMALL_WORK / 4, linear_prepare, &l, n);
+        run(pool, small, linear_rows, &l, ktl_ceil(w->rows, KTL_TASK_ROWS));
+    }
+    ktl_pool_unlock(pool);
+    return error;
+}
+
+/* ---- moe ------------------------------------------------------------------------------------------- */
+typedef struct {
+    int64_t expert, first, n; /* slots [first, first + n) */
+    int few;
+} group;
+
+typedef struct {
+    ktl_pool *pool;
+    const ktl_kernels *kernels[2]; /* [few] */
+    const ktl_matrix *gate, *up, *down;
+    const void *x;
+    int x_type;
+    int64_t tokens, x_stride, y_stride, slots, groups;
+    float *y;
+    group *group;
+    int32_t *token;  /* of a slot */
+    int32_t *group_of; /* of a slot */
+    float *weight;   /* of a slot */
+    acts list[4];
+    int lists;
+    int gate_acts[2], up_acts[2]; /* [few], index into list */
+    float *hidden;                /* [slot][F] */
+    acts hidden_acts[2];          /* [few] */
+} moe_work;
+
+/* Slots in expert order, tokens ascending within an expert; a token that names an expert twice
+ * gets one slot with the summed weight. Returns KTL_ERR_* or KTL_OK. */
+static int moe_group(moe_work *m, const int64_t *ids, const float *weights, int64_t top_k, int few) {
+    const int64_t experts = m->gate->experts, all = m->tokens * top_k;
+    const size_t bytes = (size_t)(experts + 1) * (sizeof(int64_t) + sizeof(group)) +
+                         (size_t)all * (2 * sizeof(int32_t) + sizeof(float)) + 64;
+    int64_t *next = ktl_pool_scratch(m->pool, ktl_pool_threads(m->pool) + SLOT_GROUPS, bytes);
+    if (!next) return KTL_ERR_MEMORY;
+    m->group = (group *)(next + experts + 1);
+    m->token = (int32_t *)(m->group + experts + 1);
+    m->group_of = m->token + all;
+    m->weight = (float *)(m->group_of + all);
+    memset(next, 0, (size_t)(experts + 1) * sizeof(int64_t));
+    for (int64_t i = 0; i < all; i++) {
+        int repeated = 0;
+        for (int64_t j = i - i % top_k; j < i; j++) repeated |= ids[j] == ids[i];
+        if (ids[i] >= 0 && !repeated) next[ids[i] + 1]++;
+    }
+    m->groups = 0;
+    for (int64_t e = 0; e < experts; e++) {
+        int64_t n = next[e + 1];
+        if (n) m->group[m->groups++] = (group){e, next[e], n, n <= few};
+        next[e + 1] += next[e];
+    }
+    m->slots = next[experts];
+    for (int64_t i = 0; i < all; i++) {
+        if (ids[i] < 0) continue;
+        int64_t *place = &next[ids[i]], t = i / top_k, j = i - i % top_k;
+        while (ids[j] != ids[i]) j++;
+        if (j < i) { /* seen before in this token: its slot is the last one placed */
+            m->weight[*place - 1] += weights[i];
+            continue;
+        }
+        m->token[*place] = (int32_t)t;
+        m->weight[*place] = weights[i];
+        ++*place;
+    }
+    for (int64_t g = 0; g < m->groups; g++)
+        for (int64_t i = 0; i < m->group[g].n; i++) m->group_of[m->group[g].first + i] = (int32_t)g;
+    return KTL_OK;
+}
+
+/* Index of the prepared activations that this kernel wants for x; shared where the key is. */
+static int moe_acts(moe_work *m, const ktl_kernels *kernels, int format) {
+    acts a = {kernels->act_key(format), kernels, kernels->contiguous, NULL, 0};
+    for (int i = 0; i < m->lists; i++)
+        if (!memcmp(&m->list[i].key, &a.key, sizeof a.key) && m->list[i].by_slot == a.by_slot)
+            return i;
+    int error = acts_alloc(m->pool, SLOT_ACTS + m->lists, &a, a.by_slot ? m->slots : m->tokens,
+                           m->gate->cols);
+    m->list[m->lists] = a;
+    return error ? error : m->lists++;
+}
+
+static void moe_prepare(void *context, int64_t task, int worker) {
+    moe_work *m = context;
+    (void)worker;
+    for (int i = 0; i < m->lists; i++) {
+        const acts *a = &m->list[i];
+        if (task >= (a->by_slot ? m->slots : m->tokens)) continue;
+        if (a->by_slot && m->group[m->group_of[task]].few) continue;
+        acts_fill(a, task,
+                  x_row(m->x, m->x_type, m->x_stride, a->by_slot ? m->token[task] : task),
+                  m->x_type, m->gate->cols);
+    }
+}
+
+static void moe_gate_up(void *context, int64_t task, int worker) {
+    moe_work *m = context;
+    const int64_t width = m->gate->rows, blocks = ktl_ceil(width, KTL_TASK_ROWS);
+    const group *g = &m->group[task / blocks];
+    const int64_t row0 = task % blocks * KTL_TASK_ROWS;
+    const int64_t rows = width - row0 < KTL_TASK_ROWS ? width - row0 : KTL_TASK_ROWS;
+    const ktl_kernels *kernels = m->kernels[g->few];
+    ktl_tile *tiles = ktl_pool_scratch(m->pool, worker, 0);
+    float *gate = (float *)(tiles + KTL_TASK_PANELS), *up = gate + g->n * KTL_TASK_ROWS;
+    memset(gate, 0, (size_t)(2 * g->n * KTL_TASK_ROWS) * sizeof(float));
+    for (int i = 0; i < 2; i++) {
+        const acts *a = &m->list[i ? m->up_acts[g->few] : m->gate_acts[g->few]];
+        ktl_job job = {NULL, a->by_slot ? NULL : m->token + g->first, i ? up : gate, KTL_TASK_ROWS,
+                       NULL, g->n};
+        rows_times(kernels, g->few, i ? m->up : m->gate, g->expert, row0, KTL_TASK_PANELS, a,
+                   a->by_slot ? g->first : 0, &job, tiles);
+    }
+    kernels->silu_mul(gate, up, g->n * KTL_TASK_ROWS);
+    for (int64_t i = 0; i < g->n; i++) {
+        /* down is linear: the routing weight goes on its narrow side. */
+        float *h = m->hidden + (g->first + i) * width + row0;
+        memcpy(h, gate + i * KTL_TASK_ROWS, (size_t)rows * sizeof(float));
+        kernels->scale_row(h, m->weight[g->first + i], rows);
+    }
+}
+
+static void moe_prepare_hidden(void *context, int64_t slot, int worker) {
+    moe_work *m = context;
+    (void)worker;
+    acts_fill(&m->hidden_acts[m->group[m->group_of[slot]].few], slot,
+              m->hidden + slot * m->down->cols, KTL_X_F32, m->down->cols);
+}
+
+static void moe_down(void *context, int64_t task, int worker) {
+    moe_work *m = context;
+    const int64_t row0 = task * KTL_TASK_ROWS, hidden = m->down->rows;
+    const int64_t rows = hidden - row0 < KTL_TASK_ROWS ? hidden - row0 : KTL_TASK_ROWS;
+    ktl_tile *tiles = ktl_pool_scratch(m->pool, worker, 0);
+    float *acc = (float *)(tiles + KTL_TASK_PANELS);
+    memset(acc, 0, (size_t)(m->tokens * KTL_TASK_ROWS) * sizeof(float));
+    for (int64_t i = 0; i < m->groups; i++) {
+        const group *g = &m->group[i];
+        ktl_job job = {NULL, NULL, acc, KTL_TASK_ROWS, m->token + g->first, g->n};
+        rows_times(m->kernels[g->few], g->few, m->down, g->expert, row0, KTL_TASK_PANELS,
+                   &m->hidden_acts[g->few], g->first, &job, tiles);
+    }
+    for (int64_t t = 0; t < m->tokens; t++)
+        memcpy(m->y + t * m->y_stride + row0, acc + t * KTL_TASK_ROWS, (size_t)rows * sizeof(float));
+}
+
+static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64_t top_k, int few) {
+    int error = moe_group(m, ids, weights, top_k, few);
+    if (error) return error;
+    int64_t most[2] = {0, 0};
+    for (int64_t g = 0; g < m->groups; g++) {
+        int64_t *n = &most[m->group[g].few];
+        *n = *n > m->group[g].n ? *n : m->group[g].n;
+    }
+    for (int f = 0; f < 2; f++) {
+        if (!most[f]) continue;
+        if ((m->gate_acts[f] = moe_acts(m, m->kernels[f], m->gate->format)) < 0)
+            return m->gate_acts[f];
+        if ((m->up_acts[f] = moe_acts(m, m->kernels[f], m->up->format)) < 0) return m->up_acts[f];
+        m->hidden_acts[f] = (acts){m->kernels[f]->act_key(m->down->format), m->kernels[f], 1, NULL, 0};
+        error = acts_alloc(m->pool, SLOT_HIDDEN_ACTS + f, &m->hidden_acts[f], m->slots, m->down->cols);
+        if (error) return error;
+    }
+    const int64_t width = m->gate->rows, largest = most[0] > most[1] ? most[0] : most[1];
+    m->hidden = ktl_pool_scratch(m->pool, ktl_pool_threads(m->pool) + SLOT_HIDDEN,
+                                 (size_t)(m->slots * width) * sizeof(float) + 64);
+    if (!m->hidden) return KTL_ERR_MEMORY;
+    int64_t sums = 2 * largest > m->tokens ? 2 * largest : m->tokens;
+    if ((error = worker_scratch(m->pool, sums * KTL_TASK_ROWS))) return error;
+
+    const int small = m->slots * width * m->gate->cols * 3 < SMALL_WORK * 4;
+    int64_t rows = m->tokens;
+    for (int i = 0; i < m->lists; i++)
+        if (m->list[i].by_slot && m->slots > rows) rows = m->slots;
+    run(m->pool, rows * m->gate->cols < SMALL_WORK / 4, moe_prepare, m, rows);
+    run(m->pool, small, moe_gate_up, m, m->groups * ktl_ceil(width, KTL_TASK_ROWS));
+    run(m->pool, m->slots * width < SMALL_WORK / 4, moe_prepare_hidden, m, m->slots);
+    run(m->pool, small, moe_down, m, ktl_ceil(m->down->rows, KTL_TASK_ROWS));
+    return KTL_OK;
+}
+
+int ktl_moe(ktl_pool *pool, int isa, int few, const ktl_matrix *gate, const ktl_matrix *up,
+            const ktl_matrix *down, const void *x, int x_type, int64_t tokens, int64_t x_stride,
+            const int64_t *ids, const float *weights, int64_t top_k, float *y, int64_t y_stride) {
+    if (isa < 0 || isa >= KTL_ISAS || *ktl_isa_reason(isa)) return KTL_ERR_ISA;
+    if (!ktl_isa_computes(isa, gate->format) || !ktl_isa_computes(isa, up->format) ||
+        !ktl_isa_computes(isa, down->format))
+        return KTL_ERR_FORMAT;
+    if (gate->experts != up->experts || gate->experts != down->experts || gate->rows != up->rows ||
+        gate->cols != up->cols || down->cols != gate->rows || tokens < 0 || top_k < 0)
+        return KTL_ERR_SHAPE;
+    for (int64_t i = 0; i < tokens * top_k; i++)
+        if (ids[i] < -1 || ids[i] >= gate->experts) return KTL_ERR_ID;
+    int error = KTL_OK;
+    ktl_pool_lock(pool);
+    for (int64_t t = 0; t < tokens && !error; t += MAX_TOKENS) {
+        moe_work m = {.pool = pool, .gate = gate, .up = up, .down = down, .x_type = x_type,
+                      .x_stride = x_stride, .y_stride = y_stride, .y = y + t * y_stride,
+                      .x = x_row(x, x_type, x_stride, t),
+                      .tokens = tokens - t < MAX_TOKENS ? tokens - t : MAX_TOKENS};
+        m.kernels[0] = ktl_kernels_of(isa, 0);
+        m.kernels[1] = ktl_kernels_of(isa, 1);
+        error = moe_pass(&m, ids + t * top_k, weights + t * top_k, top_k, few);
+    }
+    ktl_pool_unlock(pool);
+    return error;
+}
