@@ -2,30 +2,6 @@
 #include "blocks.h"
 #include "internal.h"
 
-/* name, block columns, block bytes, base, high, zero, table, sub, scale, min, d columns */
-const ktl_format_info ktl_formats[KTL_FORMATS] = {
-    [KTL_F32] = {"f32", 1, 4, 0, 0, 0, 0, 0, 0, 0, 0},
-    [KTL_F16] = {"f16", 1, 2, 0, 0, 0, 0, 0, 0, 0, 0},
-    [KTL_BF16] = {"bf16", 1, 2, 0, 0, 0, 0, 0, 0, 0, 0},
-    [KTL_Q8_0] = {"q8_0", 32, 34, 8, 0, 128, 0, 32, 0, 0, 32},
-    [KTL_Q4_0] = {"q4_0", 32, 18, 4, 0, 8, 0, 32, 0, 0, 32},
-    [KTL_Q5_0] = {"q5_0", 32, 22, 4, 1, 16, 0, 32, 0, 0, 32},
-    [KTL_Q2_K] = {"q2_k", 256, 84, 2, 0, 0, 0, 16, 1, 0, 256},
-    [KTL_Q3_K] = {"q3_k", 256, 110, 2, 1, 4, 0, 16, 1, 0, 256},
-    [KTL_Q4_K] = {"q4_k", 256, 144, 4, 0, 0, 0, 32, 1, 1, 256},
-    [KTL_Q5_K] = {"q5_k", 256, 176, 4, 1, 0, 0, 32, 1, 1, 256},
-    [KTL_Q6_K] = {"q6_k", 256, 210, 4, 2, 32, 0, 16, 1, 0, 256},
-    [KTL_IQ4_NL] = {"iq4_nl", 32, 18, 4, 0, 128, 1, 32, 0, 0, 32},
-    [KTL_IQ4_XS] = {"iq4_xs", 256, 136, 4, 0, 128, 1, 32, 1, 0, 256},
-    [KTL_INT8_CHANNEL] = {"int8_channel", 0, 4, 8, 0, 128, 0, 256, 0, 0, 0},
-    [KTL_INT4_GROUP32] = {"int4_group32", 32, 18, 4, 0, 8, 0, 32, 0, 0, 32},
-    [KTL_INT4_GROUP128] = {"int4_group128", 128, 66, 4, 0, 8, 0, 128, 0, 0, 128},
-};
-
-/* ggml-common.h, kvalues_iq4nl: 16 levels, denser near zero. */
-const int8_t ktl_iq4_table[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                  1,    13,   25,  38,  53,  69,  89,  113};
-
 const char *ktl_format_name(int format) {
     return format >= 0 && format < KTL_FORMATS ? ktl_formats[format].name : NULL;
 }
@@ -94,6 +70,9 @@ int ktl_matrix_check(const ktl_matrix *m, int64_t available_bytes) {
 int ktl_isa_computes(int isa, int format) {
     if (isa < 0 || isa >= KTL_ISAS || format < 0 || format >= KTL_FORMATS) return 0;
     if (isa == KTL_AMX_INT8 || isa == KTL_AMX_INT8_EMULATED) return !ktl_is_float(format);
+    /* bfloat16 would cost these the precision that they are chosen for. */
+    if (isa == KTL_AMX_BF16 || isa == KTL_AMX_BF16_EMULATED)
+        return format != KTL_F32 && format != KTL_F16;
     return 1;
 }
 

@@ -11,7 +11,8 @@
 #define KTL_INLINE static inline __attribute__((always_inline))
 #define KTL_ALIGNED __attribute__((aligned(64)))
 
-/* What kernels need to know of a format; the table is in formats.c, the words in packed.h. */
+/* What kernels need to know of a format, in the words of packed.h. The table is in this header so
+ * that a constant format leaves constants only. */
 typedef struct {
     const char *name;
     int block_cols;  /* of a block in the file; 0: a row is the block */
@@ -24,8 +25,29 @@ typedef struct {
     int d_cols;               /* columns that share d; 0: none */
 } ktl_format_info;
 
-extern const ktl_format_info ktl_formats[KTL_FORMATS];
-extern const int8_t ktl_iq4_table[16];
+/* name, block columns, block bytes, base, high, zero, table, sub, scale, min, d columns */
+static const ktl_format_info ktl_formats[KTL_FORMATS] = {
+    [KTL_F32] = {"f32", 1, 4, 0, 0, 0, 0, 0, 0, 0, 0},
+    [KTL_F16] = {"f16", 1, 2, 0, 0, 0, 0, 0, 0, 0, 0},
+    [KTL_BF16] = {"bf16", 1, 2, 0, 0, 0, 0, 0, 0, 0, 0},
+    [KTL_Q8_0] = {"q8_0", 32, 34, 8, 0, 128, 0, 32, 0, 0, 32},
+    [KTL_Q4_0] = {"q4_0", 32, 18, 4, 0, 8, 0, 32, 0, 0, 32},
+    [KTL_Q5_0] = {"q5_0", 32, 22, 4, 1, 16, 0, 32, 0, 0, 32},
+    [KTL_Q2_K] = {"q2_k", 256, 84, 2, 0, 0, 0, 16, 1, 0, 256},
+    [KTL_Q3_K] = {"q3_k", 256, 110, 2, 1, 4, 0, 16, 1, 0, 256},
+    [KTL_Q4_K] = {"q4_k", 256, 144, 4, 0, 0, 0, 32, 1, 1, 256},
+    [KTL_Q5_K] = {"q5_k", 256, 176, 4, 1, 0, 0, 32, 1, 1, 256},
+    [KTL_Q6_K] = {"q6_k", 256, 210, 4, 2, 32, 0, 16, 1, 0, 256},
+    [KTL_IQ4_NL] = {"iq4_nl", 32, 18, 4, 0, 128, 1, 32, 0, 0, 32},
+    [KTL_IQ4_XS] = {"iq4_xs", 256, 136, 4, 0, 128, 1, 32, 1, 0, 256},
+    [KTL_INT8_CHANNEL] = {"int8_channel", 0, 4, 8, 0, 128, 0, 256, 0, 0, 0},
+    [KTL_INT4_GROUP32] = {"int4_group32", 32, 18, 4, 0, 8, 0, 32, 0, 0, 32},
+    [KTL_INT4_GROUP128] = {"int4_group128", 128, 66, 4, 0, 8, 0, 128, 0, 0, 128},
+};
+
+/* ggml-common.h, kvalues_iq4nl: 16 levels, denser near zero. */
+static const int8_t ktl_iq4_table[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                  1,    13,   25,  38,  53,  69,  89,  113};
 
 KTL_INLINE int ktl_is_float(int format) { return format <= KTL_BF16; }
 

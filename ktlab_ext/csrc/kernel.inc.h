@@ -199,22 +199,24 @@ KTL_INLINE void multiply_int8(int T, int sub, int mins, int is_wide, const ktl_t
 #pragma GCC unroll 4
                 for (int r = 0; r < RV; r++) dot[t][r] = init;
             }
+            for (int first = 0; first < steps; first += half < KTL_GROUP ? half / 4 : 8)
 #pragma GCC unroll 8
-            for (int j = 0; j < steps; j++) {
-                VI w[RV];
-#pragma GCC unroll 4
-                for (int r = 0; r < RV; r++)
-                    w[r] = LOADI(tile[r / VN].codes + ((c + h) / 4 + j) * 64 + r % VN * VB);
-#pragma GCC unroll 8
-                for (int t = 0; t < T; t++) {
-                    int32_t four;
-                    memcpy(&four, act[t]->q + c + h + 4 * j, 4);
-                    VI x = SET1I(four);
+                for (int j = first; j < first + (half < KTL_GROUP ? half / 4 : 8); j++) {
+                    VI w[RV];
 #pragma GCC unroll 4
                     for (int r = 0; r < RV; r++)
-                        dot[t][r] = is_wide ? DOT_WIDE(dot[t][r], w[r], x) : DOT(dot[t][r], w[r], x);
+                        w[r] = LOADI(tile[r / VN].codes + ((c + h) / 4 + j) * 64 + r % VN * VB);
+#pragma GCC unroll 8
+                    for (int t = 0; t < T; t++) {
+                        int32_t four;
+                        memcpy(&four, act[t]->q + c + h + 4 * j, 4);
+                        VI x = SET1I(four);
+#pragma GCC unroll 4
+                        for (int r = 0; r < RV; r++)
+                            dot[t][r] =
+                                is_wide ? DOT_WIDE(dot[t][r], w[r], x) : DOT(dot[t][r], w[r], x);
+                    }
                 }
-            }
 #pragma GCC unroll 4
             for (int r = 0; r < RV; r++) {
                 VF scale = LOADF(tile[r / VN].scale[s] + r % VN * (VB / 4));

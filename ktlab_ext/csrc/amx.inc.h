@@ -1,0 +1,284 @@
+/* The AMX kernels, on the processor's tiles (isa_amx.c) or on emulated ones (isa_amx_emulated.c).
+ * The source is the same, so the emulation tests it where no AMX is.
+ *
+ * A tile holds 16 rows of 64 bytes. A: 16 tokens x 64 activations. B: 64 columns of 16 weight rows,
+ * four (bf16: two) columns a line, which is how packed data and decoded tiles lie. C: 16 x 16 sums.
+ * Two A and two B tiles make four C tiles, so that every load is used twice.
+ *
+ * The file that includes this defines TILE_CONFIG(config) TILE_ZERO(t) TILE_LOAD(t, p, stride)
+ * TILE_STORE(t, p, stride) TILE_DOT_S8U8(c, a, b) TILE_DOT_BF16(c, a, b) TILE_RELEASE() with
+ * literal tile numbers, and DECODE, the kernels that decode for it. */
+#include "arithmetic.h"
+#include "blocks.h"
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t colsb[16];
+    uint8_t rows[16];
+} tile_config;
+
+/* C 0-3, A 4-5, B 6-7; `tokens` (1..32) rows over the two A tiles, k bytes of a token a product. */
+KTL_INLINE tile_config config_for(int tokens, int k) {
+    tile_config c;
+    memset(&c, 0, sizeof c);
+    c.palette = 1;
+    const int first = tokens < 16 ? tokens : 16, second = tokens > 16 ? tokens - 16 : 1;
+    for (int i = 0; i < 4; i++) {
+        c.rows[i] = (uint8_t)(i < 2 ? first : second);
+        c.colsb[i] = 64;
+    }
+    c.rows[4] = (uint8_t)first;
+    c.rows[5] = (uint8_t)second;
+    c.colsb[4] = c.colsb[5] = (uint16_t)k;
+    c.rows[6] = c.rows[7] = (uint8_t)(k / 4);
+    c.colsb[6] = c.colsb[7] = 64;
+    return c;
+}
+
+KTL_INLINE float *sums_of(const ktl_job *job, int64_t t) {
+    return job->acc + (job->acc_index ? job->acc_index[t] : t) * job->acc_stride;
+}
+
+static void silu_mul(float *gate, const float *up, int64_t count) {
+    for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + ktl_exp(-gate[i])) * up[i];
+}
+
+static void scale_row(float *x, float factor, int64_t count) {
+    for (int64_t i = 0; i < count; i++) x[i] *= factor;
+}
+
+/* ---- int8 ---------------------------------------------------------------------------------------- */
+static ktl_act_key int8_act_key(int format) {
+    return (ktl_act_key){KTL_ACT_INT8, ktl_formats[format].sub, ktl_formats[format].zero};
+}
+
+static void int8_prepare(ktl_act_key key, const float *x, int cols, void *act) {
+    DECODE.prepare(key, x, cols, act);
+}
+
+KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, int groups,
+                                 const ktl_job *job) {
+    const ktl_format_info *f = &ktl_formats[format];
+    const int cols = groups * KTL_GROUP, sub = f->sub, k = sub < 64 ? sub : 64;
+    const int group = sub > KTL_GROUP ? sub : KTL_GROUP;
+    const int has_offset = f->has_min || format == KTL_Q2_K;
+    int32_t sums[2][2][16][16] KTL_ALIGNED; /* [A][B][token][row] */
+    uint8_t half[2][1024] KTL_ALIGNED;      /* the last 32 columns, padded to 64 */
+    const ktl_act *acts = job->act;
+    for (int64_t t = 0; t < job->n; t += 32) {
+        const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
+        if (t == 0 || tokens < 32) {
+            tile_config config = config_for(tokens, k);
+            TILE_CONFIG(&config);
+        }
+        const int8_t *a0 = acts[t].q, *a1 = acts[two ? t + 16 : t].q;
+        for (int p = 0; p < panels; p += 2)
+            for (int s = 0; s * sub < cols; s++) {
+                TILE_ZERO(0);
+                TILE_ZERO(1);
+                TILE_ZERO(2);
+                TILE_ZERO(3);
+                const int end = (s + 1) * sub < cols ? (s + 1) * sub : cols;
+                for (int c = s * sub; c < end; c += k) {
+                    const uint8_t *b0 = tiles[p].codes + c * 16, *b1 = tiles[p + 1].codes + c * 16;
+                    if (c + k > end) {
+                        memcpy(half[0], b0, 512);
+                        memcpy(half[1], b1, 512);
+                        memset(half[0] + 512, 0, 512);
+                        memset(half[1] + 512, 0, 512);
+                        b0 = half[0];
+                        b1 = half[1];
+                    }
+                    TILE_LOAD(4, a0 + c, sizeof(ktl_act));
+                    TILE_LOAD(6, b0, 64);
+                    TILE_LOAD(7, b1, 64);
+                    TILE_DOT_S8U8(0, 4, 6);
+                    TILE_DOT_S8U8(1, 4, 7);
+                    if (two) {
+                        TILE_LOAD(5, a1 + c, sizeof(ktl_act));
+                        TILE_DOT_S8U8(2, 5, 6);
+                        TILE_DOT_S8U8(3, 5, 7);
+                    }
+                }
+                TILE_STORE(0, sums[0][0], 64);
+                TILE_STORE(1, sums[0][1], 64);
+                if (two) {
+                    TILE_STORE(2, sums[1][0], 64);
+                    TILE_STORE(3, sums[1][1], 64);
+                }
+                for (int i = 0; i < tokens; i++) {
+                    const ktl_act *a = &acts[t + i];
+                    const int32_t init = a->init[s];
+                    const float scale = a->scale[s * sub / group], sum = a->sum[s];
+                    float *acc = sums_of(job, t + i) + p * KTL_PANEL;
+#pragma GCC unroll 2
+                    for (int b = 0; b < 2; b++) {
+                        const int32_t *dot = sums[i / 16][b][i % 16];
+                        const float *w = tiles[p + b].scale[s], *offset = tiles[p + b].offset[s];
+                        for (int r = 0; r < 16; r++) {
+                            float v = acc[16 * b + r] + (float)(dot[r] + init) * w[r] * scale;
+                            acc[16 * b + r] = has_offset ? v + offset[r] * sum : v;
+                        }
+                    }
+                }
+            }
+    }
+    TILE_RELEASE();
+}
+
+static void int8_multiply(int format, const ktl_tile *tiles, int panels, int groups,
+                          const ktl_job *job) {
+    switch (format) {
+#define X(F) case F: int8_multiply_as(F, tiles, panels, groups, job); break;
+        X(KTL_Q8_0) X(KTL_Q4_0) X(KTL_Q5_0) X(KTL_Q2_K) X(KTL_Q3_K) X(KTL_Q4_K) X(KTL_Q5_K)
+        X(KTL_Q6_K) X(KTL_IQ4_NL) X(KTL_IQ4_XS) X(KTL_INT8_CHANNEL) X(KTL_INT4_GROUP32)
+        X(KTL_INT4_GROUP128)
+#undef X
+    }
+}
+
+static void int8_decode_packed(int format, const uint8_t *head, const uint8_t *chunk, int groups,
+                               ktl_tile *tile) {
+    DECODE.decode_packed(format, head, chunk, groups, tile);
+}
+
+static void int8_decode_blocks(int format, const uint8_t *row, int64_t row_bytes, int rows,
+                               int64_t column, int cols, ktl_tile *tile) {
+    DECODE.decode_blocks(format, row, row_bytes, rows, column, cols, tile);
+}
+
+/* ---- bf16: any format, decoded to bfloat16 in the cache, without a scale in the inner loop --------- */
+static ktl_act_key bf16_act_key(int format) {
+    (void)format;
+    return (ktl_act_key){KTL_ACT_BF16, 0, 0};
+}
+
+static void bf16_prepare(ktl_act_key key, const float *x, int cols, void *act) {
+    uint16_t *to = act;
+    (void)key;
+    for (int i = 0; i < cols; i++) to[i] = ktl_to_bf16(x[i]);
+    memset(to + cols, 0, (size_t)(KTL_CHUNK - cols) * 2);
+}
+
+/* Two floats to the two halves of a word, nearest (ties away from zero: a tie is one case in 65536). */
+KTL_INLINE uint32_t bf16_pair(float low, float high) {
+    uint32_t l, h;
+    memcpy(&l, &low, 4);
+    memcpy(&h, &high, 4);
+    return ((l + 0x8000) >> 16) | ((h + 0x8000) & 0xffff0000u);
+}
+
+KTL_INLINE void bf16_from_codes(int zero, int sub, int has_offset, int groups, const ktl_tile *from,
+                                ktl_tile *tile) {
+    const uint32_t *codes = (const uint32_t *)from->codes;
+    uint32_t *to = (uint32_t *)tile->bf16;
+    for (int c = 0; c < groups * 8; c++) { /* four columns of 16 rows */
+        const float *scale = from->scale[4 * c / sub], *offset = from->offset[4 * c / sub];
+        for (int r = 0; r < 16; r++) {
+            const uint32_t four = codes[16 * c + r];
+            float v0 = (float)((int)(four & 255) - zero) * scale[r];
+            float v1 = (float)((int)(four >> 8 & 255) - zero) * scale[r];
+            float v2 = (float)((int)(four >> 16 & 255) - zero) * scale[r];
+            float v3 = (float)((int)(four >> 24) - zero) * scale[r];
+            if (has_offset) {
+                v0 += offset[r];
+                v1 += offset[r];
+                v2 += offset[r];
+                v3 += offset[r];
+            }
+            to[32 * c + r] = bf16_pair(v0, v1);
+            to[32 * c + 16 + r] = bf16_pair(v2, v3);
+        }
+    }
+    tile->codes = (const uint8_t *)tile->bf16;
+}
+
+static void bf16_from_tile(int format, int groups, const ktl_tile *from, ktl_tile *tile) {
+    const ktl_format_info *f = &ktl_formats[format];
+    const int offset = f->has_min || format == KTL_Q2_K;
+    if (f->sub == 16 && offset) bf16_from_codes(0, 16, 1, groups, from, tile);
+    else if (f->sub == 16) bf16_from_codes(f->zero, 16, 0, groups, from, tile);
+    else if (f->sub == 32 && offset) bf16_from_codes(0, 32, 1, groups, from, tile);
+    else if (f->sub == 32) bf16_from_codes(f->zero, 32, 0, groups, from, tile);
+    else bf16_from_codes(f->zero, f->sub, 0, groups, from, tile);
+}
+
+static void bf16_from_f32(int groups, const ktl_tile *from, ktl_tile *tile) {
+    uint32_t *to = (uint32_t *)tile->bf16;
+    for (int c = 0; c < groups * KTL_GROUP; c += 2)
+        for (int r = 0; r < 16; r++)
+            to[8 * c + r] = bf16_pair(from->f32[16 * c + r], from->f32[16 * c + 16 + r]);
+    tile->codes = (const uint8_t *)tile->bf16;
+}
+
+static void bf16_decode_packed(int format, const uint8_t *head, const uint8_t *chunk, int groups,
+                               ktl_tile *tile) {
+    if (format == KTL_BF16) { /* packed bf16 is the B tile already */
+        tile->codes = chunk;
+        return;
+    }
+    ktl_tile from;
+    DECODE.decode_packed(format, head, chunk, groups, &from);
+    bf16_from_tile(format, groups, &from, tile);
+}
+
+static void bf16_decode_blocks(int format, const uint8_t *row, int64_t row_bytes, int rows,
+                               int64_t column, int cols, ktl_tile *tile) {
+    ktl_tile from;
+    const int groups = (cols + KTL_GROUP - 1) / KTL_GROUP;
+    DECODE.decode_blocks(format, row, row_bytes, rows, column, cols, &from);
+    if (format == KTL_BF16) bf16_from_f32(groups, &from, tile);
+    else bf16_from_tile(format, groups, &from, tile);
+}
+
+static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int groups,
+                          const ktl_job *job) {
+    const uint16_t *acts = job->act;
+    float sums[2][2][16][16] KTL_ALIGNED;
+    (void)format;
+    for (int64_t t = 0; t < job->n; t += 32) {
+        const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
+        if (t == 0 || tokens < 32) {
+            tile_config config = config_for(tokens, 64);
+            TILE_CONFIG(&config);
+        }
+        const uint16_t *a0 = acts + t * KTL_CHUNK, *a1 = acts + (two ? t + 16 : t) * KTL_CHUNK;
+        for (int p = 0; p < panels; p += 2) {
+            TILE_ZERO(0);
+            TILE_ZERO(1);
+            TILE_ZERO(2);
+            TILE_ZERO(3);
+            for (int g = 0; g < groups; g++) {
+                TILE_LOAD(4, a0 + g * KTL_GROUP, KTL_CHUNK * 2);
+                TILE_LOAD(6, tiles[p].codes + g * 1024, 64);
+                TILE_LOAD(7, tiles[p + 1].codes + g * 1024, 64);
+                TILE_DOT_BF16(0, 4, 6);
+                TILE_DOT_BF16(1, 4, 7);
+                if (two) {
+                    TILE_LOAD(5, a1 + g * KTL_GROUP, KTL_CHUNK * 2);
+                    TILE_DOT_BF16(2, 5, 6);
+                    TILE_DOT_BF16(3, 5, 7);
+                }
+            }
+            TILE_STORE(0, sums[0][0], 64);
+            TILE_STORE(1, sums[0][1], 64);
+            if (two) {
+                TILE_STORE(2, sums[1][0], 64);
+                TILE_STORE(3, sums[1][1], 64);
+            }
+            for (int i = 0; i < tokens; i++) {
+                float *acc = sums_of(job, t + i) + p * KTL_PANEL;
+                for (int r = 0; r < 16; r++) acc[r] += sums[i / 16][0][i % 16][r];
+                for (int r = 0; r < 16; r++) acc[16 + r] += sums[i / 16][1][i % 16][r];
+            }
+        }
+    }
+    TILE_RELEASE();
+}
+
+#define INT8_KERNELS                                                                                \
+    {int8_act_key,  int8_prepare, int8_decode_packed, int8_decode_blocks, int8_multiply,            \
+     NULL,          silu_mul,     scale_row,          1}
+#define BF16_KERNELS                                                                                \
+    {bf16_act_key,  bf16_prepare, bf16_decode_packed, bf16_decode_blocks, bf16_multiply,            \
+     NULL,          silu_mul,     scale_row,          1}
