@@ -35,6 +35,11 @@ KTL_INLINE tile_config config_for(int tokens, int k) {
     return c;
 }
 
+/* 16 rows of weights at once; compiled to what the target has, and bit for bit the same. */
+typedef float rows_f __attribute__((vector_size(64), may_alias, aligned(4)));
+typedef int32_t rows_i __attribute__((vector_size(64), may_alias, aligned(4)));
+typedef uint32_t rows_u __attribute__((vector_size(64), may_alias, aligned(4)));
+
 KTL_INLINE float *sums_of(const ktl_job *job, int64_t t) {
     return job->acc + (job->acc_index ? job->acc_index[t] : t) * job->acc_stride;
 }
@@ -113,12 +118,12 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
                     float *acc = sums_of(job, t + i) + p * KTL_PANEL;
 #pragma GCC unroll 2
                     for (int b = 0; b < 2; b++) {
-                        const int32_t *dot = sums[i / 16][b][i % 16];
-                        const float *w = tiles[p + b].scale[s], *offset = tiles[p + b].offset[s];
-                        for (int r = 0; r < 16; r++) {
-                            float v = acc[16 * b + r] + (float)(dot[r] + init) * w[r] * scale;
-                            acc[16 * b + r] = has_offset ? v + offset[r] * sum : v;
-                        }
+                        const rows_i dot = *(const rows_i *)sums[i / 16][b][i % 16] + init;
+                        rows_f *to = (rows_f *)(acc + 16 * b);
+                        rows_f v = __builtin_convertvector(dot, rows_f) *
+                                   *(const rows_f *)tiles[p + b].scale[s] * scale;
+                        if (has_offset) v += *(const rows_f *)tiles[p + b].offset[s] * sum;
+                        *to += v;
                     }
                 }
             }
@@ -160,35 +165,29 @@ static void bf16_prepare(ktl_act_key key, const float *x, int cols, void *act) {
     memset(to + cols, 0, (size_t)(KTL_CHUNK - cols) * 2);
 }
 
-/* Two floats to the two halves of a word, nearest (ties away from zero: a tie is one case in 65536). */
-KTL_INLINE uint32_t bf16_pair(float low, float high) {
-    uint32_t l, h;
-    memcpy(&l, &low, 4);
-    memcpy(&h, &high, 4);
-    return ((l + 0x8000) >> 16) | ((h + 0x8000) & 0xffff0000u);
+/* Floats to the two halves of words, nearest (ties away from zero: one case in 65536). */
+KTL_INLINE rows_u bf16_pair(rows_f low, rows_f high) {
+    return (((rows_u)low + 0x8000) >> 16) | (((rows_u)high + 0x8000) & 0xffff0000u);
 }
 
 KTL_INLINE void bf16_from_codes(int zero, int sub, int has_offset, int groups, const ktl_tile *from,
                                 ktl_tile *tile) {
-    const uint32_t *codes = (const uint32_t *)from->codes;
-    uint32_t *to = (uint32_t *)tile->bf16;
+    const rows_u *codes = (const rows_u *)from->codes;
+    rows_u *to = (rows_u *)tile->bf16;
     for (int c = 0; c < groups * 8; c++) { /* four columns of 16 rows */
-        const float *scale = from->scale[4 * c / sub], *offset = from->offset[4 * c / sub];
-        for (int r = 0; r < 16; r++) {
-            const uint32_t four = codes[16 * c + r];
-            float v0 = (float)((int)(four & 255) - zero) * scale[r];
-            float v1 = (float)((int)(four >> 8 & 255) - zero) * scale[r];
-            float v2 = (float)((int)(four >> 16 & 255) - zero) * scale[r];
-            float v3 = (float)((int)(four >> 24) - zero) * scale[r];
-            if (has_offset) {
-                v0 += offset[r];
-                v1 += offset[r];
-                v2 += offset[r];
-                v3 += offset[r];
-            }
-            to[32 * c + r] = bf16_pair(v0, v1);
-            to[32 * c + 16 + r] = bf16_pair(v2, v3);
+        const int s = 4 * c / sub;
+        const rows_f scale = *(const rows_f *)from->scale[s];
+        const rows_u four = codes[c];
+        rows_f v[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            rows_u code = four >> (8 * j);
+            if (j < 3) code &= 255;
+            v[j] = __builtin_convertvector((rows_i)code - zero, rows_f) * scale;
+            if (has_offset) v[j] += *(const rows_f *)from->offset[s];
         }
+        to[2 * c] = bf16_pair(v[0], v[1]);
+        to[2 * c + 1] = bf16_pair(v[2], v[3]);
     }
     tile->codes = (const uint8_t *)tile->bf16;
 }
@@ -204,10 +203,10 @@ static void bf16_from_tile(int format, int groups, const ktl_tile *from, ktl_til
 }
 
 static void bf16_from_f32(int groups, const ktl_tile *from, ktl_tile *tile) {
-    uint32_t *to = (uint32_t *)tile->bf16;
+    const rows_f *columns = (const rows_f *)from->f32;
+    rows_u *to = (rows_u *)tile->bf16;
     for (int c = 0; c < groups * KTL_GROUP; c += 2)
-        for (int r = 0; r < 16; r++)
-            to[8 * c + r] = bf16_pair(from->f32[16 * c + r], from->f32[16 * c + 16 + r]);
+        to[c / 2] = bf16_pair(columns[c], columns[c + 1]);
     tile->codes = (const uint8_t *)tile->bf16;
 }
 
@@ -267,9 +266,9 @@ static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int gro
                 TILE_STORE(3, sums[1][1], 64);
             }
             for (int i = 0; i < tokens; i++) {
-                float *acc = sums_of(job, t + i) + p * KTL_PANEL;
-                for (int r = 0; r < 16; r++) acc[r] += sums[i / 16][0][i % 16][r];
-                for (int r = 0; r < 16; r++) acc[16 + r] += sums[i / 16][1][i % 16][r];
+                rows_f *acc = (rows_f *)(sums_of(job, t + i) + p * KTL_PANEL);
+                acc[0] += *(const rows_f *)sums[i / 16][0][i % 16];
+                acc[1] += *(const rows_f *)sums[i / 16][1][i % 16];
             }
         }
     }

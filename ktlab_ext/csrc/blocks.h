@@ -38,9 +38,16 @@ KTL_INLINE void ktl_scales_k4_back(const uint8_t *scale, const uint8_t *min, uin
 /* q3_k: sixteen 6-bit scales in 12 bytes: low 4 bits of 0-7 and 8-15 in the two nibbles of bytes
  * 0-7, high 2 bits of i at bits 2(i/4) of byte 8 + i%4. Stored + 32. */
 KTL_INLINE void ktl_scales_k3(const uint8_t *p, uint8_t *scale) {
-    for (int i = 0; i < 16; i++) {
-        int low = i < 8 ? p[i] & 15 : p[i - 8] >> 4;
-        scale[i] = (uint8_t)((low | (p[8 + (i & 3)] >> (2 * (i >> 2)) & 3) << 4) - 32);
+    uint32_t low[2], high;
+    memcpy(low, p, 8);
+    memcpy(&high, p + 8, 4);
+    for (int w = 0; w < 4; w++) {
+        uint32_t four = (low[w & 1] >> (w < 2 ? 0 : 4) & 0x0f0f0f0f) |
+                        (high >> (2 * w) & 0x03030303) << 4;
+        /* 32 less in each byte, modulo 64 and then sign-extended from 6 bits. */
+        four ^= 0x20202020;
+        four |= (four & 0x20202020) << 1 | (four & 0x20202020) << 2;
+        memcpy(scale + 4 * w, &four, 4);
     }
 }
 

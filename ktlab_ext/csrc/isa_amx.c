@@ -1,9 +1,9 @@
 /* AMX: TDPBSUD (1024 products of bytes a cycle and more) and TDPBF16PS. Few tokens and all decoding
  * run on AVX-512, which every processor with AMX has. */
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma,bmi2"))), apply_to = function)
 #else
-#pragma GCC target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma,prefer-vector-width=512")
+#pragma GCC target("amx-tile,amx-int8,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma,bmi2,prefer-vector-width=512")
 #endif
 #include <immintrin.h>
 

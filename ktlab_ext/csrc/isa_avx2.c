@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include "arithmetic.h"
+#include "blocks.h"
 
 #define VB 32
 #define TOKENS 3
@@ -22,7 +23,12 @@
 #define WIDE_ZERO 0
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define ADDF(a, b) _mm256_add_ps(a, b)
+#define SUBF(a, b) _mm256_sub_ps(a, b)
 #define MULF(a, b) _mm256_mul_ps(a, b)
+#define ANDI(a, b) _mm256_and_si256(a, b)
+#define SHIFT4I(a) _mm256_srli_epi32(a, 4)
+#define U8_LANES(p) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p)))
+#define I8_LANES(p) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p)))
 #define SET1F(x) _mm256_set1_ps(x)
 #define SET1I(x) _mm256_set1_epi32(x)
 #define LOADI(p) _mm256_loadu_si256((const __m256i *)(p))
@@ -75,13 +81,25 @@ KTL_INLINE void transpose16(const uint32_t *src, int stride, uint32_t *dst) {
         }
 }
 
+KTL_INLINE void row_load(int format, const uint8_t *row, int64_t column, int cols, uint8_t *code,
+                         float *scale, float *offset) {
+    ktl_raw raw;
+    ktl_raw_from_blocks(format, row, column, cols, &raw);
+    ktl_raw_scales(format, &raw, cols, scale, offset);
+    memset(raw.code + cols, 0, (size_t)(KTL_CHUNK - cols));
+    for (int s = (cols + 15) / 16; s < 16; s++) scale[s] = offset[s] = 0;
+    for (int i = 0; i < KTL_CHUNK; i += VB) {
+        __m256i c = LOADI(raw.code + i);
+        _mm256_storeu_si256((__m256i *)(code + i), ktl_formats[format].table ? lookup(c) : c);
+    }
+}
+
 /* 256 codes of one row against one token: eight vectors of 8 sums, each of four columns. */
-KTL_INLINE __m256 dot_row(int sub, int table, int is_wide, const uint8_t *code, const float *scale,
+KTL_INLINE __m256 dot_row(int sub, int is_wide, const uint8_t *code, const float *scale,
                           const float *offset, const ktl_act *act, __m256 sum) {
     const int group = sub > KTL_GROUP ? sub : KTL_GROUP;
     for (int v = 0; v < 8; v++) {
         __m256i c = LOADI(code + 32 * v), q = LOADI(act->q + 32 * v);
-        if (table) c = lookup(c);
         __m256i d = is_wide ? DOT_WIDE(_mm256_setzero_si256(), c, q)
                             : DOT(_mm256_setzero_si256(), c, q);
         const int s = 32 * v / sub;

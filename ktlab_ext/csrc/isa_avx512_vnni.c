@@ -1,12 +1,13 @@
 /* AVX-512 (F, BW, DQ, VL) with VNNI: VPDPBUSD, 64 products an instruction. */
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma,bmi2"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma,bmi2,prefer-vector-width=512")
 #endif
 #include <immintrin.h>
 
 #include "arithmetic.h"
+#include "blocks.h"
 
 #define VB 64
 #define TOKENS 6
@@ -18,7 +19,12 @@
 #define WIDE_ZERO 128
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define ADDF(a, b) _mm512_add_ps(a, b)
+#define SUBF(a, b) _mm512_sub_ps(a, b)
 #define MULF(a, b) _mm512_mul_ps(a, b)
+#define ANDI(a, b) _mm512_and_si512(a, b)
+#define SHIFT4I(a) _mm512_srli_epi32(a, 4)
+#define U8_LANES(p) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#define I8_LANES(p) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))
 #define SET1F(x) _mm512_set1_ps(x)
 #define SET1I(x) _mm512_set1_epi32(x)
 #define LOADI(p) _mm512_loadu_si512(p)
@@ -69,25 +75,177 @@ KTL_INLINE void transpose16(const uint32_t *src, int stride, uint32_t *dst) {
 }
 #define TRANSPOSE16(src, stride, dst) transpose16(src, stride, dst)
 
+/* ---- one row of a file block in registers ------------------------------------------------------------ */
+KTL_INLINE __m512i twice(const uint8_t *p) { /* 32 bytes in both halves */
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)p));
+}
+
+KTL_INLINE __m512i halves(const uint8_t *low, const uint8_t *high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)low)),
+                              _mm256_loadu_si256((const __m256i *)high), 1);
+}
+
+/* Bits of each 32-byte half moved down by `low` and `high`, then masked. */
+KTL_INLINE __m512i field(__m512i v, int low, int high, int mask) {
+    const __m512i by = _mm512_inserti64x4(_mm512_set1_epi16((short)low),
+                                          _mm256_set1_epi16((short)high), 1);
+    return _mm512_and_si512(_mm512_srlv_epi16(v, by), _mm512_set1_epi8((char)mask));
+}
+
+/* Two blocks of 16 bytes to 64 nibbles: low and high of the first, low and high of the second. */
+KTL_INLINE __m512i nibbles(const uint8_t *first, const uint8_t *second) {
+    const __m512i v = _mm512_inserti64x4(
+        _mm512_castsi256_si512(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)first))),
+        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)second)), 1);
+    const __m512i by = _mm512_setr_epi64(0, 0, 0x4000400040004, 0x4000400040004, 0, 0,
+                                         0x4000400040004, 0x4000400040004);
+    return _mm512_and_si512(_mm512_srlv_epi16(v, by), _mm512_set1_epi8(15));
+}
+
+/* Adds `value` to the codes whose bit `low` (first half), `high` (second half) is set in `bits`. */
+KTL_INLINE __m512i with_bit(__m512i codes, __m512i bits, int low, int high, int value) {
+    const __m512i which = _mm512_inserti64x4(_mm512_set1_epi8((char)(1 << low)),
+                                             _mm256_set1_epi8((char)(1 << high)), 1);
+    const __mmask64 set = _mm512_test_epi8_mask(bits, which);
+    return _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8((char)value));
+}
+
+KTL_INLINE __m512 f16_at(const uint8_t *p) { return _mm512_set1_ps(_cvtsh_ss(ktl_load16(p))); }
+
+/* Eight float16 that lie `stride` bytes apart; the upper lanes are zero. */
+KTL_INLINE __m512 eight_f16(const uint8_t *p, int stride) {
+    const __m128i h = _mm_setr_epi16(
+        (short)ktl_load16(p), (short)ktl_load16(p + stride), (short)ktl_load16(p + 2 * stride),
+        (short)ktl_load16(p + 3 * stride), (short)ktl_load16(p + 4 * stride),
+        (short)ktl_load16(p + 5 * stride), (short)ktl_load16(p + 6 * stride),
+        (short)ktl_load16(p + 7 * stride));
+    return _mm512_zextps256_ps512(_mm256_cvtph_ps(h));
+}
+
+/* A whole chunk of 256 columns. */
+KTL_INLINE void row_load_whole(int format, const uint8_t *row, int64_t column, __m512i *code,
+                               __m512 *scale, __m512 *offset) {
+    const ktl_format_info *f = &ktl_formats[format];
+    const uint8_t *p = f->block_cols ? row + column / f->block_cols * f->block_bytes : row;
+    *offset = _mm512_setzero_ps();
+    if (format == KTL_Q4_K || format == KTL_Q5_K) {
+        uint8_t sm[16];
+        ktl_scales_k4(p + 4, sm, sm + 8);
+        const __m512 d = _mm512_mask_sub_ps(f16_at(p), 0xff00, _mm512_setzero_ps(), f16_at(p + 2));
+        *scale = _mm512_mul_ps(_mm512_cvtepi32_ps(U8_LANES(sm)), d); /* 8 scales, 8 -minima */
+        *offset = _mm512_shuffle_f32x4(*scale, *scale, 0xee);
+        const uint8_t *q = p + (format == KTL_Q4_K ? 16 : 48);
+        const __m512i high = twice(p + 16);
+        for (int v = 0; v < 4; v++) {
+            code[v] = field(twice(q + 32 * v), 0, 4, 15);
+            if (format == KTL_Q5_K) code[v] = with_bit(code[v], high, 2 * v, 2 * v + 1, 16);
+        }
+    } else if (format == KTL_Q6_K) {
+        *scale = _mm512_mul_ps(_mm512_cvtepi32_ps(I8_LANES(p + 192)), f16_at(p + 208));
+        for (int h = 0; h < 2; h++) {
+            const __m512i low = _mm512_loadu_si512(p + 64 * h), high = twice(p + 128 + 32 * h);
+            code[2 * h] = _mm512_or_si512(field(low, 0, 0, 15),
+                                          _mm512_slli_epi16(field(high, 0, 2, 3), 4));
+            code[2 * h + 1] = _mm512_or_si512(field(low, 4, 4, 15),
+                                              _mm512_slli_epi16(field(high, 4, 6, 3), 4));
+        }
+    } else if (format == KTL_Q2_K || format == KTL_Q3_K) {
+        const uint8_t *q = p + (format == KTL_Q2_K ? 16 : 32);
+        if (format == KTL_Q2_K) {
+            const __m512i sm = U8_LANES(p);
+            *scale = _mm512_mul_ps(_mm512_cvtepi32_ps(ANDI(sm, SET1I(15))), f16_at(p + 80));
+            *offset = _mm512_mul_ps(_mm512_cvtepi32_ps(SHIFT4I(sm)),
+                                    _mm512_sub_ps(ZEROF(), f16_at(p + 82)));
+        } else {
+            uint8_t s[16];
+            ktl_scales_k3(p + 96, s);
+            *scale = _mm512_mul_ps(_mm512_cvtepi32_ps(I8_LANES(s)), f16_at(p + 108));
+        }
+        const __m512i mask = twice(p);
+        for (int v = 0; v < 4; v++) {
+            code[v] = field(twice(q + 32 * (v / 2)), v % 2 * 4, v % 2 * 4 + 2, 3);
+            if (format == KTL_Q3_K) code[v] = with_bit(code[v], mask, 2 * v, 2 * v + 1, 4);
+        }
+    } else if (format == KTL_IQ4_XS) {
+        uint32_t low;
+        memcpy(&low, p + 4, 4);
+        const uint64_t s = _pdep_u64(low, 0x0f0f0f0f0f0f0f0f) |
+                           _pdep_u64(ktl_load16(p + 2), 0x0303030303030303) << 4;
+        const __m512i lanes = _mm512_cvtepu8_epi32(_mm_cvtsi64_si128((long long)s));
+        *scale = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(lanes, SET1I(32))), f16_at(p));
+        for (int v = 0; v < 4; v++) code[v] = nibbles(p + 8 + 32 * v, p + 24 + 32 * v);
+    } else if (format == KTL_INT8_CHANNEL) {
+        float s;
+        memcpy(&s, p, 4);
+        *scale = _mm512_set1_ps(s);
+        for (int v = 0; v < 4; v++) code[v] = _mm512_loadu_si512(p + 4 + column + 64 * v);
+    } else if (format == KTL_INT4_GROUP128) {
+        *scale = _mm512_mask_blend_ps(2, f16_at(p), f16_at(p + 66));
+        for (int v = 0; v < 4; v++)
+            code[v] = field(_mm512_loadu_si512(p + 2 + 66 * (v / 2)), v % 2 * 4, v % 2 * 4, 15);
+    } else { /* eight blocks of 32 */
+        const int bytes = f->block_bytes;
+        *scale = eight_f16(p, bytes);
+        for (int v = 0; v < 4; v++, p += 2 * bytes)
+            if (format == KTL_Q8_0) {
+                code[v] = halves(p + 2, p + bytes + 2);
+            } else if (format == KTL_Q5_0) {
+                uint32_t a, b;
+                memcpy(&a, p + 2, 4);
+                memcpy(&b, p + bytes + 2, 4);
+                code[v] = nibbles(p + 6, p + bytes + 6);
+                code[v] = _mm512_mask_add_epi8(code[v], (__mmask64)b << 32 | a, code[v],
+                                               _mm512_set1_epi8(16));
+            } else {
+                code[v] = nibbles(p + 2, p + bytes + 2);
+            }
+    }
+    for (int v = 0; v < 4; v++) {
+        if (f->table) code[v] = lookup(code[v]);
+        if (f->base_bits == 8) code[v] = _mm512_xor_si512(code[v], _mm512_set1_epi8((char)0x80));
+    }
+}
+
+KTL_INLINE void row_load(int format, const uint8_t *row, int64_t column, int cols, uint8_t *code,
+                         float *scale, float *offset) {
+    if (cols == KTL_CHUNK) {
+        __m512i c[4];
+        __m512 s, o;
+        row_load_whole(format, row, column, c, &s, &o);
+        for (int v = 0; v < 4; v++) _mm512_storeu_si512(code + 64 * v, c[v]);
+        _mm512_storeu_ps(scale, s);
+        _mm512_storeu_ps(offset, o);
+        return;
+    }
+    ktl_raw raw;
+    memset(&raw, 0, sizeof raw);
+    ktl_raw_from_blocks(format, row, column, cols, &raw);
+    memset(scale, 0, 64);
+    memset(offset, 0, 64);
+    ktl_raw_scales(format, &raw, cols, scale, offset);
+    for (int v = 0; v < 4; v++) {
+        const __m512i c = _mm512_loadu_si512(raw.code + 64 * v);
+        _mm512_storeu_si512(code + 64 * v, ktl_formats[format].table ? lookup(c) : c);
+    }
+}
+
 /* 256 codes of one row against one token: four vectors of 16 sums, each of four columns. */
-KTL_INLINE __m512 dot_row(int sub, int table, int is_wide, const uint8_t *code, const float *scale,
+KTL_INLINE __m512 dot_row(int sub, int is_wide, const uint8_t *code, const float *scale,
                           const float *offset, const ktl_act *act, __m512 sum) {
     (void)is_wide;
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const int shift = sub == 16 ? 1 : 0; /* act scales per 32 columns, weight scales per 16 */
-    __m512 both = _mm512_mul_ps(
-        _mm512_loadu_ps(scale),
-        _mm512_permutexvar_ps(_mm512_srli_epi32(lane, shift), _mm512_castps256_ps512(
-                                                                  _mm256_loadu_ps(act->scale))));
+    /* Weight scales are per `sub` columns, activation scales per group of at least 32. */
+    __m512 act_scale = _mm512_zextps256_ps512(_mm256_loadu_ps(act->scale));
+    if (sub == 16) act_scale = _mm512_permutexvar_ps(_mm512_srli_epi32(lane, 1), act_scale);
+    const __m512 both = _mm512_mul_ps(_mm512_loadu_ps(scale), act_scale);
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) {
-        __m512i c = _mm512_loadu_si512(code + 64 * v);
-        if (table) c = lookup(c);
-        __m512i d = _mm512_dpbusd_epi32(_mm512_setzero_si512(), c,
-                                        _mm512_loadu_si512(act->q + 64 * v));
-        /* lane l of vector v holds columns 64v + 4l .. +3 */
-        __m512i which = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16 * v)),
-                                          sub == 16 ? 2 : sub == 32 ? 3 : sub == 128 ? 5 : 6);
+        const __m512i d =
+            _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(code + 64 * v),
+                                _mm512_loadu_si512(act->q + 64 * v));
+        /* Lane l of vector v holds columns 64v + 4l to 64v + 4l + 3. */
+        const __m512i which = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16 * v)),
+                                                sub == 16 ? 2 : sub == 32 ? 3 : sub == 128 ? 5 : 6);
         sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), _mm512_permutexvar_ps(which, both), sum);
     }
     const __mmask16 subs = (__mmask16)((1u << (KTL_CHUNK / sub)) - 1);

@@ -7,7 +7,13 @@
  *     DOT(sum, u, s)       32-bit sums += four products of unsigned and signed bytes
  *     DOT_WIDE(sum, u, s)  the same where u exceeds 127 (may want `u` and `s` both signed: WIDE_ZERO)
  *     WIDE_ZERO    the zero that codes have in DOT_WIDE: 128 (unsigned) or 0 (it flips the sign bit)
- *     FMA(a, b, c) SET1F SET1I LOADI LOADF STOREF ZEROF TO_FLOAT ADDF MULF LOOKUP(codes)
+ *     FMA(a, b, c) SET1F SET1I LOADI LOADF STOREF ZEROF TO_FLOAT ADDF SUBF MULF ANDI
+ *     SHIFT4I(v)   32-bit lanes >> 4
+ *     LOOKUP(codes)                   iq4 levels + 128
+ *     U8_LANES(p) I8_LANES(p)         bytes to 32-bit lanes
+ *     row_load(format, row, column, cols, code, scale, offset)   one row's chunk: table codes looked
+ *                  up, scales and -minima per sub-block as float32
+ *     dot_row(sub, wide, code, scale, offset, act, sum)          that chunk times one token
  *     TRANSPOSE16(src, stride, dst)   16 x 16 words of 32 bits
  *     F16X16(src, dst)                16 float16 to float32
  */
@@ -18,6 +24,9 @@ enum { VN = 64 / VB };
 
 typedef uint16_t lanes16 __attribute__((vector_size(VB), may_alias, aligned(1)));
 
+KTL_INLINE int has_offset(int format) {
+    return ktl_formats[format].has_min || format == KTL_Q2_K;
+}
 KTL_INLINE int wide(int format) { return ktl_formats[format].zero == 128; }
 KTL_INLINE int zero_of(int format) {
     return wide(format) ? WIDE_ZERO : ktl_formats[format].zero;
@@ -91,26 +100,30 @@ KTL_INLINE void decode_packed_as(int format, const uint8_t *head, const uint8_t 
         for (int s = 0; s < n; s++) F16X16(p + 32 * s, tile->scale[s]);
         return;
     }
-    float d[KTL_PANEL] KTL_ALIGNED, dmin[KTL_PANEL] KTL_ALIGNED;
-    int subs = KTL_CHUNK / f->sub;
+    const int subs = KTL_CHUNK / f->sub;
     const uint8_t *scale = p, *min = p + subs * KTL_PANEL;
+    float d[KTL_PANEL] KTL_ALIGNED, dmin[KTL_PANEL] KTL_ALIGNED;
     p += subs * KTL_PANEL * (1 + f->has_min);
     F16X16(p, d);
     if (ktl_has_dmin(format)) F16X16(p + 32, dmin);
+    for (int v = 0; v < VN; v++) {
+        const int at = v * (VB / 4);
+        const VF dv = LOADF(d + at), minus = ktl_has_dmin(format) ? SUBF(ZEROF(), LOADF(dmin + at)) : dv;
 #pragma GCC unroll 16
-    for (int s = 0; s < subs; s++)
-        for (int r = 0; r < KTL_PANEL; r++) {
-            uint8_t b = scale[s * KTL_PANEL + r];
+        for (int s = 0; s < subs; s++) {
+            const uint8_t *b = scale + s * KTL_PANEL + at;
+            float *to = tile->scale[s] + at, *offset = tile->offset[s] + at;
             if (format == KTL_Q2_K) {
-                tile->scale[s][r] = d[r] * (float)(b & 15);
-                tile->offset[s][r] = -dmin[r] * (float)(b >> 4);
+                STOREF(to, MULF(dv, TO_FLOAT(ANDI(U8_LANES(b), SET1I(15)))));
+                STOREF(offset, MULF(minus, TO_FLOAT(SHIFT4I(U8_LANES(b)))));
             } else if (f->has_min) {
-                tile->scale[s][r] = d[r] * (float)b;
-                tile->offset[s][r] = -dmin[r] * (float)min[s * KTL_PANEL + r];
+                STOREF(to, MULF(dv, TO_FLOAT(U8_LANES(b))));
+                STOREF(offset, MULF(minus, TO_FLOAT(U8_LANES(min + s * KTL_PANEL + at))));
             } else {
-                tile->scale[s][r] = d[r] * (float)(int8_t)b;
+                STOREF(to, MULF(dv, TO_FLOAT(I8_LANES(b))));
             }
         }
+    }
 }
 
 KTL_INLINE void decode_blocks_as(int format, const uint8_t *row, int64_t row_bytes, int rows,
@@ -132,27 +145,23 @@ KTL_INLINE void decode_blocks_as(int format, const uint8_t *row, int64_t row_byt
             TRANSPOSE16((const uint32_t *)line + c, KTL_CHUNK, (uint32_t *)tile->f32 + c * KTL_PANEL);
         return;
     }
-    struct KTL_ALIGNED { uint8_t code[KTL_PANEL][KTL_CHUNK]; float scale[KTL_PANEL][16], offset[KTL_PANEL][16]; } lines;
-    const ktl_format_info *f = &ktl_formats[format];
-    for (int r = 0; r < KTL_PANEL; r++) {
-        ktl_raw raw;
-        if (r < rows) {
-            ktl_raw_from_blocks(format, row + r * row_bytes, column, cols, &raw);
-            ktl_raw_scales(format, &raw, cols, lines.scale[r], lines.offset[r]);
-            memcpy(lines.code[r], raw.code, KTL_CHUNK);
-        } else {
-            memset(lines.code[r], 0, KTL_CHUNK);
-            memset(lines.scale[r], 0, 64);
-            memset(lines.offset[r], 0, 64);
-        }
+    struct KTL_ALIGNED {
+        uint8_t code[KTL_PANEL][KTL_CHUNK];
+        float scale[KTL_PANEL][16], offset[KTL_PANEL][16];
+    } lines;
+    for (int r = 0; r < rows; r++)
+        row_load(format, row + r * row_bytes, column, cols, lines.code[r], lines.scale[r],
+                 lines.offset[r]);
+    for (int r = rows; r < KTL_PANEL; r++) {
+        memset(lines.code[r], 0, KTL_CHUNK);
+        memset(lines.scale[r], 0, 64);
+        memset(lines.offset[r], 0, 64);
     }
     for (int c = 0; c < cols; c += 64)
-        TRANSPOSE16((const uint32_t *)lines.code + c / 4, KTL_CHUNK / 4, (uint32_t *)tile->code + c * 4);
-    if (f->table)
-        for (int i = 0; i < cols * KTL_PANEL; i += VB)
-            *(lanes16 *)(tile->code + i) = (lanes16)LOOKUP((VI) * (lanes16 *)(tile->code + i));
+        TRANSPOSE16((const uint32_t *)lines.code + c / 4, KTL_CHUNK / 4,
+                    (uint32_t *)tile->code + c * 4);
     TRANSPOSE16((const uint32_t *)lines.scale, 16, (uint32_t *)tile->scale);
-    if (f->has_min || format == KTL_Q2_K)
+    if (has_offset(format))
         TRANSPOSE16((const uint32_t *)lines.offset, 16, (uint32_t *)tile->offset);
     tile->codes = tile->code;
 }
@@ -369,16 +378,15 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
                     }
                     continue;
                 }
-                ktl_raw raw KTL_ALIGNED;
-                float scale[16] KTL_ALIGNED = {0}, offset[16] KTL_ALIGNED = {0};
-                ktl_raw_from_blocks(format, p, column, n, &raw);
-                ktl_raw_scales(format, &raw, n, scale, offset);
-                if (n < KTL_CHUNK) memset(raw.code + n, 0, (size_t)(KTL_CHUNK - n));
-                if (!f->has_min && format != KTL_Q2_K)
-                    for (int s = 0; s < 16; s++) offset[s] = (float)-zero_of(format) * scale[s];
+                uint8_t code[KTL_CHUNK] KTL_ALIGNED;
+                float scale[16] KTL_ALIGNED, offset[16] KTL_ALIGNED;
+                row_load(format, p, column, n, code, scale, offset);
+                if (!has_offset(format)) /* no starting value here: lanes are columns */
+                    for (int s = 0; s < KTL_CHUNK / f->sub; s++)
+                        offset[s] = (float)-zero_of(format) * scale[s];
                 for (int t = 0; t < T; t++) {
                     int64_t a = job->act_index ? job->act_index[first + t] : first + t;
-                    sum[t] = dot_row(f->sub, f->table, wide(format), raw.code, scale, offset,
+                    sum[t] = dot_row(f->sub, wide(format), code, scale, offset,
                                      (const ktl_act *)(x + (size_t)a * act_bytes), sum[t]);
                 }
             }
