@@ -110,7 +110,7 @@ typedef struct {
     int64_t n;
 } ktl_job;
 
-enum { KTL_TASK_PANELS = 4, KTL_TASK_ROWS = KTL_TASK_PANELS * KTL_PANEL };
+enum { KTL_TILES = 4 }; /* tiles that are decoded at a time; an even number */
 
 /* ---- one instruction set ------------------------------------------------------------------------- */
 typedef struct {

@@ -319,6 +319,10 @@ static const inner_loop *loops_of(int format) {
     return f->sub == 128 ? s128 : s256;
 }
 
+KTL_INLINE void fetch(const void *p, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch((const uint8_t *)p + at);
+}
+
 static void multiply(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job) {
     const inner_loop *loops = loops_of(format);
     const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
@@ -333,6 +337,13 @@ static void multiply(int format, const ktl_tile *tiles, int panels, int groups, 
             int64_t y = job->acc_index ? job->acc_index[t + i] : t + i;
             act[i] = (const uint8_t *)job->act + (size_t)a * act_bytes;
             acc[i] = job->acc + y * job->acc_stride;
+        }
+        /* The next tokens' rows lie anywhere in the cache beyond L1: fetch them meanwhile. */
+        for (int64_t i = t + T; i < t + 2 * T && i < job->n; i++) {
+            int64_t a = job->act_index ? job->act_index[i] : i;
+            int64_t y = job->acc_index ? job->acc_index[i] : i;
+            fetch((const uint8_t *)job->act + (size_t)a * act_bytes, act_bytes);
+            fetch(job->acc + y * job->acc_stride, (size_t)panels * KTL_PANEL * sizeof(float));
         }
         for (int p = 0; p < panels; p += PANELS) {
             loops[T - 1](tiles + p, groups, act, acc);

@@ -6,6 +6,8 @@
 
 enum {
     MAX_TOKENS = 4096,   /* of one pass; more are done in several */
+    MAX_TASK_ROWS = 256,
+    TASKS_PER_WORKER = 8,
     SMALL_WORK = 1 << 17 /* multiplications below which waking another thread costs more */
 };
 
@@ -56,49 +58,67 @@ static const void *x_row(const void *x, int x_type, int64_t stride, int64_t row)
     return (const uint8_t *)x + row * stride * (x_type == KTL_X_BF16 ? 2 : 4);
 }
 
-/* job->acc += rows [row0, row0 + 16 panels) of one matrix times the prepared activations. */
+/* job->acc += rows [row0, row0 + rows) of one matrix times the prepared activations. A chunk of 256
+ * columns is decoded four panels at a time (they stay in L1) against all tokens (whose chunk stays
+ * in L2 while the task's panels pass by). */
 static void rows_times(const ktl_kernels *kernels, int few, const ktl_matrix *m, int64_t expert,
-                       int64_t row0, int panels, const acts *a, int64_t first_act,
+                       int64_t row0, int64_t rows, const acts *a, int64_t first_act,
                        const ktl_job *job, ktl_tile *tiles) {
     const uint8_t *data = m->data + expert * m->expert_stride;
     const uint8_t *act = a->base + first_act * (int64_t)ktl_act_bytes(a->key.kind);
-    const int rows = (int)(m->rows - row0 < panels * KTL_PANEL ? m->rows - row0 : panels * KTL_PANEL);
     const int packed = m->layout == KTL_PACKED;
     const int64_t row_bytes = ktl_row_bytes(m->format, m->cols);
     if (few && !packed && kernels->dot_blocks) {
-        kernels->dot_blocks(m->format, data + row0 * row_bytes, row_bytes, rows, m->cols, act,
+        kernels->dot_blocks(m->format, data + row0 * row_bytes, row_bytes, (int)rows, m->cols, act,
                             a->chunk_bytes, job);
         return;
     }
     const int64_t panel_bytes = packed ? ktl_panel_bytes(m->format, m->cols) : 0;
     const int64_t chunk_bytes = ktl_chunk_bytes(m->format, KTL_CHUNK / KTL_GROUP);
-    const int used = (rows + KTL_PANEL - 1) / KTL_PANEL, even = (used + 1) / 2 * 2;
-    if (even > used) memset(&tiles[used], 0, sizeof(ktl_tile));
-    tiles[even - 1].codes = tiles[even - 1].code;
     for (int64_t c = 0; c < m->cols; c += KTL_CHUNK) {
         const int cols = (int)(m->cols - c < KTL_CHUNK ? m->cols - c : KTL_CHUNK);
         const int groups = (cols + KTL_GROUP - 1) / KTL_GROUP;
-        for (int p = 0; p < used; p++) {
-            if (packed) {
-                const uint8_t *panel = data + (row0 / KTL_PANEL + p) * panel_bytes;
-                kernels->decode_packed(m->format, panel,
-                                       panel + ktl_head_bytes(m->format) + c / KTL_CHUNK * chunk_bytes,
-                                       groups, &tiles[p]);
-            } else {
-                int here = rows - p * KTL_PANEL < KTL_PANEL ? rows - p * KTL_PANEL : KTL_PANEL;
-                kernels->decode_blocks(m->format, data + (row0 + p * KTL_PANEL) * row_bytes,
-                                       row_bytes, here, c, cols, &tiles[p]);
+        for (int64_t first = 0; first < rows; first += KTL_TILES * KTL_PANEL) {
+            int used = 0;
+            for (int64_t r = first; r < rows && used < KTL_TILES; r += KTL_PANEL, used++) {
+                ktl_tile *tile = &tiles[used];
+                if (packed) {
+                    const uint8_t *panel = data + (row0 + r) / KTL_PANEL * panel_bytes;
+                    kernels->decode_packed(m->format, panel,
+                                           panel + ktl_head_bytes(m->format) +
+                                               c / KTL_CHUNK * chunk_bytes,
+                                           groups, tile);
+                } else {
+                    int here = (int)(rows - r < KTL_PANEL ? rows - r : KTL_PANEL);
+                    kernels->decode_blocks(m->format, data + (row0 + r) * row_bytes, row_bytes,
+                                           here, c, cols, tile);
+                }
             }
+            if (used % 2) { /* kernels take panels in pairs */
+                memset(&tiles[used], 0, sizeof(ktl_tile));
+                tiles[used].codes = tiles[used].code;
+                used++;
+            }
+            ktl_job part = *job;
+            part.act = act + c / KTL_CHUNK * a->chunk_bytes;
+            part.acc += first;
+            kernels->multiply(m->format, tiles, used, groups, &part);
         }
-        ktl_job part = *job;
-        part.act = act + c / KTL_CHUNK * a->chunk_bytes;
-        kernels->multiply(m->format, tiles, even, groups, &part);
     }
+}
+
+/* Rows of a task: as many as keep every worker busy to the end. */
+static int64_t task_rows(const ktl_pool *pool, int64_t rows, int64_t matrices) {
+    int64_t size = MAX_TASK_ROWS;
+    while (size > KTL_TILES * KTL_PANEL &&
+           ktl_ceil(rows, size) * matrices < TASKS_PER_WORKER * ktl_pool_threads(pool))
+        size /= 2;
+    return size;
 }
 
 /* Each worker's private scratch: tiles, then room for sums. */
 static int worker_scratch(ktl_pool *pool, int64_t sums) {
-    size_t bytes = KTL_TASK_PANELS * sizeof(ktl_tile) + (size_t)sums * sizeof(float) + 64;
+    size_t bytes = KTL_TILES * sizeof(ktl_tile) + (size_t)sums * sizeof(float) + 64;
     for (int w = 0; w < ktl_pool_threads(pool); w++)
         if (!ktl_pool_scratch(pool, w, bytes)) return KTL_ERR_MEMORY;
     return KTL_OK;
@@ -110,7 +130,7 @@ typedef struct {
     const ktl_kernels *kernels;
     int few, x_type;
     const ktl_matrix *w;
-    int64_t expert, tokens, x_stride, y_stride;
+    int64_t expert, tokens, x_stride, y_stride, task_rows;
     const void *x;
     float *y;
     acts a;
@@ -125,14 +145,14 @@ static void linear_prepare(void *context, int64_t t, int worker) {
 static void linear_rows(void *context, int64_t task, int worker) {
     linear_work *l = context;
     ktl_tile *tiles = ktl_pool_scratch(l->pool, worker, 0);
-    float *acc = (float *)(tiles + KTL_TASK_PANELS);
-    const int64_t row0 = task * KTL_TASK_ROWS;
-    const int64_t rows = l->w->rows - row0 < KTL_TASK_ROWS ? l->w->rows - row0 : KTL_TASK_ROWS;
-    memset(acc, 0, (size_t)(l->tokens * KTL_TASK_ROWS) * sizeof(float));
-    ktl_job job = {NULL, NULL, acc, KTL_TASK_ROWS, NULL, l->tokens};
-    rows_times(l->kernels, l->few, l->w, l->expert, row0, KTL_TASK_PANELS, &l->a, 0, &job, tiles);
+    float *acc = (float *)(tiles + KTL_TILES);
+    const int64_t size = l->task_rows, row0 = task * size;
+    const int64_t rows = l->w->rows - row0 < size ? l->w->rows - row0 : size;
+    memset(acc, 0, (size_t)(l->tokens * size) * sizeof(float));
+    ktl_job job = {NULL, NULL, acc, size, NULL, l->tokens};
+    rows_times(l->kernels, l->few, l->w, l->expert, row0, rows, &l->a, 0, &job, tiles);
     for (int64_t t = 0; t < l->tokens; t++)
-        memcpy(l->y + t * l->y_stride + row0, acc + t * KTL_TASK_ROWS, (size_t)rows * sizeof(float));
+        memcpy(l->y + t * l->y_stride + row0, acc + t * size, (size_t)rows * sizeof(float));
 }
 
 int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t expert,
@@ -147,15 +167,16 @@ int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t ex
     for (int64_t t = 0; t < tokens && !error; t += MAX_TOKENS) {
         int64_t n = tokens - t < MAX_TOKENS ? tokens - t : MAX_TOKENS;
         linear_work l = {pool, ktl_kernels_of(isa, n <= few), n <= few, x_type, w, expert, n,
-                         x_stride, y_stride, x_row(x, x_type, x_stride, t), y + t * y_stride, {{0}}};
+                         x_stride, y_stride, task_rows(pool, w->rows, 1),
+                         x_row(x, x_type, x_stride, t), y + t * y_stride, {{0}}};
         l.a.kernels = l.kernels;
         l.a.key = l.kernels->act_key(w->format);
         error = acts_alloc(pool, SLOT_ACTS, &l.a, n, w->cols);
-        if (!error) error = worker_scratch(pool, n * KTL_TASK_ROWS);
+        if (!error) error = worker_scratch(pool, n * l.task_rows);
         if (error) break;
         int small = n * w->rows * w->cols < SMALL_WORK;
         run(pool, small || n * w->cols < SMALL_WORK / 4, linear_prepare, &l, n);
-        run(pool, small, linear_rows, &l, ktl_ceil(w->rows, KTL_TASK_ROWS));
+        run(pool, small, linear_rows, &l, ktl_ceil(w->rows, l.task_rows));
     }
     ktl_pool_unlock(pool);
     return error;
@@ -173,7 +194,7 @@ typedef struct {
     const ktl_matrix *gate, *up, *down;
     const void *x;
     int x_type;
-    int64_t tokens, x_stride, y_stride, slots, groups;
+    int64_t tokens, x_stride, y_stride, slots, groups, inner_rows, outer_rows;
     float *y;
     group *group;
     int32_t *token;  /* of a slot */
@@ -255,26 +276,25 @@ static void moe_prepare(void *context, int64_t task, int worker) {
 
 static void moe_gate_up(void *context, int64_t task, int worker) {
     moe_work *m = context;
-    const int64_t width = m->gate->rows, blocks = ktl_ceil(width, KTL_TASK_ROWS);
+    const int64_t width = m->gate->rows, size = m->inner_rows, blocks = ktl_ceil(width, size);
     const group *g = &m->group[task / blocks];
-    const int64_t row0 = task % blocks * KTL_TASK_ROWS;
-    const int64_t rows = width - row0 < KTL_TASK_ROWS ? width - row0 : KTL_TASK_ROWS;
+    const int64_t row0 = task % blocks * size, rows = width - row0 < size ? width - row0 : size;
     const ktl_kernels *kernels = m->kernels[g->few];
     ktl_tile *tiles = ktl_pool_scratch(m->pool, worker, 0);
-    float *gate = (float *)(tiles + KTL_TASK_PANELS), *up = gate + g->n * KTL_TASK_ROWS;
-    memset(gate, 0, (size_t)(2 * g->n * KTL_TASK_ROWS) * sizeof(float));
+    float *gate = (float *)(tiles + KTL_TILES), *up = gate + g->n * size;
+    memset(gate, 0, (size_t)(2 * g->n * size) * sizeof(float));
     for (int i = 0; i < 2; i++) {
         const acts *a = &m->list[i ? m->up_acts[g->few] : m->gate_acts[g->few]];
-        ktl_job job = {NULL, a->by_slot ? NULL : m->token + g->first, i ? up : gate, KTL_TASK_ROWS,
+        ktl_job job = {NULL, a->by_slot ? NULL : m->token + g->first, i ? up : gate, size,
                        NULL, g->n};
-        rows_times(kernels, g->few, i ? m->up : m->gate, g->expert, row0, KTL_TASK_PANELS, a,
+        rows_times(kernels, g->few, i ? m->up : m->gate, g->expert, row0, rows, a,
                    a->by_slot ? g->first : 0, &job, tiles);
     }
-    kernels->silu_mul(gate, up, g->n * KTL_TASK_ROWS);
+    kernels->silu_mul(gate, up, g->n * size);
     for (int64_t i = 0; i < g->n; i++) {
         /* down is linear: the routing weight goes on its narrow side. */
         float *h = m->hidden + (g->first + i) * width + row0;
-        memcpy(h, gate + i * KTL_TASK_ROWS, (size_t)rows * sizeof(float));
+        memcpy(h, gate + i * size, (size_t)rows * sizeof(float));
         kernels->scale_row(h, m->weight[g->first + i], rows);
     }
 }
@@ -288,19 +308,19 @@ static void moe_prepare_hidden(void *context, int64_t slot, int worker) {
 
 static void moe_down(void *context, int64_t task, int worker) {
     moe_work *m = context;
-    const int64_t row0 = task * KTL_TASK_ROWS, hidden = m->down->rows;
-    const int64_t rows = hidden - row0 < KTL_TASK_ROWS ? hidden - row0 : KTL_TASK_ROWS;
+    const int64_t size = m->outer_rows, row0 = task * size, hidden = m->down->rows;
+    const int64_t rows = hidden - row0 < size ? hidden - row0 : size;
     ktl_tile *tiles = ktl_pool_scratch(m->pool, worker, 0);
-    float *acc = (float *)(tiles + KTL_TASK_PANELS);
-    memset(acc, 0, (size_t)(m->tokens * KTL_TASK_ROWS) * sizeof(float));
+    float *acc = (float *)(tiles + KTL_TILES);
+    memset(acc, 0, (size_t)(m->tokens * size) * sizeof(float));
     for (int64_t i = 0; i < m->groups; i++) {
         const group *g = &m->group[i];
-        ktl_job job = {NULL, NULL, acc, KTL_TASK_ROWS, m->token + g->first, g->n};
-        rows_times(m->kernels[g->few], g->few, m->down, g->expert, row0, KTL_TASK_PANELS,
+        ktl_job job = {NULL, NULL, acc, size, m->token + g->first, g->n};
+        rows_times(m->kernels[g->few], g->few, m->down, g->expert, row0, rows,
                    &m->hidden_acts[g->few], g->first, &job, tiles);
     }
     for (int64_t t = 0; t < m->tokens; t++)
-        memcpy(m->y + t * m->y_stride + row0, acc + t * KTL_TASK_ROWS, (size_t)rows * sizeof(float));
+        memcpy(m->y + t * m->y_stride + row0, acc + t * size, (size_t)rows * sizeof(float));
 }
 
 static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64_t top_k, int few) {
@@ -324,17 +344,19 @@ static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64
     m->hidden = ktl_pool_scratch(m->pool, ktl_pool_threads(m->pool) + SLOT_HIDDEN,
                                  (size_t)(m->slots * width) * sizeof(float) + 64);
     if (!m->hidden) return KTL_ERR_MEMORY;
-    int64_t sums = 2 * largest > m->tokens ? 2 * largest : m->tokens;
-    if ((error = worker_scratch(m->pool, sums * KTL_TASK_ROWS))) return error;
+    m->inner_rows = task_rows(m->pool, width, m->groups);
+    m->outer_rows = task_rows(m->pool, m->down->rows, 1);
+    const int64_t inner = 2 * largest * m->inner_rows, outer = m->tokens * m->outer_rows;
+    if ((error = worker_scratch(m->pool, inner > outer ? inner : outer))) return error;
 
     const int small = m->slots * width * m->gate->cols * 3 < SMALL_WORK * 4;
     int64_t rows = m->tokens;
     for (int i = 0; i < m->lists; i++)
         if (m->list[i].by_slot && m->slots > rows) rows = m->slots;
     run(m->pool, rows * m->gate->cols < SMALL_WORK / 4, moe_prepare, m, rows);
-    run(m->pool, small, moe_gate_up, m, m->groups * ktl_ceil(width, KTL_TASK_ROWS));
+    run(m->pool, small, moe_gate_up, m, m->groups * ktl_ceil(width, m->inner_rows));
     run(m->pool, m->slots * width < SMALL_WORK / 4, moe_prepare_hidden, m, m->slots);
-    run(m->pool, small, moe_down, m, ktl_ceil(m->down->rows, KTL_TASK_ROWS));
+    run(m->pool, small, moe_down, m, ktl_ceil(m->down->rows, m->outer_rows));
     return KTL_OK;
 }
 

@@ -1,0 +1,233 @@
+/* Every format x layout x instruction set on odd shapes, for the sanitizers: buffers end exactly where
+ * the data ends, weights are random bytes (so scales are infinite or NaN at times), activations too.
+ * What the numbers are is tested from Python; here: nothing is read or written outside, all of the
+ * output is written, threads change no bit, packing loses none, and errors are refused before
+ * anything is written.
+ */
+#include "../ktl.h"
+#include "check.h"
+
+#include <string.h>
+
+enum { EXPERTS = 3, TOP_K = 2, X_GAP = 3, Y_GAP = 5 };
+static const uint32_t POISON = 0x7fc0dead;
+static const struct {
+    int64_t rows, cols;
+} SHAPES[] = {{1, 32}, {17, 96}, {33, 128}, {5, 256}, {70, 512}, {18, 1408}, {131, 768}};
+static dice d = {42};
+static long long cases;
+
+static void *exactly(int64_t bytes) {
+    void *p = NULL;
+    CHECK(posix_memalign(&p, 64, (size_t)bytes) == 0, "no %lld bytes", (long long)bytes);
+    return p;
+}
+
+static void fill(uint8_t *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i++)
+        p[i] = (uint8_t)(roll(&d) >> 32);
+}
+
+/* ---- matrices ------------------------------------------------------------------------------------- */
+static ktl_matrix random_blocks(int format, int64_t rows, int64_t cols) {
+    int64_t each = rows * ktl_row_bytes(format, cols);
+    uint8_t *data = exactly(EXPERTS * each);
+    fill(data, EXPERTS * each);
+    return (ktl_matrix){format, KTL_GGML_BLOCKS, EXPERTS, rows, cols, data, each};
+}
+
+static int64_t bytes_of(const ktl_matrix *m) { return m->experts * m->expert_stride; }
+
+static ktl_matrix packed_of(ktl_pool *pool, const ktl_matrix *m) {
+    int64_t each = ktl_packed_bytes(m->format, m->rows, m->cols), blocks = bytes_of(m);
+    uint8_t *data = exactly(EXPERTS * each), *back = exactly(blocks);
+    ktl_matrix p = {m->format, KTL_PACKED, EXPERTS, m->rows, m->cols, data, each};
+    CHECK(ktl_pack(pool, m, data, EXPERTS * each) == KTL_OK, "pack %s", ktl_format_name(m->format));
+    CHECK(ktl_unpack(pool, &p, back, blocks) == KTL_OK, "unpack");
+    CHECK(memcmp(back, m->data, (size_t)blocks) == 0, "%s %lld x %lld came back changed",
+          ktl_format_name(m->format), (long long)m->rows, (long long)m->cols);
+    CHECK(ktl_pack(pool, m, data, EXPERTS * each - 1) < 0, "packed into too little");
+    CHECK(ktl_unpack(pool, &p, back, blocks - 1) < 0, "unpacked into too little");
+    CHECK(ktl_matrix_check(&p, EXPERTS * each) == KTL_OK, "its own size refused");
+    CHECK(ktl_matrix_check(&p, EXPERTS * each - 1) != KTL_OK, "a short buffer accepted");
+    p.data += 32;
+    CHECK(ktl_matrix_check(&p, EXPERTS * each) == KTL_ERR_ALIGN, "a misaligned buffer accepted");
+    p.data -= 32;
+    free(back);
+    return p;
+}
+
+/* ---- runs ------------------------------------------------------------------------------------------ */
+typedef struct {
+    float *data;
+    int64_t tokens, cols, stride, count;
+} output;
+
+static output poisoned(int64_t tokens, int64_t cols) {
+    output y = {NULL, tokens, cols, cols + Y_GAP, (tokens - 1) * (cols + Y_GAP) + cols};
+    y.data = exactly(y.count * 4);
+    for (int64_t i = 0; i < y.count; i++)
+        memcpy(y.data + i, &POISON, 4);
+    return y;
+}
+
+static void check_written(const output *y, int wanted, const char *what) {
+    for (int64_t i = 0; i < y->count; i++) {
+        uint32_t bits;
+        memcpy(&bits, y->data + i, 4);
+        int inside = i % y->stride < y->cols;
+        CHECK((bits == POISON) != (wanted && inside), "%s: element %lld %s", what, (long long)i,
+              bits == POISON ? "not written" : "written");
+    }
+}
+
+static void *random_x(int x_type, int64_t tokens, int64_t cols, int wild) {
+    int64_t count = (tokens - 1) * (cols + X_GAP) + cols;
+    float *x = exactly(count * 4);
+    uint16_t *half = exactly(count * 2);
+    for (int64_t i = 0; i < count; i++)
+        x[i] = (float)(below(&d, 2001) - 1000) / 250.0f;
+    if (wild)
+        fill((uint8_t *)x, count * 4);
+    for (int64_t i = 0; i < count; i++)
+        memcpy(half + i, (uint8_t *)(x + i) + 2, 2);
+    free(x_type == KTL_X_BF16 ? (void *)x : (void *)half);
+    return x_type == KTL_X_BF16 ? (void *)half : (void *)x;
+}
+
+typedef struct {
+    ktl_pool *one, *many;
+    int isa, few, x_type;
+    int64_t tokens;
+} run;
+
+static void linear(const run *r, const ktl_matrix *m, const void *x, const char *what) {
+    output a = poisoned(r->tokens, m->rows), b = poisoned(r->tokens, m->rows);
+    for (int i = 0; i < 2; i++) {
+        int code = ktl_linear(i ? r->many : r->one, r->isa, r->few, m, 1, x, r->x_type, r->tokens,
+                              m->cols + X_GAP, i ? b.data : a.data, a.stride);
+        CHECK(code == KTL_OK, "%s: code %d", what, code);
+    }
+    check_written(&a, 1, what);
+    CHECK(memcmp(a.data, b.data, (size_t)a.count * 4) == 0, "%s: threads changed bits", what);
+    free(a.data);
+    free(b.data);
+}
+
+/* All tokens to expert 0, nobody, an id twice; expert 1 gets none. */
+static void moe(const run *r, const ktl_matrix *gate, const ktl_matrix *down, const void *x,
+                const char *what) {
+    int64_t *ids = exactly(r->tokens * TOP_K * 8);
+    float *weights = exactly(r->tokens * TOP_K * 4);
+    for (int64_t i = 0; i < r->tokens * TOP_K; i++) {
+        ids[i] = i % TOP_K == 0 ? 0 : below(&d, 3) - 1;
+        ids[i] += ids[i] == 1;
+        weights[i] = (float)below(&d, 100) / 100.0f;
+    }
+    output y[3];
+    for (int i = 0; i < 3; i++) {
+        y[i] = poisoned(r->tokens, down->rows);
+        if (i == 2)
+            ids[r->tokens * TOP_K - 1] = below(&d, 2) ? EXPERTS : -2;
+        int code = ktl_moe(i ? r->many : r->one, r->isa, r->few, gate, gate, down, x, r->x_type,
+                           r->tokens, gate->cols + X_GAP, ids, weights, TOP_K, y[i].data, y[i].stride);
+        CHECK(code == (i == 2 ? KTL_ERR_ID : KTL_OK), "%s: code %d", what, code);
+        check_written(&y[i], i != 2, what);
+    }
+    CHECK(memcmp(y[0].data, y[1].data, (size_t)y[0].count * 4) == 0, "%s: threads changed bits", what);
+    for (int i = 0; i < 3; i++)
+        free(y[i].data);
+    free(ids);
+    free(weights);
+}
+
+static void all_isas(run r, const ktl_matrix *m, const ktl_matrix *down) {
+    static const int64_t TOKENS[] = {1, 3, 19};
+    char what[160];
+    for (r.isa = 0; r.isa < KTL_ISAS; r.isa++) {
+        if (*ktl_isa_reason(r.isa) || !ktl_isa_computes(r.isa, m->format))
+            continue;
+        for (int t = 0; t < 3; t++) {
+            r.tokens = TOKENS[t];
+            r.few = (int)below(&d, 2) * 100;
+            r.x_type = (int)below(&d, 2);
+            snprintf(what, sizeof what, "%s %s %s %lld x %lld, %lld tokens, few %d, x %d",
+                     ktl_format_name(m->format), m->layout == KTL_PACKED ? "packed" : "ggml_blocks",
+                     ktl_isa_name(r.isa), (long long)m->rows, (long long)m->cols,
+                     (long long)r.tokens, r.few, r.x_type);
+            void *x = random_x(r.x_type, r.tokens, m->cols, cases % 2);
+            linear(&r, m, x, what);
+            if (ktl_isa_computes(r.isa, down->format))
+                moe(&r, m, down, x, what);
+            free(x);
+            cases++;
+        }
+    }
+}
+
+/* ---- the rest of the interface ---------------------------------------------------------------------- */
+static void values_and_changes(ktl_pool *pool, const ktl_matrix *m, const ktl_matrix *p) {
+    float *a = exactly(m->rows * m->cols * 4), *b = exactly(m->rows * m->cols * 4);
+    CHECK(ktl_dequantize(m, 2, 0, m->rows, a) == KTL_OK, "blocks to float");
+    CHECK(ktl_dequantize(p, 2, 0, m->rows, b) == KTL_OK, "packed to float");
+    CHECK(memcmp(a, b, (size_t)(m->rows * m->cols) * 4) == 0, "%s: two layouts, two values",
+          ktl_format_name(m->format));
+    CHECK(ktl_dequantize(m, 2, 1, m->rows, a) < 0 && ktl_dequantize(m, EXPERTS, 0, 1, a) < 0, "outside");
+    free(a);
+    free(b);
+    for (int to = KTL_INT8_CHANNEL; to < KTL_FORMATS; to++) {
+        int64_t bytes = EXPERTS * m->rows * ktl_row_bytes(to, m->cols);
+        if (bytes < 0)
+            continue;
+        uint8_t *out = exactly(bytes);
+        int code = ktl_convert(pool, m, to, out, bytes);
+        CHECK(code == KTL_OK, "%s to %s: code %d", ktl_format_name(m->format), ktl_format_name(to), code);
+        CHECK(ktl_convert(pool, m, to, out, bytes - 1) < 0, "converted into too little");
+        free(out);
+    }
+}
+
+static void refusals(ktl_pool *pool) {
+    float x[32] = {0}, y[4];
+    memcpy(y, &POISON, 4);
+    ktl_matrix m = random_blocks(KTL_F32, 4, 32);
+    CHECK(ktl_linear(pool, KTL_ISAS, 1, &m, 0, x, 0, 1, 32, y, 4) == KTL_ERR_ISA, "an isa too many");
+    CHECK(ktl_linear(pool, 0, 1, &m, EXPERTS, x, 0, 1, 32, y, 4) < 0, "an expert too many");
+    CHECK(ktl_linear(pool, 0, 1, &m, 0, x, 0, -1, 32, y, 4) < 0, "tokens below zero");
+    CHECK(ktl_linear(pool, 0, 1, &m, 0, x, 0, 0, 32, y, 4) == KTL_OK, "zero tokens");
+    CHECK(memcmp(y, &POISON, 4) == 0, "y was written");
+    CHECK(ktl_row_bytes(KTL_Q4_K, 100) < 0 && ktl_row_bytes(KTL_FORMATS, 256) < 0, "row bytes");
+    CHECK(ktl_packed_bytes(KTL_Q4_K, -1, 256) < 0 && ktl_packed_bytes(-1, 1, 256) < 0, "packed bytes");
+    CHECK(ktl_format_of("q9_k") == KTL_ERR_FORMAT && !ktl_format_name(-1), "format names");
+    for (int f = 0; f < KTL_FORMATS; f++)
+        CHECK(ktl_format_of(ktl_format_name(f)) == f, "format %d", f);
+    free((void *)m.data);
+}
+
+int main(int argc, char **argv) {
+    int only = argc > 1 ? ktl_format_of(argv[1]) : -1;
+    CHECK(argc < 2 || only >= 0, "a format, found %s", argv[1]);
+    run r = {.one = ktl_pool_new(1, NULL, 0), .many = ktl_pool_new(3, NULL, 0)};
+    refusals(r.many);
+    for (int format = 0; format < KTL_FORMATS; format++)
+        for (size_t s = 0; s < sizeof SHAPES / sizeof *SHAPES; s++) {
+            int64_t rows = SHAPES[s].rows, cols = SHAPES[s].cols;
+            if ((only >= 0 && format != only) || ktl_row_bytes(format, cols) < 0)
+                continue;
+            ktl_matrix m = random_blocks(format, rows, cols), p = packed_of(r.many, &m);
+            int fits = ktl_row_bytes(format, rows) > 0; /* float32 has rows of any length */
+            ktl_matrix down = random_blocks(fits ? format : KTL_F32, 21, rows);
+            ktl_matrix down_p = packed_of(r.many, &down);
+            values_and_changes(r.many, &m, &p);
+            all_isas(r, &m, s % 2 ? &down_p : &down);
+            all_isas(r, &p, s % 2 ? &down : &down_p);
+            free((void *)m.data);
+            free((void *)p.data);
+            free((void *)down.data);
+            free((void *)down_p.data);
+        }
+    ktl_pool_free(r.one);
+    ktl_pool_free(r.many);
+    printf("kernels: ok, %lld cases\n", cases);
+    return 0;
+}
