@@ -1,5 +1,6 @@
 # make lab    opens JupyterLab on notebooks/      make lab ARGS="--no-browser --port 8899"
 # make test   lint, types, tests                  make test ARGS="tests/routing -x"
+# make peers  kt-kernel and llama.cpp, to measure beside ktlab (builds for about 12 minutes)
 # make lock   rewrites binder/requirements.txt    make lock ARGS=--upgrade
 # Each sets up .venv first, once. PYTHON=python3.12 picks the interpreter.
 
@@ -23,9 +24,9 @@ JUPYTER := JUPYTER_CONFIG_DIR="$(VENV)/var/jupyter/config" \
 	JUPYTER_RUNTIME_DIR="$(VENV)/var/jupyter/runtime" \
 	IPYTHONDIR="$(VENV)/var/ipython"
 
-.PHONY: help lab test venv lock clean
+.PHONY: help lab test venv peers lock clean
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
 
 venv:
 	@command -v "$(PYTHON)" >/dev/null || { echo "No $(PYTHON) here: name one, make lab PYTHON=python3.12"; exit 1; }
@@ -46,8 +47,11 @@ test: venv
 	@"$(VENV)/bin/mypy"
 	@"$(VENV)/bin/python" -m pytest $(ARGS)
 
+peers: venv
+	@"$(VENV)/bin/python" binder/make_peers.py
+
 lock:
 	@bash binder/lock "$(PYTHON)" $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .artifacts .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .peers build dist *.egg-info .artifacts .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -6,11 +6,13 @@
     .venv/bin/pip install -r binder/requirements.txt -e .
 
 A stamp in .venv holds the hash of the lock, so a second call installs nothing; when the lock
-changes, pip brings the same .venv up to date. Nothing outside the repository's folder is written,
-but for pip's own download cache. Standard library only, and
+changes, pip brings the same .venv up to date. A second stamp holds the hash of the C kernels'
+sources: when one changes, what it needs is compiled again. Nothing outside the repository's folder
+is written, but for pip's own download cache. Standard library only, and
 syntax old enough that an unsupported Python gets an explanation instead of a SyntaxError.
 """
 
+import glob
 import hashlib
 import os
 import re
@@ -24,6 +26,7 @@ VENV = os.path.join(ROOT, ".venv")
 LOCK = os.path.join(ROOT, "binder", "requirements.txt")
 VENV_PYTHON = os.path.join(VENV, "bin", "python")
 STAMP = os.path.join(VENV, "ktlab-stamp")
+NATIVE_STAMP = os.path.join(VENV, "ktlab-native-stamp")
 LOG = os.path.join(VENV, "install.log")
 OLDEST, NEWEST = (3, 10), (3, 13)
 
@@ -32,20 +35,42 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def fingerprint() -> str:
-    """Hash of all that decides what .venv holds: the lock, the package's metadata, the place."""
-    digest = hashlib.sha256(ROOT.encode())
-    for name in ("binder/requirements.txt", "binder/overrides.json", "pyproject.toml", "setup.py"):
+def digest_of(names: "list[str]", *words: str) -> str:
+    digest = hashlib.sha256("\n".join((ROOT,) + words).encode())
+    for name in names:
+        digest.update(name.encode())
         with open(os.path.join(ROOT, name), "rb") as file:
             digest.update(hashlib.sha256(file.read()).digest())
     return digest.hexdigest()
 
 
-def is_current() -> bool:
-    if not os.path.exists(VENV_PYTHON) or not os.path.exists(STAMP):
+def fingerprint() -> str:
+    """Hash of all that decides what .venv holds: the lock, the package's metadata, the place."""
+    return digest_of(
+        ["binder/requirements.txt", "binder/overrides.json", "pyproject.toml", "setup.py"]
+    )
+
+
+def native_fingerprint() -> str:
+    """Hash of all that decides what the C kernels are: their sources, the flags, the compiler."""
+    sources = glob.glob(os.path.join(ROOT, "ktlab_ext", "csrc", "*.*"))
+    names = sorted(os.path.relpath(path, ROOT) for path in sources)
+    return digest_of(
+        names + ["ktlab_ext/_native.pyx", "setup.py"],
+        os.environ.get("KTLAB_NO_NATIVE", "0"),
+        shutil.which(os.environ.get("CC", "gcc")) or "",
+    )
+
+
+def holds(stamp: str, value: str) -> bool:
+    if not os.path.exists(stamp):
         return False
-    with open(STAMP) as file:
-        return file.read().strip() == fingerprint()
+    with open(stamp) as file:
+        return file.read().strip() == value
+
+
+def is_current() -> bool:
+    return os.path.exists(VENV_PYTHON) and holds(STAMP, fingerprint())
 
 
 def check_version() -> None:
@@ -82,7 +107,7 @@ def create_venv() -> None:
         )
 
 
-def pip_install(arguments: "list[str]", total: int) -> None:
+def pip_install(arguments: "list[str]", total: int, **environment: str) -> None:
     """Runs pip, shows how far it is, keeps its whole output in .venv/install.log."""
     command = [VENV_PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--no-input"]
     live = sys.stdout.isatty()
@@ -92,6 +117,7 @@ def pip_install(arguments: "list[str]", total: int) -> None:
         process = subprocess.Popen(
             command + arguments,
             cwd=ROOT,
+            env=dict(os.environ, **environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -129,28 +155,59 @@ def configure() -> None:
     shutil.copy(os.path.join(ROOT, "binder", "overrides.json"), settings)
 
 
-def main() -> None:
-    named = "--named" in sys.argv  # the user chose this interpreter, so .venv must be made of it
-    if is_current() and (not named or is_usable()):
-        return
+def build_native() -> None:
+    """Compiles the C kernels in place. Where that cannot be, one line says why, and Numba works."""
+    for old in glob.glob(os.path.join(ROOT, "ktlab_ext", "_native.*.so")):
+        os.unlink(old)
+    run = subprocess.run(
+        [VENV_PYTHON, "setup.py", "build_ext", "--inplace"],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with open(LOG, "a") as log:
+        log.write(run.stdout)
+    for line in run.stdout.splitlines():
+        if line.startswith("ktlab:"):
+            say(f"      {line}; see {os.path.relpath(LOG, ROOT)}")
+    if run.returncode != 0:
+        raise SystemExit("the C kernels' build failed:\n" + run.stdout[-3000:])
+
+
+def install() -> None:
     check_version()
-    started = time.monotonic()
     with open(LOCK) as file:
         total = len({line.split("==")[0] for line in file if "==" in line})
     version = "{}.{}.{}".format(*sys.version_info[:3])
     if is_usable():
-        say(f"[1/3] .venv with Python {version} is there; the lock has changed")
+        say(f"[1/4] .venv with Python {version} is there; the lock has changed")
     else:
-        say(f"[1/3] a fresh .venv with Python {version} ({sys.executable})")
+        say(f"[1/4] a fresh .venv with Python {version} ({sys.executable})")
         create_venv()
-    say("[2/3] the pinned packages of binder/requirements.txt; minutes the first time")
+    say("[2/4] the pinned packages of binder/requirements.txt; minutes the first time")
     pip_install(["-r", LOCK], total)
-    say("[3/3] ktlab itself, editable")
-    pip_install(["--no-deps", "--no-build-isolation", "-e", ROOT], 1)
+    say("[3/4] ktlab itself, editable")
+    # The kernels come in a step of their own, which keeps what it has compiled.
+    pip_install(["--no-deps", "--no-build-isolation", "-e", ROOT], 1, KTLAB_NO_NATIVE="1")
     configure()
     with open(STAMP, "w") as file:
         file.write(fingerprint() + "\n")
-    say(f"ready in {time.monotonic() - started:.0f} s; the next start installs nothing")
+
+
+def main() -> None:
+    named = "--named" in sys.argv  # the user chose this interpreter, so .venv must be made of it
+    started = time.monotonic()
+    if not is_current() or (named and not is_usable()):
+        install()
+    if not holds(NATIVE_STAMP, native_fingerprint()):
+        say("[4/4] the C kernels; minutes the first time, then only what has changed")
+        build_native()
+        with open(NATIVE_STAMP, "w") as file:
+            file.write(native_fingerprint() + "\n")
+    if time.monotonic() - started > 1:
+        say(f"ready in {time.monotonic() - started:.0f} s; the next start installs nothing")
 
 
 if __name__ == "__main__":

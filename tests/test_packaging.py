@@ -26,6 +26,13 @@ WHEEL_BYTES = 60_000_000
 
 needs_tiny = pytest.mark.skipif(not TINY.exists(), reason=f"{TINY.relative_to(ROOT)} is not here")
 
+needs_native = pytest.mark.skipif(
+    sysconfig.get_platform() != "linux-x86_64"
+    or not (shutil.which("gcc") or shutil.which("cc"))
+    or os.environ.get("KTLAB_NO_NATIVE", "0") not in ("", "0"),
+    reason="no C kernels here: they need Linux on x86-64, a compiler, and no KTLAB_NO_NATIVE",
+)
+
 
 def run(*command: object, **options) -> str:
     done = subprocess.run(
@@ -33,43 +40,67 @@ def run(*command: object, **options) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
-        **options,
+        **({"timeout": 300} | options),
     )
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}"
     return done.stdout
 
 
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built once, from a copy, so that no build/ or egg-info appears in the clone."""
-    work = tmp_path_factory.mktemp("wheel")
-    source = work / "source"
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "build")
-    for name in ("ktlab", "ktlab_ext", "data"):
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, source / name, ignore=ignore)
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a wheel is made of, so that no build/ or egg-info appears in the clone."""
+    source = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    # What make venv has compiled (build/temp*) is taken over, as long as no source is newer.
+    compiled = [str(path.relative_to(ROOT)) for path in (ROOT / "build").glob("[ct]*")]
+    for name in ("ktlab", "ktlab_ext", "data", *compiled):
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", work, source)
-    return next(work.glob("ktlab-*.whl"))
+        shutil.copy2(ROOT / name, source)
+    return source
+
+
+def wheel_of(source: Path, where: Path, **environment: str) -> Path:
+    pip_wheel = (*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", where, source)
+    run(*pip_wheel, env=os.environ | environment, timeout=1500)
+    return next(where.glob("ktlab-*.whl"))
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wheel_of(source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made where the C kernels are not wanted, or cannot be."""
+    return wheel_of(source, tmp_path_factory.mktemp("pure"), KTLAB_NO_NATIVE="1")
+
+
+def install(wheel: Path, place: Path) -> Path:
     """A new environment that holds the wheel, and borrows the dependencies of this one."""
-    place = tmp_path_factory.mktemp("installed")
     venv.create(place, with_pip=False)
     python = place / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
-    run(*pip, "install", "--no-deps", "--no-index", wheel)
+    run(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel)
     # A path in a .pth file is added as it is: .pth files inside it (the clone's editable install
     # among them) are not read, so the only ktlab is the wheel's.
     borrowed = sysconfig.get_path("purelib")
     site = next((place / "lib").glob("python*")) / "site-packages"
     (site / "borrowed.pth").write_text(borrowed + "\n")
     return place
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(wheel, tmp_path_factory.mktemp("installed"))
+
+
+@pytest.fixture(scope="module")
+def installed_pure(pure_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(pure_wheel, tmp_path_factory.mktemp("installed-pure"))
 
 
 def test_wheel_holds_what_it_should(wheel: Path) -> None:
@@ -90,21 +121,72 @@ def test_wheel_holds_the_data(wheel: Path) -> None:
     assert texts <= names
 
 
-@needs_tiny
-def test_load_away_from_the_clone(installed: Path, tmp_path: Path) -> None:
+def load_and_compute(place: Path, work: Path) -> tuple[str, list[int], int, str]:
+    """Where ktlab lies, the logits' shape, the vocabulary, why there are no C kernels."""
     code = (
-        "import json, pathlib, ktlab\n"
+        "import json, pathlib, ktlab, ktlab_ext\n"
         "model = ktlab.load('tiny')\n"
         "logits = model.forward(model.tokenizer.encode('The history of'))\n"
         "print(json.dumps([str(pathlib.Path(ktlab.__file__)), list(logits.shape),"
-        " model.config.vocab_size]))"
+        " model.config.vocab_size, ktlab_ext.reason]))"
     )
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    printed = run(installed / "bin" / "python", "-c", code, cwd=tmp_path, env=environment)
-    where, shape, vocab_size = json.loads(printed.splitlines()[-1])
+    printed = run(place / "bin" / "python", "-c", code, cwd=work, env=environment)
+    return json.loads(printed.splitlines()[-1])
+
+
+@needs_tiny
+def test_load_away_from_the_clone(installed: Path, tmp_path: Path) -> None:
+    where, shape, vocab_size, _ = load_and_compute(installed, tmp_path)
     assert Path(where).is_relative_to(installed)
     assert shape[1] == vocab_size
     assert "usage" in run(installed / "bin" / "ktlab", "--help", cwd=tmp_path).lower()
+
+
+# ---- the C kernels, with and without -------------------------------------------------------------
+
+
+@needs_native
+def test_wheel_holds_the_kernels_and_not_their_sources(wheel: Path, installed: Path) -> None:
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("ktlab_ext/")]
+    suffixes = sorted("".join(Path(name).suffixes[-1:]) for name in names)
+    assert suffixes == [".py", ".pyi", ".so", ".typed"], names
+    assert "linux_x86_64" in wheel.name
+    code = "import ktlab_ext; print(ktlab_ext.reason, ktlab_ext.native.isas()['serial'] == '')"
+    assert run(installed / "bin" / "python", "-c", code, cwd=installed).strip() == "True"
+
+
+@needs_tiny
+def test_pure_install_works(pure_wheel: Path, installed_pure: Path, tmp_path: Path) -> None:
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(pure_wheel).namelist() if name.endswith(".so")]
+    where, shape, vocab_size, reason = load_and_compute(installed_pure, tmp_path)
+    assert Path(where).is_relative_to(installed_pure)
+    assert shape[1] == vocab_size
+    assert "C kernels are not installed" in reason
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"CC": "false"}, "false failed"),
+        ({"CC": "/nowhere/cc"}, "no C compiler is here (looked for /nowhere/cc)"),
+        ({"KTLAB_NO_NATIVE": "1"}, "KTLAB_NO_NATIVE is set"),
+    ],
+)
+def test_install_without_kernels_succeeds_and_says_so_once(
+    source: Path, tmp_path: Path, environment: dict[str, str], words: str
+) -> None:
+    places = ("--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
+    build = (sys.executable, "setup.py", "build_ext", "--force", *places)
+    printed = run(*build, cwd=source, env=os.environ | environment)
+    said = [line for line in printed.splitlines() if line.startswith("ktlab:")]
+    assert len(said) == 1 and words in said[0] and "Numba" in said[0], printed
+    assert not list(tmp_path.rglob("*.so"))
+    required = os.environ | environment | {"KTLAB_REQUIRE_NATIVE": "1"}
+    with pytest.raises(AssertionError, match="setup.py build_ext"):
+        run(*build, cwd=source, env=required)
 
 
 # ---- one list of pins ----------------------------------------------------------------------------

@@ -167,12 +167,21 @@ class MLA:
 
     def quantized(self, format: str) -> "MLA":
         """The same attention with its matrices in another format, with the same form."""
+        return self._with({n: m.quantized(format) for n, m in self.linears.items()})
+
+    def clone(self) -> "MLA":
+        """The same weights under switches of its own."""
+        return self._with({n: m.clone() for n, m in self.linears.items()})
+
+    def _with(self, linears: dict[str, Linear]) -> "MLA":
         attention = copy.copy(self)
-        changed: dict[str, Any] = {
-            name: linear.quantized(format) for name, linear in self.weights.linears.items()
-        }
-        attention.weights = MLAWeights(**{**vars(self.weights), **changed})
+        attention.weights = MLAWeights(**{**vars(self.weights), **linears})
         return attention
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """The matrices by name; `k_b` and `v_b` are one a head, and torch multiplies them."""
+        return self.weights.linears
 
     @property
     def nbytes(self) -> int:
@@ -192,7 +201,7 @@ class MLA:
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         matrices = html.table(
             [
-                (name, " x ".join(map(str, m.weight.shape)), m.weight.format.name)
+                (name, " x ".join(map(str, m.stack.shape)), m.stack.format.name)
                 for name, m in self.weights.linears.items()
             ],
             ("matrix", "shape", "format"),

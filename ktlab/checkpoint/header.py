@@ -172,7 +172,7 @@ def _check_entries(
     where: str, raw: list[TensorEntry], data_start: int, size: int, alignment: int
 ) -> list[TensorEntry]:
     """Sizes from types and shapes; each tensor inside the file, right after the one before."""
-    usable = ", ".join(name.upper() for name in FORMATS)
+    usable = ", ".join(name.upper() for name, f in FORMATS.items() if f.ggml_type is not None)
     problems = [f"{n} appears {k} times" for n, k in Counter(e.name for e in raw).items() if k > 1]
     entries: list[TensorEntry] = []
     unusable: dict[str, list[str]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 
-from ktlab.checkpoint.checkpoint import check_tensors
+from ktlab.checkpoint.checkpoint import check_tensors, together
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.metadata import ARCHITECTURE, Field, metadata_from_config
 from ktlab.checkpoint.names import expected_tensors
@@ -36,6 +36,7 @@ def write_gguf(
     path = Path(path)
     check_tensors(path.name, config, {name: tensor.shape for name, tensor in tensors.items()})
     chosen = {name: tensors[name] for name in expected_tensors(config)}
+    _check_formats(path.name, chosen)
     fields = _general(config, chosen) | metadata_from_config(config)
     if tokenizer is not None:
         fields |= _tokenizer_fields(config, tokenizer)
@@ -62,6 +63,18 @@ def write_gguf(
         os.unlink(temporary)
         raise
     return path
+
+
+def _check_formats(where: str, tensors: Mapping[str, QTensor]) -> None:
+    """Refuse what GGUF has no type for, all tensors together."""
+    problems = [
+        f"{name} is {tensor.format.name}, which exists in memory only"
+        for name, tensor in tensors.items()
+        if tensor.format.ggml_type is None
+    ]
+    if problems:
+        advice = "GGUF has no such type: requantize() to one that it has, e.g. q8_0"
+        raise CheckpointError(together(where, problems, advice))
 
 
 def _general(config: ModelConfig, tensors: Mapping[str, QTensor]) -> dict[str, Field]:

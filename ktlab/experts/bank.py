@@ -9,36 +9,57 @@ from typing import Any
 from torch import Tensor
 
 from ktlab import html
-from ktlab.kernels import dispatch
-from ktlab.quantization import QTensor, fallback_format
+from ktlab.kernels import dispatch, packing, products
+from ktlab.kernels.computed import Computed
+from ktlab.kernels.stack import Stack
+from ktlab.quantization import QTensor, fallback_format, get_format
 
 KEPT_FORMATS = 2
 """Requantized copies of a bank that are kept for a quick toggle back, with all that kernels made of
-them (a float32 copy is four times Q8_0); the oldest goes first. Binder has 2 GB in all."""
+them (a float32 copy is four times Q8_0); the least recently used goes first. Binder has 2 GB in all."""
+
+Stacks = tuple[Stack, Stack, Stack]
 
 
-class ExpertBank:
-    """gate and up (E, F, D), down (E, D, F); `backend` is live.
+class ExpertBank(Computed):
+    """gate and up (E, F, D), down (E, D, F); `request` is live, and `use` sets parts of it.
 
-    Operands that a kernel prepares (a float32 copy, codes apart from scales) are made at first
-    use and shared by every clone, since they depend on the weights alone.
+    What a kernel makes of the weights (packed panels, a float32 copy) is made at first use and
+    shared by every clone, since it depends on the weights and the layout alone.
     """
 
     placement = "cpu"
 
     def __init__(self, layer: int, gate: QTensor, up: QTensor, down: QTensor) -> None:
+        super().__init__()
         self.layer = layer
-        self.gate, self.up, self.down = gate, up, down
-        self._stored = (gate, up, down)
-        self.backend = dispatch.AUTO
-        self._operands: dict[str, Any] = {}
-        # By format, weights and operands: requantized once, shared by clones like the rest.
-        self._requantized: dict[str, tuple[tuple[QTensor, QTensor, QTensor], dict[str, Any]]] = {}
+        self.stacks: Stacks = (Stack(gate), Stack(up), Stack(down))
+        self._stored = self.stacks
+        # By format: requantized once, shared by clones like the rest.
+        self._requantized: dict[str, Stacks] = {}
+
+    # The weights -----------------------------------------------------------------------------
+
+    @property
+    def gate(self) -> QTensor:
+        """(E, F, D)."""
+        return self.stacks[0].tensor
+
+    @property
+    def up(self) -> QTensor:
+        """(E, F, D)."""
+        return self.stacks[1].tensor
+
+    @property
+    def down(self) -> QTensor:
+        """(E, D, F)."""
+        return self.stacks[2].tensor
 
     @property
     def formats(self) -> tuple[str, str, str]:
         """Formats of gate, up and down: a Q4_K_M file mixes them."""
-        return self.gate.format.name, self.up.format.name, self.down.format.name
+        gate, up, down = (stack.format.name for stack in self.stacks)
+        return gate, up, down
 
     @property
     def format(self) -> str:
@@ -47,12 +68,22 @@ class ExpertBank:
 
     @property
     def num_experts(self) -> int:
-        return self.gate.shape[0]
+        return self.stacks[0].shape[0]
+
+    @property
+    def width(self) -> int:
+        """F, an expert's inner size."""
+        return self.stacks[0].shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.stacks[0].shape[2]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the quantized weights, without prepared copies."""
-        return self.gate.nbytes + self.up.nbytes + self.down.nbytes
+        return sum(stack.nbytes for stack in self.stacks)
 
     @property
     def expert_bytes(self) -> int:
@@ -61,67 +92,95 @@ class ExpertBank:
 
     @property
     def prepared_bytes(self) -> dict[str, int]:
-        """Bytes of the copies made so far, by backend."""
-        return {
-            name: operands.nbytes
-            for name, operands in self._operands.items()
-            if hasattr(operands, "nbytes")
-        }
+        """Bytes of the copies made so far, by layout."""
+        found: dict[str, int] = {}
+        for stack in self.stacks:
+            for name, nbytes in stack.operand_bytes.items():
+                found[name] = found.get(name, 0) + nbytes
+        return found
 
-    @property
-    def layout(self) -> str:
-        """How the numbers lie that a decode step reads."""
-        return dispatch.choose(self.backend, self.formats, tokens=1).layout
+    # The switches ----------------------------------------------------------------------------
+
+    def use(self, *, format: str | None = None, **words: Any) -> "ExpertBank":
+        """Set some of format, layout, backend, isa, threads, numa, few: live, nothing reloaded.
+
+        "auto" and None give a choice back. Refused words change nothing.
+        """
+        request = self._request.with_(**words)
+        if format is None:
+            self.request = request
+            return self
+        # Asked before the long requantization: can this be computed at all?
+        kernel = dispatch.choose(request, tuple(f.name for f in self._fitting(format)))
+        self.stacks = self._in_format(format)
+        self._request, self._kernel = request, kernel
+        return self
+
+    # Running ---------------------------------------------------------------------------------
 
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum of the selected experts, (T, D) float32; id -1 selects nobody."""
-        kernel = dispatch.choose(self.backend, self.formats, tokens=hidden_TD.shape[0])
-        operands = self._operands.get(kernel.backend)
-        if operands is None:
-            operands = self._operands[kernel.backend] = kernel.prepare(
-                self.gate, self.up, self.down
-            )
-        return kernel.run(operands, hidden_TD, ids_TK, weights_TK)
+        return products.moe(self.kernel, self.stacks, hidden_TD, ids_TK, weights_TK)
 
-    def explain(self, tokens: int = 1) -> dispatch.Explanation:
-        """Each kernel for calls of `tokens` tokens: chosen, usable, or rejected because ..."""
-        return dispatch.explain(self.backend, self.formats, tokens)
+    def clone(self) -> "ExpertBank":
+        """The same weights and operands under switches of its own."""
+        return copy.copy(self)
 
     def quantized(self, format: str) -> "ExpertBank":
         """The stored experts in another format (rows that do not fit it fall back as in llama.cpp),
         with this bank's switches. Always from the weights as loaded: errors do not add up."""
-        kept = self._requantized.get(format)  # once: another thread may drop it meanwhile
-        if kept is None:
-            while len(self._requantized) >= KEPT_FORMATS:
-                self._requantized.pop(next(iter(self._requantized)), None)
-            gate, up, down = (
-                weight.requantize(fallback_format(format, weight.shape[-1]))
-                for weight in self._stored
-            )
-            kept = self._requantized[format] = ((gate, up, down), {})
         bank = copy.copy(self)
-        (bank.gate, bank.up, bank.down), bank._operands = kept
+        bank.stacks, bank._kernel = self._in_format(format), None
         return bank
 
+    def _fitting(self, format: str) -> list[Any]:
+        return [fallback_format(format, stack.shape[-1]) for stack in self._stored]
+
+    def _in_format(self, format: str) -> Stacks:
+        format = get_format(format).name
+        kept = self._requantized.pop(format, None)  # one step: another thread may drop it meanwhile
+        if kept is not None:
+            self._requantized[format] = kept  # the latest used goes last
+            return kept
+        fitting = self._fitting(format)
+        if all(f == s.format for f, s in zip(fitting, self._stored, strict=True)):
+            return self._stored
+        while len(self._requantized) >= KEPT_FORMATS:
+            self._requantized.pop(next(iter(self._requantized)), None)
+        gate, up, down = (
+            stack
+            if stack.format == format
+            else Stack(packing.convert(stack.tensor, format, self._request), as_loaded=False)
+            for stack, format in zip(self._stored, fitting, strict=True)
+        )
+        self._requantized[format] = (gate, up, down)
+        return gate, up, down
+
+    # Showing ---------------------------------------------------------------------------------
+
     def __repr__(self) -> str:
-        width, hidden = self.gate.shape[1:]
         return (
-            f"ExpertBank(layer {self.layer}: {self.num_experts} experts of {hidden} x {width}, "
-            f"{self.format}, {html.byte_size(self.nbytes)}, backend {self.backend}, "
+            f"ExpertBank(layer {self.layer}: {self.num_experts} experts of {self.hidden_size} x "
+            f"{self.width}, {self.format}, {html.byte_size(self.nbytes)}, {self.kernel}, "
             f"{self.placement})"
         )
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         rows = [
             (name, " x ".join(map(str, w.shape)), w.format.name, html.byte_size(w.nbytes))
-            for name, w in (("gate", self.gate), ("up", self.up), ("down", self.down))
+            for name, w in zip(("gate", "up", "down"), self.stacks, strict=True)
         ]
         copies = {k: html.byte_size(v) for k, v in self.prepared_bytes.items()}
+        kernel = self.kernel
         body = html.pairs(
             {
                 "one expert": html.byte_size(self.expert_bytes),
-                "backend": self.backend,
-                "layout": self.layout,
+                "asked for": str(self.request),
+                "backend": kernel.backend,
+                "instruction set": kernel.isa,
+                "layout": kernel.layout,
+                "threads": kernel.threads,
+                "why": kernel.reason,
                 "placement": self.placement,
                 "prepared copies": ", ".join(f"{k} {v}" for k, v in copies.items()) or "none yet",
             }

@@ -20,9 +20,18 @@ class MLP:
         """(T, D) -> (T, D), float32."""
         return self.down(F.silu(self.gate(hidden_TD)).mul_(self.up(hidden_TD)))
 
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """The three matrices by name."""
+        return {"gate": self.gate, "up": self.up, "down": self.down}
+
     def quantized(self, format: str) -> "MLP":
         """The same weights in another format."""
-        return MLP(*(m.quantized(format) for m in (self.gate, self.up, self.down)))
+        return MLP(*(linear.quantized(format) for linear in self.linears.values()))
+
+    def clone(self) -> "MLP":
+        """The same weights under switches of their own."""
+        return MLP(*(linear.clone() for linear in self.linears.values()))
 
     @property
     def nbytes(self) -> int:
@@ -32,10 +41,10 @@ class MLP:
     @property
     def width(self) -> int:
         """F, the size of the inner activation."""
-        return self.gate.weight.shape[0]
+        return self.gate.stack.shape[0]
 
     def __repr__(self) -> str:
         return (
-            f"MLP({self.gate.weight.shape[1]} x {self.width}, {self.gate.weight.format.name}, "
+            f"MLP({self.gate.stack.shape[1]} x {self.width}, {self.gate.stack.format.name}, "
             f"{html.byte_size(self.nbytes)})"
         )

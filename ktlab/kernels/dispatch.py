@@ -1,172 +1,223 @@
-"""The table of expert kernels, and the reason for every choice made from it.
+"""Which code runs: every backend, instruction set and layout, and the reason for each verdict.
 
-A kernel that a user names runs or raises; only "auto" chooses, and it says why. A new kernel is
-one entry here; a faster one for the same formats goes above it.
+What a user names runs or raises; only "auto" chooses, and it says why. The table is in the order
+in which `auto` looks at it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from ktlab import html
-from ktlab.errors import SettingError, nearest
-from ktlab.kernels import numba_moe, reference, torch_moe
-from ktlab.quantization.qtensor import QTensor
+from ktlab.errors import SettingError
+from ktlab.kernels import native, numba_backend, switch
+from ktlab.kernels.request import (
+    AUTO,
+    BLOCKS,
+    EMULATED,
+    ISA_VARIABLE,
+    NATIVE_ISAS,
+    NUMBA_ISA,
+    NUMPY_ISA,
+    PACKED,
+    TORCH_ISA,
+    Kernel,
+    Request,
+)
+from ktlab.kernels.threads import default_threads
 
-AUTO = "auto"
-NUMBA_TOKENS = 48
-"""Up to this many tokens one Numba pass beats torch's product per expert.
-
-Measured on 2 cores of a Sapphire Rapids Xeon with 64 experts of 96 x 256, top 8: Numba takes 93 us
-a token at any count; torch 0.5 ms for one token, 5.1 ms for 32 and 9.2 ms for 256.
-"""
+FLOAT_COPY = "float32 copy"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertKernel:
-    """One way to compute an expert bank: `prepare` its operands once, `run` it on each call."""
+class Candidate:
+    """One way to compute given formats. `reject` is "" if it can be used here, else why not."""
 
     backend: str
     isa: str
-    purpose: str
     layout: str
-    reject: Callable[[str, str, str], str]
-    """(gate, up, down formats) -> '' if usable, else why not."""
-    prepare: Callable[[QTensor, QTensor, QTensor], Any]
-    run: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-    max_auto_tokens: float = float("inf")
-    """`auto` takes this kernel up to so many tokens a call; 0 means never."""
+    reject: str
+    purpose: str
+    only_named: str = ""
+    """The word that must be named before this is taken: "layout", "isa", "backend", or ""."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What `explain` says of one kernel."""
+    """What `explain` says of one candidate."""
 
     backend: str
     isa: str
+    layout: str
     status: str
     reason: str
 
 
 class Explanation(tuple[Verdict, ...]):
-    """Every kernel that was considered, with its verdict; prints as a table."""
+    """Everything that was considered, with its verdict; prints as a table."""
 
     __slots__ = ()
 
+    @property
+    def chosen(self) -> Verdict:
+        """The one that runs."""
+        return next(v for v in self if v.status == "chosen")
+
     def __repr__(self) -> str:
-        return "\n".join(f"{v.backend:8} {v.isa:12} {v.status:9} {v.reason}" for v in self)
+        return "\n".join(
+            f"{v.backend:8} {v.isa:17} {v.layout:12} {v.status:9} {v.reason}" for v in self
+        )
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         tones = {"chosen": "ok", "rejected": "bad"}
         rows = [
-            (v.backend, v.isa, html.badge(v.status, tones.get(v.status, "")), v.reason)
+            (v.backend, v.isa, v.layout, html.badge(v.status, tones.get(v.status, "")), v.reason)
             for v in self
         ]
-        body = html.table(rows, ("backend", "isa", "verdict", "why"))
-        return html.mimebundle(repr(self), html.card("expert kernels", body))
+        body = html.table(rows, ("backend", "isa", "layout", "verdict", "why"))
+        return html.mimebundle(repr(self), html.card("kernels", body))
 
 
-def _always(*_: str) -> str:
-    return ""
+def candidates(formats: Sequence[str]) -> Iterator[Candidate]:
+    """All of them for matrices of these formats (gate, up, down; or one), best first.
 
-
-def _only_q8_0(*formats: str) -> str:
-    others = sorted(set(formats) - {"q8_0"})
-    return f"computes q8_0 only, this bank has {', '.join(others)}" if others else ""
-
-
-def _run_numba(bank: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    arrays = (t.contiguous().numpy() for t in (hidden_TD, ids_TK, weights_TK))
-    return torch.from_numpy(numba_moe.moe(bank, *arrays))
-
-
-def _run_reference(bank: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    arrays = (t.numpy() for t in (hidden_TD, ids_TK, weights_TK))
-    return torch.from_numpy(reference.moe(*bank, *arrays).astype(np.float32))
-
-
-EXPERT_KERNELS: tuple[ExpertKernel, ...] = (
-    ExpertKernel(
-        backend="numba",
-        isa="LLVM's choice",
-        purpose=f"few tokens: reads the 8-bit values once (auto: up to {NUMBA_TOKENS} a call)",
-        layout="codes and scales apart",
-        reject=_only_q8_0,
-        prepare=numba_moe.prepare,
-        run=_run_numba,
-        max_auto_tokens=NUMBA_TOKENS,
-    ),
-    ExpertKernel(
-        backend="torch",
-        isa="oneDNN's choice",
-        purpose="many tokens: one float32 product per expert",
-        layout="float32 copy",
-        reject=_always,
-        prepare=torch_moe.prepare,
-        run=torch_moe.moe,
-    ),
-    ExpertKernel(
-        backend="numpy",
-        isa="BLAS's choice",
-        purpose="the reference: dequantizes each expert when its turn comes",
-        layout="ggml_blocks",
-        reject=_always,
-        prepare=lambda *weights: weights,
-        run=_run_reference,
-        max_auto_tokens=0,
-    ),
-)
-
-BACKENDS = (AUTO, *(kernel.backend for kernel in EXPERT_KERNELS))
-
-
-def check_backend(backend: str) -> str:
-    """`backend` if it exists, else a `SettingError` that lists what does."""
-    if backend not in BACKENDS:
-        raise SettingError(
-            f"backend {backend!r} is unknown; expected one of {', '.join(BACKENDS)}"
-            f"{nearest(backend, BACKENDS)}"
-        )
-    return backend
-
-
-def choose(backend: str, formats: tuple[str, str, str], tokens: int) -> ExpertKernel:
-    """The kernel that runs `tokens` tokens on a bank of these formats (gate, up, down).
-
-    Raises `SettingError` if a named backend cannot compute the formats: it never falls back.
+    Lazy: what stands lower is not even imported if something above it is taken.
     """
-    check_backend(backend)
-    for kernel in EXPERT_KERNELS:
-        reason = kernel.reject(*formats)
-        if kernel.backend == backend:
-            if reason:
-                usable = [k.backend for k in EXPERT_KERNELS if not k.reject(*formats)]
-                raise SettingError(
-                    f"backend {backend!r} {reason}; usable here: {', '.join(usable)}, or 'auto'"
-                )
-            return kernel
-        if backend == AUTO and not reason and tokens <= kernel.max_auto_tokens:
-            return kernel
-    raise AssertionError("the torch kernel takes everything")
+    for isa in NATIVE_ISAS:
+        reject = native.reject(isa, formats)
+        for layout, purpose in (
+            (BLOCKS, "computes on the blocks as they lie in the file, nothing is copied"),
+            (PACKED, "re-tiled for this instruction set's operands; packed at first use"),
+        ):
+            named = "isa" if isa in EMULATED else "layout" if layout == PACKED else ""
+            yield Candidate(
+                backend="native", isa=isa, layout=layout, reject=reject, purpose=purpose,
+                only_named=named,
+            )  # fmt: skip
+    reject = numba_backend.reject(formats)
+    for layout, purpose in (
+        (BLOCKS, "few tokens: dequantize and dot at once; many: tiles through BLAS"),
+        (PACKED, "the same on packed panels; packed at first use"),
+    ):
+        yield Candidate(
+            backend="numba", isa=NUMBA_ISA, layout=layout, reject=reject, purpose=purpose,
+            only_named="layout" if layout == PACKED else "",
+        )  # fmt: skip
+    yield Candidate(
+        backend="torch", isa=TORCH_ISA, layout=FLOAT_COPY, reject="",
+        purpose="one float32 product a matrix, on a copy 4 bytes a weight; torch's own threads",
+    )  # fmt: skip
+    yield Candidate(
+        backend="numpy", isa=NUMPY_ISA, layout=BLOCKS, reject="", only_named="backend",
+        purpose="the reference: dequantizes each matrix when its turn comes",
+    )  # fmt: skip
 
 
-def explain(backend: str, formats: tuple[str, str, str], tokens: int = 1) -> Explanation:
-    """Each kernel: chosen, usable, or rejected because ..., for calls of `tokens` tokens."""
-    chosen = choose(backend, formats, tokens)
+def _matches(request: Request, isa: str, candidate: Candidate) -> bool:
+    named = {"backend": request.backend, "isa": isa, "layout": request.layout}
+    return all(word in (AUTO, getattr(candidate, kind)) for kind, word in named.items())
+
+
+def _reject(request: Request, candidate: Candidate) -> str:
+    """Why not, this request considered."""
+    if request.numa is not None and candidate.backend != "native" and not candidate.reject:
+        return f"only native threads can be kept on a NUMA node (numa={request.numa})"
+    return candidate.reject
+
+
+def _may_be_taken(request: Request, isa: str, candidate: Candidate) -> bool:
+    if not _matches(request, isa, candidate) or _reject(request, candidate):
+        return False
+    named = {"": True, "isa": isa != AUTO, "layout": request.layout != AUTO}
+    return named.get(candidate.only_named, request.backend != AUTO)
+
+
+def choose(request: Request, formats: Sequence[str]) -> Kernel:
+    """What runs for matrices of `formats`, e.g. (gate, up, down).
+
+    Raises `SettingError` if what was named cannot compute them: it never falls back.
+    """
+    isa = request.wanted_isa
+    for candidate in candidates(formats):
+        if _may_be_taken(request, isa, candidate):
+            return _kernel(request, isa, candidate, formats)
+    raise SettingError(_why_nothing(request, isa, formats))
+
+
+def _kernel(request: Request, isa: str, candidate: Candidate, formats: Sequence[str]) -> Kernel:
+    few, border = 0, ""
+    if candidate.backend in ("native", "numba"):
+        few, why = request.few, "set"
+        if few is None:
+            found = switch.threshold(candidate.isa, candidate.layout, formats)
+            few, why = found.few, found.reason
+        border = f"; few means up to {few} tokens ({why})"
+    reason = f"{_because(request, isa, candidate)}: {candidate.purpose}{border}"
+    return Kernel(
+        backend=candidate.backend,
+        isa=candidate.isa,
+        layout=candidate.layout,
+        threads=request.threads or default_threads(request.numa),
+        numa=request.numa,
+        few=few,
+        reason=reason,
+    )
+
+
+def _because(request: Request, isa: str, candidate: Candidate) -> str:
+    named = [w for w in (request.backend, isa, request.layout) if w != AUTO]
+    if isa != AUTO and request.isa == AUTO:
+        named[named.index(isa)] = f"{isa} by {ISA_VARIABLE}"
+    return f"named ({', '.join(named)})" if named else "the best that is usable here"
+
+
+def _why_nothing(request: Request, isa: str, formats: Sequence[str]) -> str:
+    every = list(candidates(formats))
+    what = str(replace(request, isa=isa, threads=None, numa=None, few=None))
+    source = f" ({ISA_VARIABLE} is set)" if isa != request.isa else ""
+    named = [c for c in every if _matches(request, isa, c)]
+    reasons = dict.fromkeys(filter(None, (_reject(request, c) for c in named)))
+    if not reasons:
+        ways = dict.fromkeys(f"{c.backend} on {c.layout}" for c in every)
+        reasons = {
+            f"there is no such combination; only native has a choice of isa, and there are "
+            f"{', '.join(ways)}": None
+        }
+    usable = dict.fromkeys(
+        f"{c.backend} {c.isa}" if c.backend == "native" else c.backend
+        for c in every
+        if not _reject(request, c)
+    )
+    return (
+        f"{what}{source} cannot compute {'+'.join(dict.fromkeys(formats))}: "
+        f"{'; '.join(reasons)}; usable here: {', '.join(usable)}, or 'auto'"
+    )
+
+
+def explain(request: Request, formats: Sequence[str], tokens: int = 1) -> Explanation:
+    """Each backend, isa and layout: chosen, usable, or rejected because ...
+
+    `tokens` of one expert decide which path of the chosen kernel they take.
+    """
+    kernel = choose(request, formats)
     verdicts = []
-    for kernel in EXPERT_KERNELS:
-        reason = kernel.reject(*formats)
-        status = "chosen" if kernel is chosen else "rejected" if reason else "usable"
+    for c in candidates(formats):
+        chosen = (c.backend, c.isa, c.layout) == (kernel.backend, kernel.isa, kernel.layout)
+        reject = _reject(request, c)
+        status = "chosen" if chosen else "rejected" if reject else "usable"
+        reason = reject or c.purpose
+        if chosen:
+            reason = kernel.reason
+            if kernel.backend in ("native", "numba"):
+                reason += f"; {tokens} take the path for {path(kernel, tokens)}"
+        elif c.only_named and not reject:
+            reason += f" (only where {c.only_named}= names it)"
         verdicts.append(
-            Verdict(
-                backend=kernel.backend,
-                isa=kernel.isa,
-                status=status,
-                reason=reason or f"{kernel.purpose}; {kernel.layout}",
-            )
+            Verdict(backend=c.backend, isa=c.isa, layout=c.layout, status=status, reason=reason)
         )
     return Explanation(verdicts)
+
+
+def path(kernel: Kernel, tokens: int) -> str:
+    """ "few" or "many": what `tokens` of one expert take."""
+    return "few" if tokens <= kernel.few else "many"

@@ -1,47 +1,76 @@
-"""A matrix of the dense part: the quantized tensor, and the float32 copy that torch multiplies."""
+"""A matrix of the dense part, computed on its quantized values by the same kernels as experts."""
 
-from functools import cached_property
+import copy
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from ktlab.kernels.torch_moe import float_tensor
+from ktlab.kernels import packing, products
+from ktlab.kernels.computed import Computed
+from ktlab.kernels.stack import Stack
 from ktlab.quantization import QTensor, fallback_format
 
 
-class Linear:
-    """y = x W^T with W (out, in); `weight` is the QTensor, dequantized when first used."""
+class Linear(Computed):
+    """y = x W^T with W (out, in); `weight` is the QTensor, `request` the live switch.
+
+    A weight with leading axes (one matrix a head) is not called but read as `weight_OI`.
+    """
 
     def __init__(self, weight: QTensor) -> None:
-        self.weight = weight
-        self._stored = self
-        self._requantized: dict[str, Linear] = {}
+        super().__init__()
+        self.stack = self._stored = Stack(weight)
+        self._requantized: dict[str, Stack] = {}
 
-    @cached_property
+    @property
+    def weight(self) -> QTensor:
+        """W, encoded."""
+        return self.stack.tensor
+
+    @property
     def weight_OI(self) -> Tensor:
-        """W as float32, (out, in) or with leading axes, e.g. one matrix a head."""
-        return float_tensor(self.weight)
+        """W as a float32 copy, (out, in) or with leading axes, e.g. one matrix a head."""
+        return self.stack.floats
+
+    @property
+    def computes(self) -> bool:
+        """Whether this is one matrix, to be multiplied; one a head is read by its owner."""
+        return len(self.stack.shape) == 2
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The format of the matrix."""
+        return (self.stack.format.name,)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_OI)
+        if x.ndim == 2:
+            return products.linear(self.kernel, self.stack, x)
+        y = products.linear(self.kernel, self.stack, x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def clone(self) -> "Linear":
+        """The same weights and operands under a switch of its own."""
+        return copy.copy(self)
 
     def quantized(self, format: str) -> "Linear":
         """The stored matrix in another format; rows that do not fit it fall back as in llama.cpp.
 
         Always from the weights as loaded, so that errors do not add up; computed once."""
-        stored = self._stored
-        if format not in stored._requantized:
-            fitting = fallback_format(format, stored.weight.shape[-1])
-            changed = Linear(stored.weight.requantize(fitting))
-            changed._stored = stored
-            stored._requantized[format] = changed
-        return stored._requantized[format]
+        fitting = fallback_format(format, self._stored.shape[-1])
+        kept = self._requantized.get(format)
+        if kept is None:
+            kept = self._stored
+            if fitting != kept.format:
+                kept = Stack(packing.convert(kept.tensor, fitting, self._request), as_loaded=False)
+            self._requantized[format] = kept
+        changed = copy.copy(self)
+        changed.stack, changed._kernel = kept, None
+        return changed
 
     @property
     def nbytes(self) -> int:
         """Bytes of the quantized weights."""
-        return self.weight.nbytes
+        return self.stack.nbytes
 
     def __repr__(self) -> str:
-        shape = " x ".join(map(str, self.weight.shape))
-        return f"Linear({shape}, {self.weight.format.name})"
+        shape = " x ".join(map(str, self.stack.shape))
+        return f"Linear({shape}, {self.stack.format.name})"

@@ -17,6 +17,13 @@ def silu(values: NDArray[Any]) -> NDArray[Any]:
     return values * (0.5 * (1.0 + np.tanh(0.5 * values)))
 
 
+def linear(
+    weight: QTensor, x_TK: NDArray[np.float32], dtype: DTypeLike = np.float32
+) -> NDArray[Any]:
+    """x W^T, (T, N) in `dtype`, for W (N, K)."""
+    return x_TK.astype(dtype) @ weight.dequantize().astype(dtype).T
+
+
 def moe(
     gate: QTensor,
     up: QTensor,
@@ -40,6 +47,6 @@ def moe(
             weight[int(expert)].dequantize().astype(dtype) for weight in (gate, up, down)
         )
         inner = silu(x @ gate_FD.T) * (x @ up_FD.T)
-        # A token selects an expert at most once, so plain += on fancy indices is safe.
-        output_TD[tokens] += weights_TK[tokens, slots, None].astype(dtype) * (inner @ down_DF.T)
+        # A token may name an expert twice, which plain += on fancy indices would count once.
+        np.add.at(output_TD, tokens, weights_TK[tokens, slots, None] * (inner @ down_DF.T))
     return output_TD

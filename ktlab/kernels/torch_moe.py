@@ -3,8 +3,6 @@
 T tokens, D hidden, E experts, K selected, F expert width.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,36 +11,23 @@ from torch.nn import functional as F
 from ktlab.quantization.qtensor import QTensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class FloatBank:
-    """A bank dequantized to float32: gate and up stacked, so that one product gives both."""
-
-    gate_up_EFD: Tensor
-    down_EDF: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.gate_up_EFD.nbytes + self.down_EDF.nbytes
-
-
 def float_tensor(weight: QTensor) -> Tensor:
     """The weight as float32. A copy where it would be a view of a read-only file, which torch
     takes for writable."""
     return torch.from_numpy(np.require(weight.dequantize(), requirements="W"))
 
 
-def prepare(gate: QTensor, up: QTensor, down: QTensor) -> FloatBank:
-    """Dequantize once; the QTensors stay as they are."""
-    return FloatBank(
-        gate_up_EFD=torch.cat([float_tensor(gate), float_tensor(up)], dim=1),
-        down_EDF=float_tensor(down),
-    )
-
-
-def moe(bank: FloatBank, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def moe(
+    gate_EFD: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    hidden_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+) -> Tensor:
     """Weighted sum of the selected experts' SwiGLU outputs, (T, D) float32; id -1 is nobody."""
     tokens, top_k = ids_TK.shape
-    experts = bank.down_EDF.shape[0]
+    experts = down_EDF.shape[0]
     flat_ids = ids_TK.reshape(-1)
     order = flat_ids.argsort(stable=True)
     token_of_row = order // top_k
@@ -56,10 +41,11 @@ def moe(bank: FloatBank, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) 
         if not count:
             continue
         rows = slice(start, start + count)
-        gate, up = F.linear(rows_PD[rows], bank.gate_up_EFD[expert]).chunk(2, dim=-1)
+        inner = F.silu(F.linear(rows_PD[rows], gate_EFD[expert]))
+        inner.mul_(F.linear(rows_PD[rows], up_EFD[expert]))
         # The routing weight goes on the narrow side of `down`, which is linear.
-        inner = F.silu(gate).mul_(up).mul_(weight_of_row[rows, None])
-        torch.mm(inner, bank.down_EDF[expert].T, out=output_PD[rows])
+        inner.mul_(weight_of_row[rows, None])
+        torch.mm(inner, down_EDF[expert].T, out=output_PD[rows])
         start += count
     # Back to token order by gathering, which adds in the same order on every run.
     return output_PD.index_select(0, order.argsort()).view(tokens, top_k, -1).sum(1)

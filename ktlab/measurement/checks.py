@@ -186,6 +186,71 @@ def _amx(flags: list[str]) -> Check:
     )
 
 
+def kernels() -> Iterator[Check]:
+    """The code that computes: native built or not, each instruction set, threads, NUMA nodes."""
+    try:
+        from ktlab.kernels import native, numba_backend, request, threads
+    except Exception as error:  # torch or NumPy is missing: said elsewhere
+        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        yield Check(group="kernels", name="kernels", found="not usable", verdict="warn", why=why)
+        return
+    reason = native.unavailable()
+    yield Check(
+        group="kernels",
+        name="native",
+        found="not built" if reason else f"built, computes {' '.join(native.formats())}",
+        verdict="warn" if reason else "ok",
+        why=reason,
+        do="install a C compiler, then: pip install -e . --force-reinstall --no-deps"
+        if reason
+        else "",
+    )
+    for name, why in native.isas().items():
+        emulated = name in request.EMULATED
+        usable = "usable, for tests and lessons" if emulated else "usable"
+        yield Check(group="kernels", name=name, found="no" if why else usable, why=why)
+    yield _forced_isa(native.isas())
+    reason = numba_backend.unavailable()
+    yield Check(
+        group="kernels",
+        name="numba kernels",
+        found="no" if reason else "usable",
+        verdict="warn" if reason and native.unavailable() else "ok",
+        why=reason,
+    )
+    cpus, nodes = threads.allowed_cpus(), threads.numa_nodes()
+    yield Check(
+        group="kernels",
+        name="kernel threads",
+        found=f"{threads.default_threads()} by default: a core each, of {len(cpus)} processors",
+        why="set with threads=; numa= keeps them on one node",
+    )
+    yield Check(
+        group="kernels",
+        name="NUMA nodes",
+        found=", ".join(f"{n}: {len(c)} processors" for n, c in nodes.items()) or "unknown",
+    )
+
+
+def _forced_isa(known: dict[str, str]) -> Check:
+    """What KTLAB_ISA asks for, and whether that works here."""
+    from ktlab.kernels.request import AUTO, ISA_VARIABLE
+
+    forced = os.environ.get(ISA_VARIABLE, "").strip().lower()
+    if not forced or forced == AUTO:
+        return Check(group="kernels", name=ISA_VARIABLE, found="not set")
+    why = known.get(forced, "there is no such instruction set, or no native code")
+    usable = ", ".join(name for name, reason in known.items() if not reason) or "none"
+    return Check(
+        group="kernels",
+        name=ISA_VARIABLE,
+        found=forced,
+        verdict="warn" if why else "ok",
+        why=why or "forces this instruction set wherever no isa is named",
+        do=f"unset it, or one of: {usable}" if why else "",
+    )
+
+
 def memory() -> Iterator[Check]:
     found = hardware.memory()
     if found.total is None or found.available is None:

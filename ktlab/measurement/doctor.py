@@ -71,11 +71,12 @@ class Doctor(Record):
 
 
 def doctor() -> Doctor:
-    """Look at Python, libraries, processor, memory, GPU, embedded model, notebook and browser."""
+    """Look at Python, libraries, processor, kernels, memory, GPU, embedded model, notebook and browser."""
     return Doctor(
         checks=(
             *checks.software(),
             *checks.processor(),
+            *checks.kernels(),
             *checks.memory(),
             checks.gpu(),
             *checks.embedded_model(),

@@ -118,6 +118,18 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int | None:
+    """Size of the largest cache of processor 0, usually the last level; None where unknown."""
+    sizes = []
+    for path in folder.glob("index*/size"):
+        try:
+            text = path.read_text().strip()  # "107520K"
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
+        except (OSError, ValueError, KeyError, IndexError):
+            continue
+    return max(sizes, default=None)
+
+
 def cpu_quota() -> float | None:
     """Processors' worth of time that a container allows; None where there is no limit."""
     try:

@@ -1,5 +1,6 @@
 """Where a number comes from: machine, libraries, revision, seed and date."""
 
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import ktlab
 from ktlab import html
+from ktlab.kernels import native
+from ktlab.kernels.request import EMULATED, ISA_VARIABLE
+from ktlab.kernels.threads import default_threads
 from ktlab.measurement import hardware
 from ktlab.record import Record
 
@@ -27,6 +31,9 @@ class Provenance(Record):
     cores: int
     threads: int
     """Threads of torch."""
+    kernels: str = ""
+    """The native kernels: instruction sets usable in this process and their default threads, or why
+    there are none."""
     python: str
     system: str
     versions: dict[str, str]
@@ -47,6 +54,7 @@ class Provenance(Record):
             isa=hardware.isa(),
             cores=hardware.cores(),
             threads=torch.get_num_threads(),
+            kernels=_kernels(),
             python=platform.python_version(),
             system=f"{platform.system()} {platform.release()}",
             versions={
@@ -65,6 +73,7 @@ class Provenance(Record):
             if self.model
             else f"{self.cpu}, {self.threads} of {self.cores} cores",
             f"{', '.join(self.isa) or 'instruction sets unknown'}",
+            self.kernels,
             f"Python {self.python}, {versions}",
             f"revision {self.revision[:12]}" if self.revision else "no git revision",
             f"seed {self.seed}" if self.seed is not None else "",
@@ -75,6 +84,16 @@ class Provenance(Record):
     def to_html(self) -> html.Raw:
         """Folded away under one line."""
         return html.details("where this comes from", str(self))
+
+
+def _kernels() -> str:
+    reason = native.unavailable()
+    if reason:
+        return f"no native kernels: {reason}"
+    forced = os.environ.get(ISA_VARIABLE, "").strip()
+    usable = [isa for isa, why in native.isas().items() if not why and isa not in EMULATED]
+    what = f"native kernels {', '.join(usable)}, {default_threads()} threads by default"
+    return f"{what}, {ISA_VARIABLE}={forced}" if forced else what
 
 
 def version(package: str) -> str | None:

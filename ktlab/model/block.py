@@ -60,7 +60,9 @@ class Block:
         """The same weights under stages whose switches are their own."""
         block = copy.copy(self)
         for name, stage in vars(self).items():
-            if isinstance(stage, (MLA, Router, ExpertBank)):
+            if isinstance(stage, (MLA, ExpertBank, MLP)):
+                setattr(block, name, stage.clone())
+            elif isinstance(stage, Router):
                 setattr(block, name, copy.copy(stage))
         return block
 

@@ -141,7 +141,7 @@ def cost(model: "Model", tokens: int, context: int) -> Cost:
                 rows.append(_mlp(block.index, "shared", block.shared, tokens))
         else:
             rows.append(_mlp(block.index, "dense", block.mlp, tokens))
-    head = model.output.weight
+    head = model.output.stack
     rows.append(_stage(None, "output", 2 * tokens * head.size, head.nbytes))
     return Cost(tokens=tokens, context=context, rows=tuple(rows))
 
@@ -155,13 +155,13 @@ def _stage(
 
 
 def _mlp(layer: int, stage: str, mlp: MLP, tokens: int) -> StageCost:
-    return _stage(layer, stage, 2 * tokens * 3 * mlp.gate.weight.size, mlp.nbytes)
+    return _stage(layer, stage, 2 * tokens * 3 * mlp.gate.stack.size, mlp.nbytes)
 
 
 def _experts(block: MoEBlock, tokens: int) -> StageCost:
     """Work of K experts a token; bytes of the experts expected to be touched under even load."""
     bank, k = block.experts, block.router.rule.k_max
-    one = 3 * bank.gate.shape[1] * bank.gate.shape[2]
+    one = 3 * bank.width * bank.hidden_size
     touched = bank.num_experts * (1 - (1 - k / bank.num_experts) ** tokens)
     return _stage(block.index, "experts", 2 * tokens * k * one, touched * bank.expert_bytes)
 
@@ -173,7 +173,7 @@ def _attention(attention: MLA, layer: int, tokens: int, context: int) -> StageCo
     pairs = tokens * context - tokens * (tokens - 1) / 2
     # k_b and v_b work once a token in both forms: on the queries and outputs when absorbed, on the
     # new keys and values when naive.
-    projections = sum(2 * linear.weight.size for linear in attention.weights.linears.values())
+    projections = sum(2 * linear.stack.size for linear in attention.weights.linears.values())
     if attention.form == "absorbed":
         per_pair = 2 * heads * (2 * config.kv_lora_rank + config.qk_rope_dim)
     else:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from os import PathLike
 from time import perf_counter
 from typing import Any
 
@@ -24,12 +25,15 @@ from ktlab.checkpoint.checkpoint import Checkpoint
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.tokenizer import Tokenizer
 from ktlab.errors import CheckpointError, ContextError, SettingError, TraceError, nearest
+from ktlab.experts.banks import ExpertBanks
 from ktlab.kernels.linear import Linear
+from ktlab.kernels.pack_run import PackReport
 from ktlab.model import generation
 from ktlab.model.block import Layer, MoEBlock
 from ktlab.model.build import build_layers, vector
 from ktlab.model.cost import Cost, cost
-from ktlab.model.settings import Change, Settings, apply, current
+from ktlab.model.pack import pack_model
+from ktlab.model.settings import SWITCHES, Change, Settings, apply, current
 from ktlab.model.trace import ModelIdentity, Trace
 from ktlab.probe import NO_PROBE, Probe, Recorder
 from ktlab.quantization import QTensor
@@ -74,6 +78,11 @@ class Model:
     def moe_blocks(self) -> list[MoEBlock]:
         """The layers with experts."""
         return [block for block in self.layers if isinstance(block, MoEBlock)]
+
+    @property
+    def experts(self) -> ExpertBanks:
+        """The routed experts of all layers: `.use(...)`, `.explain()`."""
+        return ExpertBanks([block.experts for block in self.moe_blocks])
 
     @property
     def nbytes(self) -> int:
@@ -217,8 +226,10 @@ class Model:
         """Change switches for the length of a `with`; restored on leaving, whatever happens.
 
         top_k=6 or {layer: k} · rule=RelativeThreshold(0.2) or {layer: rule} · attention="naive" ·
-        backend="numpy" · quantize="q4_0" (experts) or {"attention": "q8_0"} · mask={layer: [ids]} ·
-        force={layer: [ids]}. Nestable. Raises `SettingError` before anything has changed.
+        format="q4_0" (experts; also named quantize) or {"attention": "q8_0"} · mask={layer: [ids]}
+        · force={layer: [ids]} · backend, isa, layout, threads, numa, few: one value for all
+        matrices, {layer: value} for the experts of layers, {"attention": value} for components.
+        Nestable. Raises `SettingError` before anything has changed.
         """
         change = self.set(**changes)
         try:
@@ -228,10 +239,12 @@ class Model:
 
     def set(self, **changes: Any) -> Change:
         """The same for good: returns what can be undone with `.undo()`."""
-        known = ("top_k", "rule", "attention", "backend", "quantize", "mask", "force")
-        unknown = [name for name in changes if name not in known]
+        unknown = [name for name in changes if name not in SWITCHES]
         if unknown:
-            raise SettingError(f"unknown switches {unknown}; expected some of {', '.join(known)}")
+            raise SettingError(
+                f"unknown switches {unknown}; expected some of {', '.join(SWITCHES)}"
+                f"{nearest(unknown[0], SWITCHES)}"
+            )
         change = Change()
         try:
             apply(self, change, **changes)
@@ -246,10 +259,22 @@ class Model:
         with probe.stage("requantize"):
             return stage.quantized(format)
 
+    def pack(
+        self, *, cache: str | PathLike[str] | None = None, threads: int | None = None
+    ) -> PackReport:
+        """Pack every matrix that kernels compute, layer by layer, and set layout="packed".
+
+        Each tensor's blocks are let go once it is packed, so two copies of the model never exist at
+        once; `override(layout="ggml_blocks")` brings them back. With `cache`, a folder for this
+        model, packed tensors are kept in files and mapped again at the next start.
+        """
+        return pack_model(self, cache=cache, threads=threads)
+
     def clone(self) -> "Model":
         """A second model over the same weights with switches of its own, e.g. for a thread."""
         twin = copy.copy(self)
         twin.layers = [block.clone() for block in self.layers]
+        twin.output = self.output.clone()
         return twin
 
     # Using it --------------------------------------------------------------------------------
@@ -363,7 +388,7 @@ class Model:
         bank = block.experts
         return (
             f"{attention}, {bank.num_experts} experts {bank.format} on {bank.placement}, "
-            f"{block.router.rule}, backend {bank.backend}, {html.byte_size(block.nbytes)}"
+            f"{block.router.rule}, {bank.kernel}, {html.byte_size(block.nbytes)}"
         )
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
@@ -383,10 +408,10 @@ class Model:
             if isinstance(block, MoEBlock):
                 bank = block.experts
                 row += [f"{bank.num_experts} experts {bank.format}", str(block.router.rule)]
-                row += [bank.backend]
+                row += [str(bank.kernel)]
             else:
                 row += ["dense", "", ""]
             rows.append([*row, html.byte_size(block.nbytes)])
-        headers = ("layer", "attention", "feed-forward", "rule", "backend", "bytes")
+        headers = ("layer", "attention", "feed-forward", "rule", "kernel", "bytes")
         body = html.card(f"Model {config.name}", html.pairs(facts), html.table(rows, headers))
         return html.mimebundle(repr(self), body)

@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from ktlab.attention.mla import check_form
 from ktlab.errors import SettingError, nearest
-from ktlab.kernels.dispatch import check_backend, choose
+from ktlab.experts.bank import ExpertBank
+from ktlab.kernels import dispatch
+from ktlab.kernels.computed import Computed
+from ktlab.kernels.linear import Linear
+from ktlab.kernels.request import AUTO, REQUEST_WORDS
 from ktlab.model.block import Layer, MoEBlock
 from ktlab.quantization import get_format
 from ktlab.routing.rules import FixedK, SelectionRule, with_k
@@ -14,6 +18,10 @@ from ktlab.routing.rules import FixedK, SelectionRule, with_k
 if TYPE_CHECKING:
     from ktlab.model.model import Model
 
+SWITCHES = (
+    "top_k", "rule", "attention", "quantize", "format", "mask", "force", *REQUEST_WORDS
+)  # fmt: skip
+"""What `override` and `set` accept."""
 COMPONENTS = ("attention", "dense", "experts", "shared", "output")
 """What `quantize=` can name; `experts` is what a bare format means."""
 
@@ -26,6 +34,13 @@ class Settings:
     rules: Mapping[int, SelectionRule]
     attention: Mapping[int, str]
     backend: Mapping[int, str]
+    isa: Mapping[int, str]
+    layout: Mapping[int, str]
+    """What was asked for the experts; "auto" leaves the choice to the dispatch table."""
+    kernel: Mapping[int, str]
+    """What computes the experts: backend, isa, layout, threads."""
+    matrices: Mapping[str, str]
+    """What computes the other components' matrices."""
     formats: Mapping[str, str]
     mask: Mapping[int, tuple[int, ...]]
     force: Mapping[int, tuple[int, ...]]
@@ -39,7 +54,8 @@ class Settings:
         rules = set(self.rules.values())
         if rules != {FixedK(self.trained_top_k)}:
             parts.append(_collapsed(self.rules) if len(rules) == 1 else f"rules {dict(self.rules)}")
-        for name, usual in (("attention", "absorbed"), ("backend", "auto")):
+        usual_words = {"attention": "absorbed", "backend": AUTO, "isa": AUTO, "layout": AUTO}
+        for name, usual in usual_words.items():
             values = getattr(self, name)
             if set(values.values()) != {usual}:
                 parts.append(f"{name} {_collapsed(values)}")
@@ -70,7 +86,11 @@ def current(model: "Model") -> Settings:
         trained_top_k=model.config.top_k,
         rules={b.index: b.router.rule for b in moe},
         attention={b.index: b.attention.form for b in model.layers},
-        backend={b.index: b.experts.backend for b in moe},
+        backend={b.index: b.experts.request.backend for b in moe},
+        isa={b.index: b.experts.request.isa for b in moe},
+        layout={b.index: b.experts.request.layout for b in moe},
+        kernel={b.index: str(b.experts.kernel) for b in moe},
+        matrices=component_kernels(model),
         formats=component_formats(model),
         mask={b.index: tuple(sorted(b.router.mask)) for b in moe if b.router.mask},
         force={b.index: b.router.force for b in moe if b.router.force},
@@ -86,14 +106,29 @@ def component_formats(model: "Model") -> dict[str, str]:
     return {component: "+".join(dict.fromkeys(formats)) for component, formats in found.items()}
 
 
+def component_kernels(model: "Model") -> dict[str, str]:
+    """What computes each component but the experts, joined by + where kernels differ."""
+    found: dict[str, list[str]] = {}
+    for component, holder, name in component_stages(model):
+        if component != "experts":
+            kernels = [str(product.kernel) for product in products(getattr(holder, name))]
+            found.setdefault(component, []).extend(kernels)
+    return {component: " + ".join(dict.fromkeys(kernels)) for component, kernels in found.items()}
+
+
 def tensor_formats(stage: Any) -> list[str]:
     """Formats of a stage's matrices."""
-    if hasattr(stage, "formats"):
+    if isinstance(stage, Computed):
         return list(stage.formats)
-    if hasattr(stage, "weight"):
-        return [stage.weight.format.name]
-    linears = stage.weights.linears if hasattr(stage, "weights") else vars(stage)
-    return [linear.weight.format.name for linear in linears.values()]
+    return [linear.stack.format.name for linear in stage.linears.values()]
+
+
+def products(stage: Any) -> list[Computed]:
+    """What kernels compute in a stage: the bank, or its matrices."""
+    if isinstance(stage, ExpertBank):
+        return [stage]
+    linears = [stage] if isinstance(stage, Linear) else stage.linears.values()
+    return [linear for linear in linears if linear.computes]
 
 
 def component_stages(model: "Model") -> Iterator[tuple[str, Any, str]]:
@@ -131,15 +166,19 @@ def apply(
     top_k: int | Mapping[int, int] | None = None,
     rule: SelectionRule | Mapping[int, SelectionRule] | None = None,
     attention: str | Mapping[int, str] | None = None,
-    backend: str | Mapping[int, str] | None = None,
     quantize: str | Mapping[str, str] | None = None,
+    format: str | Mapping[str, str] | None = None,
     mask: Mapping[int, Sequence[int]] | None = None,
     force: Mapping[int, Sequence[int]] | None = None,
+    **words: Any,
 ) -> None:
     """Make the changes, recording each in `change`; raises `SettingError` on the first impossible
-    one, leaving it to the caller to undo."""
-    if quantize is not None:
-        _quantize(model, change, quantize)  # first: the other switches belong on the new stages
+    one, leaving it to the caller to undo. `words` are those of `kernels.request.Request`."""
+    if quantize is not None and format is not None:
+        raise SettingError("quantize and format are two names of one switch; give one of them")
+    wanted = format if quantize is None else quantize
+    if wanted is not None:
+        _quantize(model, change, wanted)  # first: the other switches belong on the new stages
     moe: dict[int, MoEBlock] = {b.index: b for b in model.moe_blocks}
     every: dict[int, Layer] = {b.index: b for b in model.layers}
     for index, new_rule in _per_layer("rule", rule, moe).items():
@@ -155,12 +194,47 @@ def apply(
         change.set(moe[index].router, "force", tuple(experts))
     for index, form in _per_layer("attention", attention, every).items():
         change.set(every[index].attention, "form", check_form(form))
-    for index, name in _per_layer("backend", backend, moe).items():
-        bank = moe[index].experts
-        choose(check_backend(name), bank.formats, tokens=1)  # refuses what cannot compute it
-        change.set(bank, "backend", name)
+    _set_kernels(model, change, words)
     for block in moe.values():
         block.router.check()
+
+
+def _set_kernels(model: "Model", change: Change, words: Mapping[str, Any]) -> None:
+    """backend, isa, layout, threads, numa, few: one value for every matrix, or a mapping from
+    layers (their experts) or components. What was requantized is asked again, too."""
+    wanted: dict[Computed, dict[str, Any]] = {}
+    every: list[tuple[str, int | None, Computed]] = []
+    for component, holder, name in component_stages(model):
+        for product in products(getattr(holder, name)):
+            layer = product.layer if isinstance(product, ExpertBank) else None
+            every.append((component, layer, product))
+            wanted[product] = {}
+    for word, value in words.items():
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            for _, _, product in every:
+                wanted[product][word] = value
+            continue
+        layers = [layer for _, layer, _ in every if layer is not None]
+        unknown = [key for key in value if key not in (*COMPONENTS, *layers)]
+        if unknown:
+            raise SettingError(
+                f"{word}: {unknown} cannot take it; expected layers with experts {layers} or some "
+                f"of {', '.join(COMPONENTS)}"
+            )
+        for component, layer, product in every:
+            for key in (component, layer):  # the layer counts more than "experts"
+                if key in value:
+                    wanted[product][word] = value[key]
+    for product, changed in wanted.items():
+        before = product.request
+        request = before.with_(**changed) if changed else before
+        if request == before and product.kernel:
+            continue
+        kernel = dispatch.choose(request, product.formats)
+        change.set(product, "_request", request)
+        change.set(product, "_kernel", kernel)
 
 
 def _per_layer(

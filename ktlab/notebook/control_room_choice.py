@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktlab.errors import ContextError, SettingError, nearest
 from ktlab.kernels.dispatch import choose
+from ktlab.kernels.request import Request
 from ktlab.quantization import FORMATS, fallback_format, get_format
 from ktlab.routing.rules import CumulativeProbability, FixedK, RelativeThreshold, SelectionRule
 
@@ -123,14 +124,13 @@ class Choice:
         with twin.override(**{**changes, "backend": "auto"} if not stored else changes):
             for block in twin.moe_blocks:
                 bank = block.experts
-                weights = (bank.gate, bank.up, bank.down)
                 gate, up, down = (
                     weight.format.name
                     if stored
                     else fallback_format(self.experts, weight.shape[-1]).name
-                    for weight in weights
+                    for weight in bank.stacks
                 )
-                choose(self.backend, (gate, up, down), tokens=1)
+                choose(Request(backend=self.backend), (gate, up, down))
         return self
 
 

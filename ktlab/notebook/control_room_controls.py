@@ -6,7 +6,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from ktlab.kernels.dispatch import BACKENDS
+from ktlab.kernels.request import BACKENDS
 from ktlab.model.model import Model
 from ktlab.notebook.control_room_choice import OWN, RULES, Choice, Library, formats
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ktlab.errors import SettingError
+from ktlab.experts.bank import ExpertBank
+from ktlab.kernels.linear import Linear
 from ktlab.model.settings import COMPONENTS, component_stages
 from ktlab.quantization import QTensor, fallback_format, get_format
 from ktlab.quantization.qtensor import QuantizationError
@@ -24,12 +26,11 @@ SAMPLED_ROWS = 1024
 
 def stage_tensors(stage: Any) -> dict[str, QTensor]:
     """The matrices of an ExpertBank, MLA, MLP or Linear, by name."""
-    if hasattr(stage, "formats"):
+    if isinstance(stage, ExpertBank):
         return {"gate": stage.gate, "up": stage.up, "down": stage.down}
-    if hasattr(stage, "weight"):
+    if isinstance(stage, Linear):
         return {"weight": stage.weight}
-    linears = stage.weights.linears if hasattr(stage, "weights") else vars(stage)
-    return {name: linear.weight for name, linear in linears.items()}
+    return {name: linear.weight for name, linear in stage.linears.items()}
 
 
 def component_tensors(model: "Model") -> dict[str, list[tuple[str, QTensor]]]:

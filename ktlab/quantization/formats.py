@@ -1,12 +1,14 @@
 """Number formats: how weights are encoded in bytes, one registered instance for each.
 
 A format cuts each row (last axis) into blocks of `block_size` elements and stores a block in
-`block_bytes` bytes. Decoding is that of the `gguf` package; encoding is `gguf`'s where it has
-one, else ours (`kquants`, `codebook`). A format is looked up by name: `get_format("q4_k")`.
+`block_bytes` bytes, after `row_head_bytes` that belong to the whole row. GGUF's formats are decoded
+by the `gguf` package and encoded by it where it can, else by us (`kquants`, `codebook`); those of
+`integers` exist in memory only. A format is looked up by name: `get_format("q4_k")`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gguf
@@ -15,9 +17,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from ktlab.errors import FormatError, nearest
-from ktlab.quantization import codebook, kquants
+from ktlab.quantization import codebook, integers, kquants
 
 Quantizer = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
+Dequantizer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 F16_MAX = 65504.0
 """Largest finite float16; the scales of all block formats of 2 to 8 bits are float16."""
@@ -27,9 +30,9 @@ SMALLEST = np.float32(1e-30)
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Format:
-    """One encoding. `bits_per_weight` counts everything: codes, scales, minima.
+    """One encoding.
 
-    `source` names where the encoding is defined (ggml = github.com/ggml-org/ggml).
+    `source` names where it is defined (ggml = github.com/ggml-org/ggml).
     """
 
     name: str
@@ -37,37 +40,62 @@ class Format:
     """Elements in a block."""
     block_bytes: int
     source: str
-    ggml_type: GGMLQuantizationType
+    dequantizer: Dequantizer = field(compare=False)
+    """(rows, row_bytes) -> (rows, row_length)."""
     quantizer: Quantizer | None = field(default=None, compare=False)
     """(rows, row_length) -> (rows, row_bytes), or None: this kit can only read the format."""
+    ggml_type: GGMLQuantizationType | None = None
+    """None: made in memory for kernels, no GGUF file can hold it."""
+    row_head_bytes: int = 0
+    """Bytes before a row's blocks, e.g. one scale for the whole row."""
+    largest: float = F16_MAX
+    """Largest magnitude that can be encoded; inf: NaN and infinities are kept as well."""
 
     @property
     def bits_per_weight(self) -> float:
+        """Everything in a block: codes, scales, minima. `row_head_bytes` come on top."""
         return self.block_bytes * 8 / self.block_size
 
     @property
     def can_quantize(self) -> bool:
         return self.quantizer is not None
 
-    def row_bytes(self, row_length: int) -> int:
-        """Bytes of one row; FormatError if the row does not divide into blocks."""
-        if row_length % self.block_size:
-            other = fallback_format(self, row_length)
-            raise FormatError(
-                f"{self.name} stores blocks of {self.block_size} elements, but a row here has "
-                f"{row_length}; llama.cpp would fall back to {other.name}: "
-                f"use fallback_format({self.name!r}, {row_length})"
-            )
-        return row_length // self.block_size * self.block_bytes
-
-    def quantize(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """float32 (..., row) -> bytes (..., row_bytes)."""
+    def check_can_quantize(self) -> None:
+        """FormatError if this kit can only read the format."""
         if self.quantizer is None:
             able = ", ".join(name for name, known in FORMATS.items() if known.can_quantize)
             raise FormatError(
                 f"{self.name} can be read here but not written: it needs an importance matrix "
                 f"or a search that this kit does not do; usable: {able}"
             )
+
+    def row_bytes(self, row_length: int) -> int:
+        """Bytes of one row; FormatError if the row does not divide into blocks."""
+        if row_length % self.block_size:
+            other = fallback_format(self, row_length)
+            who = "llama.cpp would fall back" if self.ggml_type is not None else "fall back"
+            raise FormatError(
+                f"{self.name} stores blocks of {self.block_size} elements, but a row here has "
+                f"{row_length}; {who} to {other.name}: "
+                f"use fallback_format({self.name!r}, {row_length})"
+            )
+        return self.row_head_bytes + row_length // self.block_size * self.block_bytes
+
+    def row_length(self, row_bytes: int) -> int:
+        """Elements of a row of so many bytes; FormatError if there is no such row."""
+        inner = row_bytes - self.row_head_bytes
+        if inner < 0 or inner % self.block_bytes:
+            head = f"{self.row_head_bytes} bytes and " if self.row_head_bytes else ""
+            raise FormatError(
+                f"{self.name} expects rows of {head}a multiple of {self.block_bytes} bytes, "
+                f"found {row_bytes}"
+            )
+        return inner // self.block_bytes * self.block_size
+
+    def quantize(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """float32 (..., row) -> bytes (..., row_bytes)."""
+        self.check_can_quantize()
+        assert self.quantizer is not None
         values = np.ascontiguousarray(values, dtype=np.float32)
         if values.ndim == 0:
             raise FormatError(f"{self.name} needs rows of values, found a single number")
@@ -76,34 +104,33 @@ class Format:
         if values.size == 0:
             return np.zeros(values.shape[:-1] + (row_bytes,), np.uint8)
         rows = values.reshape(-1, values.shape[-1])
-        if self.block_size > 1:
+        if self.block_size > 1 or self.row_head_bytes:
             rows = np.where(np.abs(rows) < SMALLEST, np.float32(0), rows)
         return self.quantizer(rows).reshape(values.shape[:-1] + (row_bytes,))
 
     def dequantize(self, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Bytes (..., row_bytes) -> float32 (..., row)."""
-        if blocks.dtype != np.uint8 or blocks.ndim == 0 or blocks.shape[-1] % self.block_bytes:
+        if blocks.dtype != np.uint8 or blocks.ndim == 0:
             raise FormatError(
-                f"{self.name} expects uint8 rows of a multiple of {self.block_bytes} bytes, "
-                f"found {blocks.dtype} {blocks.shape}"
+                f"{self.name} expects uint8 rows, found {blocks.dtype} {blocks.shape}"
             )
-        row_length = blocks.shape[-1] // self.block_bytes * self.block_size
+        row_length = self.row_length(blocks.shape[-1])
         if blocks.size == 0:
             return np.zeros(blocks.shape[:-1] + (row_length,), np.float32)
         rows = np.ascontiguousarray(blocks).reshape(-1, blocks.shape[-1])
-        values = gguf.dequantize(rows, self.ggml_type)
+        values = self.dequantizer(rows)
         return values.reshape(blocks.shape[:-1] + (row_length,))
 
     def _check_range(self, values: NDArray[np.float32]) -> None:
-        if self.name in ("f32", "bf16") or values.size == 0:
+        if self.largest == np.inf or values.size == 0:
             return
         largest = float(np.abs(values).max())
         if self.name == "f16" and not np.isfinite(largest):
             return
-        if not largest <= F16_MAX:
+        if not largest <= self.largest:
             raise FormatError(
                 f"{self.name} cannot hold these values: the largest magnitude is {largest:g}, "
-                f"expected finite values up to {F16_MAX:g}; use bf16 or f32"
+                f"expected finite values up to {self.largest:g}; use bf16 or f32"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -135,7 +162,8 @@ def get_format(name: "str | Format | GGMLQuantizationType") -> Format:
 def fallback_format(format: "str | Format", row_length: int) -> Format:
     """`format` itself if rows of `row_length` fit it, else what llama.cpp takes instead.
 
-    Source: llama.cpp, src/llama-quant.cpp, `tensor_type_fallback`.
+    Source: llama.cpp, src/llama-quant.cpp, `tensor_type_fallback`. Our own int4 groups fall back to
+    smaller ones, then to int8_channel, which takes any row.
     """
     format = get_format(format)
     for _ in range(2):
@@ -151,6 +179,8 @@ _FALLBACKS = {
     "q6_k": "q8_0",
     "tq1_0": "q4_0",
     "tq2_0": "q4_0",
+    "int4_group128": "int4_group32",
+    "int4_group32": "int8_channel",
 } | dict.fromkeys(
     "q2_k q3_k iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq3_xxs iq3_s iq4_xs".split(), "iq4_nl"
 )
@@ -185,6 +215,20 @@ def _register(ggml_name: str, source: str) -> None:
         source=source,
         ggml_type=ggml_type,
         quantizer=_QUANTIZERS.get(ggml_name),
+        dequantizer=partial(gguf.dequantize, qtype=ggml_type),
+        largest=np.inf if ggml_name in ("F32", "BF16") else F16_MAX,
+    )
+
+
+def _register_int4(group: int) -> None:
+    name = f"int4_group{group}"
+    FORMATS[name] = Format(
+        name=name,
+        block_size=group,
+        block_bytes=2 + group // 2,
+        source=f"ktlab_ext/csrc/ktl.h: {group} values of 4 bits and a float16 scale",
+        quantizer=partial(integers.quantize_int4_group, group=group),
+        dequantizer=partial(integers.dequantize_int4_group, group=group),
     )
 
 
@@ -214,3 +258,15 @@ _register("TQ2_0", "ggml block_tq2_0: ternary in 2 bits (llama.cpp PR 8151)")
 _register("TQ1_0", "ggml block_tq1_0: five ternary digits in a byte (llama.cpp PR 8151)")
 _register("MXFP4", "OCP Microscaling Formats 1.0: 32 E2M1 values, one E8M0 scale")
 _register("NVFP4", "NVIDIA NVFP4: 16 E2M1 values, one E4M3 scale; four to a ggml block")
+FORMATS["int8_channel"] = Format(
+    name="int8_channel",
+    block_size=1,
+    block_bytes=1,
+    row_head_bytes=4,
+    source="ktlab_ext/csrc/ktl.h: int8 and a float32 scale for each row, as KTransformers 0.3",
+    quantizer=integers.quantize_int8_channel,
+    dequantizer=integers.dequantize_int8_channel,
+    largest=float(np.finfo(np.float32).max),
+)
+_register_int4(32)
+_register_int4(128)

@@ -84,7 +84,8 @@ class QTensor:
 
     @property
     def bits_per_weight(self) -> float:
-        return self.format.bits_per_weight
+        """All bytes counted, also those that belong to whole rows."""
+        return 8 * self.nbytes / self.size if self.size else self.format.bits_per_weight
 
     def dequantize(self) -> NDArray[np.float32]:
         """The values, float32, of `shape`. A view of the bytes where the format is f32."""

@@ -126,9 +126,12 @@ typedef struct {
     /* `panels` tiles (padded to an even number by the caller) times job->n tokens. */
     void (*multiply)(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job);
     /* Few tokens on blocks: sums[i * stride + r] += row r . act row, for `rows` rows, all columns.
-     * act is [chunk][token row]; chunk_bytes apart. NULL: none, decode_blocks does. */
+     * act is [chunk][token row]; chunk_bytes apart. NULL: none, tiles do. */
     void (*dot_blocks)(int format, const uint8_t *row, int64_t row_bytes, int rows, int64_t cols,
                        const void *act, int64_t chunk_bytes, const ktl_job *job);
+    /* Few tokens on a packed chunk of 16 rows: sums[i * stride + 0..15] +=. NULL: none, tiles do. */
+    void (*dot_packed)(int format, const uint8_t *head, const uint8_t *chunk, int groups,
+                       const ktl_job *job);
     void (*silu_mul)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
     void (*scale_row)(float *x, float factor, int64_t count);
     int contiguous; /* multiply wants act_index NULL */

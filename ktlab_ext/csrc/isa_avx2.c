@@ -22,6 +22,7 @@
 #define DOT_WIDE(sum, u, s) dot_wide(sum, u, s)
 #define WIDE_ZERO 0
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define FNMA(a, b, c) _mm256_fnmadd_ps(a, b, c)
 #define ADDF(a, b) _mm256_add_ps(a, b)
 #define SUBF(a, b) _mm256_sub_ps(a, b)
 #define MULF(a, b) _mm256_mul_ps(a, b)

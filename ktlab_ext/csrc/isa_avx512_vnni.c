@@ -18,6 +18,7 @@
 #define DOT_WIDE(sum, u, s) _mm512_dpbusd_epi32(sum, u, s)
 #define WIDE_ZERO 128
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define FNMA(a, b, c) _mm512_fnmadd_ps(a, b, c)
 #define ADDF(a, b) _mm512_add_ps(a, b)
 #define SUBF(a, b) _mm512_sub_ps(a, b)
 #define MULF(a, b) _mm512_mul_ps(a, b)

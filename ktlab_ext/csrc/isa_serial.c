@@ -158,5 +158,5 @@ static void scale_row(float *x, float factor, int64_t count) {
     for (int64_t i = 0; i < count; i++) x[i] *= factor;
 }
 
-const ktl_kernels ktl_kernels_serial = {act_key,  prepare, decode_packed, decode_blocks,
-                                        multiply, NULL,    silu_mul,      scale_row, 0};
+const ktl_kernels ktl_kernels_serial = {act_key, prepare, decode_packed, decode_blocks, multiply,
+                                        NULL,    NULL,    silu_mul,      scale_row,     0};

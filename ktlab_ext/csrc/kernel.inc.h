@@ -7,7 +7,8 @@
  *     DOT(sum, u, s)       32-bit sums += four products of unsigned and signed bytes
  *     DOT_WIDE(sum, u, s)  the same where u exceeds 127 (may want `u` and `s` both signed: WIDE_ZERO)
  *     WIDE_ZERO    the zero that codes have in DOT_WIDE: 128 (unsigned) or 0 (it flips the sign bit)
- *     FMA(a, b, c) SET1F SET1I LOADI LOADF STOREF ZEROF TO_FLOAT ADDF SUBF MULF ANDI
+ *     FMA(a, b, c) FNMA(a, b, c)      a * b + c, c - a * b, rounded once
+ *     SET1F SET1I LOADI LOADF STOREF ZEROF TO_FLOAT ADDF SUBF MULF ANDI
  *     SHIFT4I(v)   32-bit lanes >> 4
  *     LOOKUP(codes)                   iq4 levels + 128
  *     U8_LANES(p) I8_LANES(p)         bytes to 32-bit lanes
@@ -23,6 +24,10 @@
 enum { VN = 64 / VB };
 
 typedef uint16_t lanes16 __attribute__((vector_size(VB), may_alias, aligned(1)));
+
+KTL_INLINE void fetch(const void *p, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch((const uint8_t *)p + at);
+}
 
 KTL_INLINE int has_offset(int format) {
     return ktl_formats[format].has_min || format == KTL_Q2_K;
@@ -42,27 +47,23 @@ static ktl_act_key act_key(int format) {
 }
 
 /* ---- tiles -------------------------------------------------------------------------------------- */
-KTL_INLINE void unpack_group(int base, int high, int table, const uint8_t *src, uint8_t *dst) {
-    const uint8_t *plane = src + 64 * base;
-    for (int o = 0; o < 64; o += VB)
+/* A group of 32 columns of 16 rows to eight code vectors; planes as packed.h says. */
+KTL_INLINE void unpack_in_registers(int format, const uint8_t *src, VI w[8][VN]) {
+    const ktl_format_info *f = &ktl_formats[format];
+    const int base = f->base_bits, high = f->high_bits;
+    for (int o = 0; o < VN; o++)
 #pragma GCC unroll 8
         for (int v = 0; v < 8; v++) {
-            lanes16 c, h;
-            if (base == 4) {
-                c = *(const lanes16 *)(src + 64 * (v / 2) + o);
-                c = (v & 1 ? c >> 4 : c) & 0x0f0f;
-            } else {
-                c = *(const lanes16 *)(src + 64 * (v / 4) + o);
-                c = (c >> (2 * (v % 4))) & 0x0303;
-            }
+            lanes16 c = *(const lanes16 *)(src + 64 * (v * base / 8) + o * VB);
+            if (base != 8) c = (c >> (v * base % 8)) & (uint16_t)(((1 << base) - 1) * 0x0101);
             if (high) {
-                int from = high * (v % (8 / high)), to = base;
-                h = *(const lanes16 *)(plane + 64 * (v / (8 / high)) + o);
+                const int from = v * high % 8, to = base;
+                lanes16 h = *(const lanes16 *)(src + 64 * (base + v * high / 8) + o * VB);
                 h = to >= from ? h << (to >= from ? to - from : 0) : h >> (from > to ? from - to : 0);
                 c |= h & (uint16_t)((((1 << high) - 1) << base) * 0x0101);
             }
-            if (table) c = (lanes16)LOOKUP((VI)c);
-            *(lanes16 *)(dst + 64 * v + o) = c;
+            if (f->table) c = (lanes16)LOOKUP((VI)c);
+            w[v][o] = (VI)c;
         }
 }
 
@@ -87,9 +88,11 @@ KTL_INLINE void decode_packed_as(int format, const uint8_t *head, const uint8_t 
     }
     tile->codes = f->base_bits == 8 ? p : tile->code;
     if (f->base_bits != 8)
-        for (int g = 0; g < groups; g++)
-            unpack_group(f->base_bits, f->high_bits, f->table,
-                         p + (size_t)g * 64 * (f->base_bits + f->high_bits), tile->code + 512 * g);
+        for (int g = 0; g < groups; g++) {
+            VI w[8][VN];
+            unpack_in_registers(format, p + (size_t)g * 64 * (f->base_bits + f->high_bits), w);
+            memcpy(tile->code + 512 * g, w, sizeof w);
+        }
     p += (size_t)groups * 64 * (f->base_bits + f->high_bits);
     if (format == KTL_INT8_CHANNEL) {
         memcpy(tile->scale[0], head, 64);
@@ -185,16 +188,19 @@ static void prepare(ktl_act_key key, const float *x, int cols, void *out) {
 /* ---- the inner loops --------------------------------------------------------------------------------- */
 enum { RV = PANELS * VN }; /* vectors of one column: PANELS x 16 rows */
 
-/* T tokens x PANELS tiles. The float sums stay in registers through the chunk. */
+/* T tokens x PANELS tiles. The float sums stay in registers through the chunk where they are needed
+ * every 32 columns; with longer groups the registers are worth more to the integer sums. */
 KTL_INLINE void multiply_int8(int T, int sub, int mins, int is_wide, const ktl_tile *tile,
                               int groups, const ktl_act *const *act, float *const *acc) {
     VF sum[8][RV];
+    const int keep = sub <= KTL_GROUP;
     const int group = sub > KTL_GROUP ? sub : KTL_GROUP, half = sub < KTL_GROUP ? sub : group;
     const int cols = groups * KTL_GROUP;
+    if (keep)
 #pragma GCC unroll 8
-    for (int t = 0; t < T; t++)
+        for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
-        for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc[t] + r * (VB / 4));
+            for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc[t] + r * (VB / 4));
     for (int c = 0; c < cols; c += group) {
         VF part[8][RV];
 #pragma GCC unroll 2
@@ -245,13 +251,18 @@ KTL_INLINE void multiply_int8(int T, int sub, int mins, int is_wide, const ktl_t
         for (int t = 0; t < T; t++) {
             VF scale = SET1F(act[t]->scale[c / group]);
 #pragma GCC unroll 4
-            for (int r = 0; r < RV; r++) sum[t][r] = FMA(part[t][r], scale, sum[t][r]);
+            for (int r = 0; r < RV; r++) {
+                float *to = acc[t] + r * (VB / 4);
+                if (keep) sum[t][r] = FMA(part[t][r], scale, sum[t][r]);
+                else STOREF(to, FMA(part[t][r], scale, LOADF(to)));
+            }
         }
     }
+    if (keep)
 #pragma GCC unroll 8
-    for (int t = 0; t < T; t++)
+        for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
-        for (int r = 0; r < RV; r++) STOREF(acc[t] + r * (VB / 4), sum[t][r]);
+            for (int r = 0; r < RV; r++) STOREF(acc[t] + r * (VB / 4), sum[t][r]);
 }
 
 KTL_INLINE void multiply_f32(int T, const ktl_tile *tile, int groups, const float *const *act,
@@ -317,10 +328,6 @@ static const inner_loop *loops_of(int format) {
     if (f->sub == 16) return format == KTL_Q2_K ? s16m : s16;
     if (f->sub == 32) return f->has_min ? s32m : wide(format) ? s32w : s32;
     return f->sub == 128 ? s128 : s256;
-}
-
-KTL_INLINE void fetch(const void *p, size_t bytes) {
-    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch((const uint8_t *)p + at);
 }
 
 static void multiply(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job) {
@@ -409,6 +416,150 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
     }
 }
 
+/* ---- few tokens on packed data: codes go from memory to the sums without a tile in between ------------ */
+enum { FEW = 4 }; /* tokens a pass */
+
+KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const uint8_t *p, int groups,
+                                const ktl_act *const *act, float *const *acc) {
+    const ktl_format_info *f = &ktl_formats[format];
+    const int sub = f->sub, half = sub < KTL_GROUP ? sub : KTL_GROUP;
+    const int group_bytes = 64 * (f->base_bits + f->high_bits), subs = KTL_CHUNK / sub;
+    const uint8_t *scales = p + groups * group_bytes;
+    const uint8_t *mins = scales + subs * KTL_PANEL;
+    float d[KTL_PANEL] KTL_ALIGNED, dmin[KTL_PANEL] KTL_ALIGNED;
+    VF sum[FEW][VN];
+    VI dot[FEW][VN];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++)
+        for (int o = 0; o < VN; o++) sum[t][o] = LOADF(acc[t] + o * (VB / 4));
+    if (f->has_scale) {
+        F16X16(scales + subs * KTL_PANEL * (1 + f->has_min), d);
+        if (ktl_has_dmin(format)) F16X16(scales + subs * KTL_PANEL * (1 + f->has_min) + 32, dmin);
+    }
+    for (int g = 0; g < groups; g++) {
+        VI w[8][VN];
+        /* The panel's next chunk: the memory must not idle while this one is computed. */
+        fetch(p + (groups + g) * group_bytes, (size_t)group_bytes);
+        unpack_in_registers(format, p + g * group_bytes, w);
+        if (!f->has_scale && f->d_cols && g * KTL_GROUP % f->d_cols == 0)
+            F16X16(scales + 32 * (g * KTL_GROUP / f->d_cols), d);
+#pragma GCC unroll 2
+        for (int h = 0; h < KTL_GROUP; h += half) {
+            const int s = (g * KTL_GROUP + h) / sub;
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+                const ktl_act *a = act[t];
+#pragma GCC unroll 2
+                for (int o = 0; o < VN; o++) {
+                    if ((g * KTL_GROUP + h) % sub == 0) dot[t][o] = SET1I(a->init[s]);
+#pragma GCC unroll 8
+                    for (int v = h / 4; v < (h + half) / 4; v++) {
+                        int32_t four;
+                        memcpy(&four, a->q + g * KTL_GROUP + 4 * v, 4);
+                        dot[t][o] = wide(format) ? DOT_WIDE(dot[t][o], w[v][o], SET1I(four))
+                                                 : DOT(dot[t][o], w[v][o], SET1I(four));
+                    }
+                }
+            }
+            if (sub > KTL_GROUP && (g + 1) * KTL_GROUP % sub && g + 1 < groups) continue;
+            const int group = sub > KTL_GROUP ? sub : KTL_GROUP;
+#pragma GCC unroll 2
+            for (int o = 0; o < VN; o++) {
+                const int at = o * (VB / 4);
+                VF scale, offset;
+                if (format == KTL_INT8_CHANNEL) {
+                    scale = LOADF((const float *)head + at);
+                } else if (!f->has_scale) {
+                    scale = LOADF(d + at);
+                } else {
+                    const uint8_t *b = scales + s * KTL_PANEL + at;
+                    VI lanes = format == KTL_Q2_K ? ANDI(U8_LANES(b), SET1I(15))
+                               : f->has_min       ? U8_LANES(b)
+                                                  : I8_LANES(b);
+                    scale = MULF(LOADF(d + at), TO_FLOAT(lanes));
+                    if (has_offset(format)) {
+                        VI m = format == KTL_Q2_K ? SHIFT4I(U8_LANES(b))
+                                                  : U8_LANES(mins + s * KTL_PANEL + at);
+                        offset = MULF(LOADF(dmin + at), TO_FLOAT(m));
+                    }
+                }
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++) {
+                    const ktl_act *a = act[t];
+                    const VF x = MULF(scale, SET1F(a->scale[(g * KTL_GROUP + h) / group]));
+                    sum[t][o] = FMA(TO_FLOAT(dot[t][o]), x, sum[t][o]);
+                    if (has_offset(format))
+                        sum[t][o] = FNMA(offset, SET1F(a->sum[s]), sum[t][o]);
+                }
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++)
+        for (int o = 0; o < VN; o++) STOREF(acc[t] + o * (VB / 4), sum[t][o]);
+}
+
+KTL_INLINE void dot_packed_float(int format, int T, const uint8_t *chunk, int groups,
+                                 const float *const *act, float *const *acc) {
+    const int size = ktl_formats[format].block_bytes;
+    VF sum[2][FEW][VN]; /* even and odd columns */
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++)
+        for (int o = 0; o < VN; o++) {
+            sum[0][t][o] = LOADF(acc[t] + o * (VB / 4));
+            sum[1][t][o] = ZEROF();
+        }
+    for (int c = 0; c < groups * KTL_GROUP; c += 2) {
+        float w[2][KTL_PANEL] KTL_ALIGNED;
+        const uint8_t *p = chunk + c * KTL_PANEL * size;
+        if (format == KTL_F32) memcpy(w, p, sizeof w);
+        else
+            for (int r = 0; r < KTL_PANEL; r++) {
+                uint32_t pair;
+                memcpy(&pair, p + 4 * r, 4);
+                w[0][r] = format == KTL_BF16 ? ktl_bf16((uint16_t)pair) : ktl_f16((uint16_t)pair);
+                w[1][r] = format == KTL_BF16 ? ktl_bf16((uint16_t)(pair >> 16))
+                                             : ktl_f16((uint16_t)(pair >> 16));
+            }
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) {
+            const float *x = act[t] + c;
+#pragma GCC unroll 2
+            for (int o = 0; o < VN; o++)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++)
+                    sum[j][t][o] = FMA(LOADF(w[j] + o * (VB / 4)), SET1F(x[j]), sum[j][t][o]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++)
+        for (int o = 0; o < VN; o++) STOREF(acc[t] + o * (VB / 4), ADDF(sum[0][t][o], sum[1][t][o]));
+}
+
+KTL_INLINE void dot_packed_as(int format, const uint8_t *head, const uint8_t *chunk, int groups,
+                              const ktl_job *job) {
+    const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
+    const void *a[FEW];
+    float *acc[FEW];
+    for (int64_t first = 0; first < job->n; first += FEW) {
+        const int T = (int)(job->n - first < FEW ? job->n - first : FEW);
+        for (int t = 0; t < T; t++) {
+            int64_t x = job->act_index ? job->act_index[first + t] : first + t;
+            int64_t y = job->acc_index ? job->acc_index[first + t] : first + t;
+            a[t] = (const uint8_t *)job->act + (size_t)x * act_bytes;
+            acc[t] = job->acc + y * job->acc_stride;
+        }
+#define PASS(T)                                                                                     \
+    case T:                                                                                         \
+        if (ktl_is_float(format))                                                                   \
+            dot_packed_float(format, T, chunk, groups, (const float *const *)a, acc);               \
+        else dot_packed_int8(format, T, head, chunk, groups, (const ktl_act *const *)a, acc);       \
+        break;
+        switch (T) { PASS(1) PASS(2) PASS(3) PASS(4) }
+#undef PASS
+    }
+}
+
 static void silu_mul(float *gate, const float *up, int64_t count) {
     for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + ktl_exp(-gate[i])) * up[i];
 }
@@ -449,5 +600,15 @@ static void dot_blocks(int format, const uint8_t *row, int64_t row_bytes, int ro
     }
 }
 
+static void dot_packed(int format, const uint8_t *head, const uint8_t *chunk, int groups,
+                       const ktl_job *job) {
+    switch (format) {
+#define X(F) case F: dot_packed_as(F, head, chunk, groups, job); break;
+        EACH_FORMAT(X)
+#undef X
+    }
+}
+
 #define KERNELS                                                                                     \
-    {act_key, prepare, decode_packed, decode_blocks, multiply, dot_blocks, silu_mul, scale_row, 0}
+    {act_key,    prepare,    decode_packed, decode_blocks, multiply,                                \
+     dot_blocks, dot_packed, silu_mul,      scale_row,     0}

@@ -66,7 +66,7 @@ static void rows_times(const ktl_kernels *kernels, int few, const ktl_matrix *m,
                        const ktl_job *job, ktl_tile *tiles) {
     const uint8_t *data = m->data + expert * m->expert_stride;
     const uint8_t *act = a->base + first_act * (int64_t)ktl_act_bytes(a->key.kind);
-    const int packed = m->layout == KTL_PACKED;
+    const int packed = m->layout == KTL_PACKED, fused = few && packed && kernels->dot_packed;
     const int64_t row_bytes = ktl_row_bytes(m->format, m->cols);
     if (few && !packed && kernels->dot_blocks) {
         kernels->dot_blocks(m->format, data + row0 * row_bytes, row_bytes, (int)rows, m->cols, act,
@@ -78,30 +78,33 @@ static void rows_times(const ktl_kernels *kernels, int few, const ktl_matrix *m,
     for (int64_t c = 0; c < m->cols; c += KTL_CHUNK) {
         const int cols = (int)(m->cols - c < KTL_CHUNK ? m->cols - c : KTL_CHUNK);
         const int groups = (cols + KTL_GROUP - 1) / KTL_GROUP;
+        ktl_job part = *job;
+        part.act = act + c / KTL_CHUNK * a->chunk_bytes;
         for (int64_t first = 0; first < rows; first += KTL_TILES * KTL_PANEL) {
             int used = 0;
             for (int64_t r = first; r < rows && used < KTL_TILES; r += KTL_PANEL, used++) {
                 ktl_tile *tile = &tiles[used];
-                if (packed) {
-                    const uint8_t *panel = data + (row0 + r) / KTL_PANEL * panel_bytes;
-                    kernels->decode_packed(m->format, panel,
-                                           panel + ktl_head_bytes(m->format) +
-                                               c / KTL_CHUNK * chunk_bytes,
-                                           groups, tile);
+                const uint8_t *panel = data + (row0 + r) / KTL_PANEL * panel_bytes;
+                const uint8_t *chunk =
+                    panel + ktl_head_bytes(m->format) + c / KTL_CHUNK * chunk_bytes;
+                part.acc = job->acc + r;
+                if (fused) {
+                    kernels->dot_packed(m->format, panel, chunk, groups, &part);
+                } else if (packed) {
+                    kernels->decode_packed(m->format, panel, chunk, groups, tile);
                 } else {
                     int here = (int)(rows - r < KTL_PANEL ? rows - r : KTL_PANEL);
                     kernels->decode_blocks(m->format, data + (row0 + r) * row_bytes, row_bytes,
                                            here, c, cols, tile);
                 }
             }
+            if (fused) continue;
             if (used % 2) { /* kernels take panels in pairs */
                 memset(&tiles[used], 0, sizeof(ktl_tile));
                 tiles[used].codes = tiles[used].code;
                 used++;
             }
-            ktl_job part = *job;
-            part.act = act + c / KTL_CHUNK * a->chunk_bytes;
-            part.acc += first;
+            part.acc = job->acc + first;
             kernels->multiply(m->format, tiles, used, groups, &part);
         }
     }

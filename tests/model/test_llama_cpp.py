@@ -88,5 +88,6 @@ def test_in_float32_the_numbers_are_the_same(tiny: Model, tmp_path: Path) -> Non
     tensors = {name: checkpoint.tensor(name).requantize("f32") for name in checkpoint.names()}
     path = write_gguf(tmp_path / "f32.gguf", checkpoint.config, tensors, checkpoint.tokenizer)
     answers = llama_cpp(path, PROMPTS[:2])
-    found = [d for p, a in zip(PROMPTS, answers, strict=False) for d in differences(tiny, p, a)]
+    with tiny.override(backend="torch"):  # dequantized weights, activations not rounded
+        found = [d for p, a in zip(PROMPTS, answers, strict=False) for d in differences(tiny, p, a)]
     assert max(found) < 5e-3

@@ -14,6 +14,8 @@ from ktlab.quantization import FORMATS, Format, fallback_format, get_format
 
 WRITABLE = [name for name, format in FORMATS.items() if format.can_quantize]
 READ_ONLY = [name for name in FORMATS if name not in WRITABLE]
+GGML = [name for name, format in FORMATS.items() if format.ggml_type is not None]
+MEMORY_ONLY = ["int8_channel", "int4_group32", "int4_group128"]
 
 # Largest error of one element, as a share of the largest magnitude in the row's block.
 BOUND = {
@@ -34,35 +36,45 @@ BOUND = {
     "mxfp4": 0.26,
     "tq2_0": 0.51,
     "tq1_0": 0.51,
+    "int8_channel": 0.004,
+    "int4_group32": 0.126,
+    "int4_group128": 0.126,
 }
 
 
 def random_blocks(format: Format, rows: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(
-        0, 256, (rows, 2 * format.block_bytes), dtype=np.uint8
+        0, 256, (rows, format.row_bytes(2 * format.block_size)), dtype=np.uint8
     )
 
 
 def test_every_format_that_gguf_decodes_is_registered() -> None:
     decodable = {type.name.lower() for type in gguf.quants._type_traits} | {"f32", "f16"}
-    assert set(FORMATS) == decodable
+    assert set(GGML) == decodable
+    assert set(FORMATS) == decodable | set(MEMORY_ONLY)
+
+
+@pytest.mark.parametrize("name", GGML)
+def test_blocks_are_those_of_ggml(name: str) -> None:
+    format = FORMATS[name]
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[format.ggml_type]
+    assert (format.block_size, format.block_bytes) == (block_size, block_bytes)
+    assert format.bits_per_weight == 8 * block_bytes / block_size
+    assert format.row_head_bytes == 0
+    assert get_format(format.ggml_type) is format
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_describes_itself(name: str) -> None:
     format = FORMATS[name]
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[format.ggml_type]
-    assert (format.block_size, format.block_bytes) == (block_size, block_bytes)
-    assert format.bits_per_weight == 8 * block_bytes / block_size
     assert format.source
     assert str(format) == name and name in repr(format)
     assert get_format(name.upper()) is format is get_format(format)
-    assert get_format(format.ggml_type) is format
     assert pickle.loads(pickle.dumps(format)) is format
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random scales may be infinite
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", GGML)
 def test_decodes_as_gguf_does(name: str) -> None:
     format = FORMATS[name]
     blocks = random_blocks(format, 6)
@@ -167,7 +179,59 @@ def test_wrong_bytes_are_refused() -> None:
         ("q4_k", 100, "f16"),
         ("q8_0", 33, "f16"),
         ("f32", 7, "f32"),
+        ("int4_group128", 96, "int4_group32"),
+        ("int4_group128", 48, "int8_channel"),
     ],
 )
-def test_fallback_is_that_of_llama_cpp(name: str, row: int, expected: str) -> None:
+def test_fallback_is_that_of_llama_cpp_and_ours(name: str, row: int, expected: str) -> None:
     assert fallback_format(name, row).name == expected
+
+
+def test_int8_channel_by_hand() -> None:
+    format = FORMATS["int8_channel"]
+    rows = np.array([[1.27, -0.634, 0.0], [0.0, 0.0, 0.0]], np.float32)
+    blocks = format.quantize(rows)
+    assert blocks.shape == (2, 7) == (2, format.row_bytes(3))
+    np.testing.assert_allclose(blocks[0, :4].view(np.float32), 0.01, rtol=1e-6)
+    assert blocks[:, 4:].view(np.int8).tolist() == [[127, -63, 0], [0, 0, 0]]
+    np.testing.assert_allclose(format.dequantize(blocks)[0], [1.27, -0.63, 0], rtol=1e-6)
+    assert format.row_length(7) == 3
+    with pytest.raises(FormatError, match="rows of 4 bytes and a multiple of 1 bytes, found 3"):
+        format.dequantize(np.zeros((1, 3), np.uint8))
+
+
+def test_int8_channel_takes_any_row_and_any_finite_float32() -> None:
+    format = FORMATS["int8_channel"]
+    huge = np.array([[3e38, -1e38, 5.0]], np.float32)
+    np.testing.assert_allclose(format.dequantize(format.quantize(huge)), huge, atol=2e36)
+    for value in (np.nan, np.inf):
+        with pytest.raises(FormatError, match="cannot hold these values"):
+            format.quantize(np.full((1, 3), value, np.float32))
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_int4_groups_by_hand(group: int) -> None:
+    format = FORMATS[f"int4_group{group}"]
+    values = np.zeros((1, 2 * group), np.float32)
+    # The first group's extreme is positive, so its scale is negative; the second group is empty.
+    values[0, [0, 1, group // 2, group - 1]] = 4.0, -3.5, 1.0, -0.2
+    block = format.quantize(values)[0, : 2 + group // 2]
+    assert float(block[:2].view(np.float16)[0]) == -0.5
+    codes = np.concatenate([block[2:] & 15, block[2:] >> 4])
+    assert codes[[0, 1, group // 2, group - 1, 2]].tolist() == [0, 15, 6, 8, 8]
+    found = format.dequantize(format.quantize(values))
+    assert found[0, [0, 1, group // 2, group - 1]].tolist() == [4.0, -3.5, 1.0, 0.0]
+    assert not found[0, group:].any()
+
+
+@pytest.mark.parametrize("name", MEMORY_ONLY)
+def test_formats_of_memory_cannot_be_written_to_a_file(name: str, tmp_path) -> None:
+    from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
+    from ktlab.checkpoint.writer import write_gguf
+    from ktlab.errors import CheckpointError
+
+    checkpoint = synthesize(TINY_TEST_CONFIG, formats={"blk.1.ffn_down_exps*": name})
+    tensors = {n: checkpoint.tensor(n) for n in checkpoint.names()}
+    with pytest.raises(CheckpointError, match="ffn_down_exps.weight is int.*memory only; GGUF"):
+        write_gguf(tmp_path / "x.gguf", TINY_TEST_CONFIG, tensors)
+    assert not list(tmp_path.iterdir())

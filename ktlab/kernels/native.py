@@ -1,0 +1,159 @@
+"""The C kernels (ktlab_ext) behind this package's words; the only module that imports them.
+
+T tokens, D hidden, K columns or selected experts, N rows.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import ktlab_ext
+from ktlab.errors import SettingError
+from ktlab.kernels.request import Kernel
+from ktlab.kernels.threads import node_cpus
+from ktlab.kernels.weights import Weights
+
+LOAD_HINT = "convert it at load: load(..., convert={{{0!r}: 'q8_0'}})"
+
+
+def unavailable() -> str:
+    """Why the C kernels are not here; "" if they are."""
+    return ktlab_ext.reason
+
+
+def _native() -> Any:
+    if ktlab_ext.native is None:
+        raise SettingError(f"backend 'native' is not there: {ktlab_ext.reason}")
+    return ktlab_ext.native
+
+
+@lru_cache(maxsize=1)
+def isas() -> dict[str, str]:
+    """Instruction set -> "" if usable in this process, else why not; {} without C kernels."""
+    return dict(ktlab_ext.native.isas()) if ktlab_ext.native is not None else {}
+
+
+@lru_cache(maxsize=1)
+def formats() -> tuple[str, ...]:
+    """Formats that the C kernels compute on their encoded values."""
+    return tuple(ktlab_ext.native.formats()) if ktlab_ext.native is not None else ()
+
+
+@lru_cache(maxsize=1024)
+def computes(isa: str, format: str) -> bool:
+    """Whether the instruction set has a kernel for the format.
+
+    amx_bf16 would round what is not bf16 to it: it counts for bf16 alone.
+    """
+    if isa.startswith("amx_bf16") and format != "bf16":
+        return False
+    return format in formats() and bool(_native().computes(isa, format))
+
+
+def reject(isa: str, formats_: Sequence[str]) -> str:
+    """Why native code with this instruction set cannot compute these formats here; "" if it can."""
+    if reason := unavailable() or isas()[isa]:
+        return reason
+    unknown = [f for f in dict.fromkeys(formats_) if f not in formats()]
+    if unknown:
+        return f"no C kernel computes {', '.join(unknown)}; {LOAD_HINT.format(unknown[0])}"
+    others = [f for f in dict.fromkeys(formats_) if not computes(isa, f)]
+    return f"{isa} has no kernel for {', '.join(others)}" if others else ""
+
+
+@lru_cache(maxsize=64)
+def pool(threads: int, numa: int | None = None) -> Any:
+    """The shared pool of that many threads (on that NUMA node's processors)."""
+    return _native().Pool(threads, None if numa is None else node_cpus(numa))
+
+
+def matrix(weights: Weights) -> Any:
+    """The C core's view of weights; nothing is copied, the buffer is kept alive."""
+    return _native().Matrix(
+        weights.data,
+        weights.format,
+        weights.layout,
+        weights.experts,
+        weights.rows,
+        weights.cols,
+        weights.expert_stride,
+    )
+
+
+def linear(kernel: Kernel, matrix: Any, x_TK: Tensor, expert: int = 0) -> Tensor:
+    """x W^T, (T, N) float32, with one matrix of a stack."""
+    y_TN = torch.empty((x_TK.shape[0], matrix.rows), dtype=torch.float32)
+    _native().linear(
+        pool(kernel.threads, kernel.numa),
+        kernel.isa,
+        kernel.few,
+        matrix,
+        expert,
+        _rows(x_TK).numpy(),
+        y_TN.numpy(),
+    )
+    return y_TN
+
+
+def moe(
+    kernel: Kernel,
+    gate: Any,
+    up: Any,
+    down: Any,
+    hidden_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+) -> Tensor:
+    """Weighted sum of the selected experts' SwiGLU outputs, (T, D) float32; id -1 is nobody."""
+    y_TD = torch.empty((hidden_TD.shape[0], down.rows), dtype=torch.float32)
+    _native().moe(
+        pool(kernel.threads, kernel.numa),
+        kernel.isa,
+        kernel.few,
+        gate,
+        up,
+        down,
+        _rows(hidden_TD).numpy(),
+        ids_TK.contiguous().numpy(),
+        weights_TK.contiguous().numpy(),
+        y_TD.numpy(),
+    )
+    return y_TD
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Rows must be contiguous in themselves; the distance between them is free."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def pack(weights: Weights, out: NDArray[np.uint8], threads: int, numa: int | None) -> None:
+    """Blocks to packed, into `out` (64-byte aligned)."""
+    _native().pack(pool(threads, numa), matrix(weights), out)
+
+
+def unpack(weights: Weights, out: NDArray[np.uint8], threads: int, numa: int | None) -> None:
+    """Packed to blocks, bit for bit."""
+    _native().unpack(pool(threads, numa), matrix(weights), out)
+
+
+def convert(
+    weights: Weights, format: str, out: NDArray[np.uint8], threads: int, numa: int | None
+) -> None:
+    """Blocks of any format to blocks of a format that is made at load."""
+    _native().convert(pool(threads, numa), matrix(weights), format, out)
+
+
+def header_write(format: str, experts: int, rows: int, cols: int, source: str) -> bytes:
+    """The header of a packed file."""
+    return bytes(_native().header_write(format, experts, rows, cols, source))
+
+
+def header_read(data: NDArray[np.uint8], total_bytes: int) -> tuple[str, int, int, int, str]:
+    """(format, E, N, K, source), or ValueError that says what is wrong."""
+    found = _native().header_read(data[: _native().HEADER_BYTES], total_bytes)
+    return (found.format, found.experts, found.rows, found.cols, found.source)

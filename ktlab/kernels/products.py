@@ -1,0 +1,63 @@
+"""The two operations on quantized matrices, by backend: `linear` and `moe`.
+
+T tokens, D hidden, E experts, K selected (or columns of one matrix), N rows.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ktlab.kernels import native, numba_backend, reference, torch_moe
+from ktlab.kernels.request import Kernel
+from ktlab.kernels.stack import Stack
+
+
+def linear(kernel: Kernel, stack: Stack, x_TK: Tensor) -> Tensor:
+    """x W^T, (T, N) float32, for a single matrix W (N, K)."""
+    if kernel.backend == "torch":
+        return F.linear(x_TK, stack.floats)
+    if kernel.backend == "native":
+        return native.linear(kernel, _native(kernel, stack), x_TK)
+    x = _plain(x_TK)
+    if kernel.backend == "numba":
+        weights = stack.weights(kernel.layout, kernel)
+        return torch.from_numpy(numba_backend.linear(kernel, weights, x))
+    return torch.from_numpy(reference.linear(stack.tensor, x))
+
+
+def moe(
+    kernel: Kernel,
+    stacks: tuple[Stack, Stack, Stack],
+    hidden_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+) -> Tensor:
+    """Weighted sum of the selected experts' SwiGLU outputs, (T, D) float32; id -1 is nobody.
+
+    `stacks` are gate and up (E, F, D) and down (E, D, F).
+    """
+    if kernel.backend == "torch":
+        gate, up, down = (stack.floats for stack in stacks)
+        return torch_moe.moe(gate, up, down, hidden_TD, ids_TK, weights_TK)
+    if kernel.backend == "native":
+        matrices = [_native(kernel, stack) for stack in stacks]
+        return native.moe(kernel, *matrices, hidden_TD, ids_TK, weights_TK)
+    call = (_plain(hidden_TD), _plain(ids_TK), _plain(weights_TK))
+    if kernel.backend == "numba":
+        operands = [stack.weights(kernel.layout, kernel) for stack in stacks]
+        return torch.from_numpy(numba_backend.moe(kernel, *operands, *call))
+    tensors = (stack.tensor for stack in stacks)
+    return torch.from_numpy(reference.moe(*tensors, *call).astype(np.float32))
+
+
+def _plain(tensor: Tensor) -> Any:
+    return tensor.contiguous().numpy()
+
+
+def _native(kernel: Kernel, stack: Stack) -> Any:
+    return stack.operand(
+        ("native", kernel.layout), lambda: native.matrix(stack.weights(kernel.layout, kernel))
+    )

@@ -1,0 +1,118 @@
+"""Contenders take turns at one number of tokens, and the ceilings with them."""
+
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktlab.kernels import ceilings, native
+from ktlab.measurement import hardware
+from ktlab.measurement.contenders import Contender
+from ktlab.measurement.peers.client import PeerError
+from ktlab.measurement.roofline import measure_machine
+
+ROUND_S = 0.1
+"""A round repeats a contender for about so long, once at least."""
+MOST_REPEATS = 20
+HOPELESS = 1.5
+"""A layout that takes so many times longer than its group's best in the warm-up is let go."""
+CACHES = 4
+"""Reading is measured on a buffer of so many times the last-level cache."""
+LEAST_BUFFER, LARGEST_BUFFER = 256 << 20, 1 << 30
+
+Progress = Callable[[str], None]
+
+
+class Rates:
+    """The ceilings of this process, measured again in every round; the best counts."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.best: dict[str, float] = {}
+        wanted = max(LEAST_BUFFER, CACHES * (hardware.cache_bytes() or 0))
+        self._buffer_bytes = min(wanted, LARGEST_BUFFER)
+        self._buffer: NDArray[np.uint8] | None = None
+
+    def measure(self, contenders: Sequence[Contender]) -> None:
+        """Once more: reading, and the arithmetic of every contender."""
+        if native.unavailable():
+            machine = measure_machine(refresh=True)
+            self._note("read", machine.read_bandwidth)
+            self._note("float32", machine.gemm_flops)
+            return
+        if self._buffer is None:
+            self._buffer = np.ones(self._buffer_bytes, np.uint8)
+        self._note("read", ceilings.reading(self._buffer, self.threads))
+        self._note("float32", ceilings.float32(self.threads))
+        for isa in sorted({c.peak_isa for c in contenders} - {""}):
+            if ceilings.usable(isa):
+                self._note(isa, ceilings.operations(isa, self.threads))
+
+    def _note(self, name: str, rate: float) -> None:
+        self.best[name] = max(rate, self.best.get(name, 0.0))
+
+    def bound(self, nbytes: float, operations: float, isa: str) -> tuple[float, str]:
+        """(least seconds, the ceiling in words) of so much work."""
+        name = isa if isa in self.best else "float32"
+        reading_s = nbytes / self.best["read"]
+        computing_s = operations / self.best[name]
+        if reading_s >= computing_s:
+            return reading_s, f"read {self.best['read'] / 1e9:.3g} GB/s"
+        return computing_s, f"{name} {self.best[name] / 1e9:.4g} GFLOP/s"
+
+
+def take_turns(
+    contenders: Sequence[Contender],
+    tokens: int,
+    rounds: int,
+    rates: Rates,
+    skipped: dict[str, str],
+    say: Progress,
+) -> list[tuple[Contender, list[float]]]:
+    """One sample a round of the best contender of each group; who fails lands in `skipped`."""
+    first_s: dict[str, float] = {}
+    for contender in contenders:
+        if contender.label not in skipped:
+            say(f"{tokens} tokens: {contender.label} warms up")
+            # The first call packs, compiles and allocates; the second tells how long one takes.
+            seconds = _run(contender, tokens, 2, skipped)
+            first_s |= {contender.label: seconds[-1]} if seconds else {}
+    running = [
+        c for c in contenders if c.label in first_s and not _hopeless(c, contenders, first_s)
+    ]
+    samples: dict[str, list[float]] = {c.label: [] for c in running}
+    for number in range(rounds):
+        say(f"{tokens} tokens: round {number + 1} of {rounds}")
+        rates.measure(running)
+        for contender in running:
+            repeats = max(1, min(MOST_REPEATS, round(ROUND_S / first_s[contender.label])))
+            warm = 1 if repeats > 1 else 0
+            if contender.label not in skipped:
+                seconds = _run(contender, tokens, warm + repeats, skipped)[warm:]
+                samples[contender.label] += [median(seconds)] if seconds else []
+    best: dict[str, Contender] = {}
+    for contender in running:
+        if contender.label in skipped:
+            continue
+        other = best.setdefault(contender.group, contender)
+        if median(samples[contender.label]) < median(samples[other.label]):
+            best[contender.group] = contender
+    return [(c, samples[c.label]) for c in best.values()]
+
+
+def _run(contender: Contender, tokens: int, repeats: int, skipped: dict[str, str]) -> list[float]:
+    try:
+        return contender.run(tokens, repeats)
+    except PeerError as error:
+        skipped[contender.label] = str(error)
+        return []
+
+
+def _hopeless(
+    contender: Contender, contenders: Sequence[Contender], first_s: dict[str, float]
+) -> bool:
+    group = [
+        first_s[c.label] for c in contenders if c.group == contender.group and c.label in first_s
+    ]
+    return first_s[contender.label] > HOPELESS * min(group)

@@ -1,0 +1,72 @@
+"""The types of _native.pyx; its docstrings say what each thing does."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+HEADER_BYTES: int
+LAYOUTS: tuple[str, ...]
+
+class Header(NamedTuple):
+    format: str
+    experts: int
+    rows: int
+    cols: int
+    source: str
+
+class Pool:
+    threads: int
+    cpus: tuple[int, ...] | None
+    def __init__(self, threads: int, cpus: Iterable[int] | None = None) -> None: ...
+
+class Matrix:
+    buffer: Array
+    format: str
+    layout: str
+    experts: int
+    rows: int
+    cols: int
+    expert_stride: int
+    def __init__(
+        self,
+        buffer: Array,
+        format: str,
+        layout: str,
+        experts: int,
+        rows: int,
+        cols: int,
+        expert_stride: int | None = None,
+    ) -> None: ...
+
+def formats() -> tuple[str, ...]: ...
+def isas() -> dict[str, str]: ...
+def computes(isa: str, format: str) -> bool: ...
+def row_bytes(format: str, cols: int) -> int: ...
+def packed_bytes(format: str, rows: int, cols: int) -> int: ...
+def linear(
+    pool: Pool, isa: str, few: int, matrix: Matrix, expert: int, x: Array, y: Array
+) -> None: ...
+def moe(
+    pool: Pool,
+    isa: str,
+    few: int,
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    x: Array,
+    ids: Array,
+    weights: Array,
+    y: Array,
+) -> None: ...
+def pack(pool: Pool, matrix: Matrix, out: Array) -> None: ...
+def unpack(pool: Pool, matrix: Matrix, out: Array) -> None: ...
+def convert(pool: Pool, matrix: Matrix, format: str, out: Array) -> None: ...
+def dequantize(matrix: Matrix, expert: int, row: int, out: Array) -> None: ...
+def header_write(format: str, experts: int, rows: int, cols: int, source: str = "") -> bytes: ...
+def header_read(data: Array | bytes, total_bytes: int | None = None) -> Header: ...
+def peak_ops(pool: Pool, isa: str, seconds: float = 0.2) -> float: ...
+def peak_fma(pool: Pool, seconds: float = 0.2) -> float: ...
+def peak_read(pool: Pool, buffer: Array, seconds: float = 0.2) -> float: ...
