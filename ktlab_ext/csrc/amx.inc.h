@@ -7,7 +7,8 @@
  *
  * The file that includes this defines TILE_CONFIG(config) TILE_ZERO(t) TILE_LOAD(t, p, stride)
  * TILE_STORE(t, p, stride) TILE_DOT_S8U8(c, a, b) TILE_DOT_BF16(c, a, b) TILE_RELEASE() with
- * literal tile numbers, and DECODE, the kernels that decode for it. */
+ * literal tile numbers, ROWS_FMA(a, b, c) for a * b + c rounded once, and DECODE, the kernels that
+ * decode for it. */
 #include "arithmetic.h"
 #include "blocks.h"
 
@@ -61,15 +62,43 @@ static void int8_prepare(ktl_act_key key, const float *x, int cols, void *act) {
     DECODE.prepare(key, x, cols, act);
 }
 
+/* The integer sums of up to 32 tokens x 2 panels, waiting to be scaled into the result. */
+typedef struct KTL_ALIGNED {
+    int32_t dot[2][2][16][16]; /* [A][B][token][row] */
+    int64_t t;
+    int tokens, p, s;
+} int8_sums;
+
+KTL_INLINE void int8_scale(int format, const int8_sums *sums, const ktl_tile *tiles,
+                           const ktl_job *job) {
+    const int sub = ktl_formats[format].sub, group = sub > KTL_GROUP ? sub : KTL_GROUP;
+    const int has_offset = ktl_formats[format].has_min || format == KTL_Q2_K, s = sums->s;
+    const ktl_tile *tile = tiles + sums->p;
+    const rows_f w[2] = {*(const rows_f *)tile[0].scale[s], *(const rows_f *)tile[1].scale[s]};
+    for (int i = 0; i < sums->tokens; i++) {
+        const ktl_act *a = (const ktl_act *)job->act + sums->t + i;
+        const int32_t init = a->init[s];
+        const float scale = a->scale[s * sub / group], sum = a->sum[s];
+        rows_f *to = (rows_f *)(sums_of(job, sums->t + i) + sums->p * KTL_PANEL);
+#pragma GCC unroll 2
+        for (int b = 0; b < 2; b++) {
+            const rows_i dot = *(const rows_i *)sums->dot[i / 16][b][i % 16] + init;
+            rows_f v = ROWS_FMA(__builtin_convertvector(dot, rows_f), w[b] * scale, to[b]);
+            if (has_offset) v = ROWS_FMA(*(const rows_f *)tile[b].offset[s], (rows_f){0} + sum, v);
+            to[b] = v;
+        }
+    }
+}
+
 KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, int groups,
                                  const ktl_job *job) {
     const ktl_format_info *f = &ktl_formats[format];
     const int cols = groups * KTL_GROUP, sub = f->sub, k = sub < 64 ? sub : 64;
-    const int group = sub > KTL_GROUP ? sub : KTL_GROUP;
-    const int has_offset = f->has_min || format == KTL_Q2_K;
-    int32_t sums[2][2][16][16] KTL_ALIGNED; /* [A][B][token][row] */
-    uint8_t half[2][1024] KTL_ALIGNED;      /* the last 32 columns, padded to 64 */
+    int8_sums sums[2]; /* one is filled by the tiles while the other is scaled */
+    int turn = 0;
+    uint8_t half[2][1024] KTL_ALIGNED; /* the last 32 columns, padded to 64 */
     const ktl_act *acts = job->act;
+    sums[1] = (int8_sums){.tokens = 0}; /* nothing to scale yet */
     for (int64_t t = 0; t < job->n; t += 32) {
         const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
         if (t == 0 || tokens < 32) {
@@ -77,6 +106,9 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
             TILE_CONFIG(&config);
         }
         const int8_t *a0 = acts[t].q, *a1 = acts[two ? t + 16 : t].q;
+        for (int64_t next = t + 32; next < t + 64 && next < job->n; next++)
+            for (int c = 0; c < (int)sizeof(ktl_act); c += 64)
+                __builtin_prefetch((const uint8_t *)&acts[next] + c);
         for (int p = 0; p < panels; p += 2)
             for (int s = 0; s * sub < cols; s++) {
                 TILE_ZERO(0);
@@ -105,29 +137,23 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
                         TILE_DOT_S8U8(3, 5, 7);
                     }
                 }
-                TILE_STORE(0, sums[0][0], 64);
-                TILE_STORE(1, sums[0][1], 64);
+                int8_sums *now = &sums[turn];
+                now->t = t;
+                now->tokens = tokens;
+                now->p = p;
+                now->s = s;
+                TILE_STORE(0, now->dot[0][0], 64);
+                TILE_STORE(1, now->dot[0][1], 64);
                 if (two) {
-                    TILE_STORE(2, sums[1][0], 64);
-                    TILE_STORE(3, sums[1][1], 64);
+                    TILE_STORE(2, now->dot[1][0], 64);
+                    TILE_STORE(3, now->dot[1][1], 64);
                 }
-                for (int i = 0; i < tokens; i++) {
-                    const ktl_act *a = &acts[t + i];
-                    const int32_t init = a->init[s];
-                    const float scale = a->scale[s * sub / group], sum = a->sum[s];
-                    float *acc = sums_of(job, t + i) + p * KTL_PANEL;
-#pragma GCC unroll 2
-                    for (int b = 0; b < 2; b++) {
-                        const rows_i dot = *(const rows_i *)sums[i / 16][b][i % 16] + init;
-                        rows_f *to = (rows_f *)(acc + 16 * b);
-                        rows_f v = __builtin_convertvector(dot, rows_f) *
-                                   *(const rows_f *)tiles[p + b].scale[s] * scale;
-                        if (has_offset) v += *(const rows_f *)tiles[p + b].offset[s] * sum;
-                        *to += v;
-                    }
-                }
+                turn ^= 1;
+                int8_scale(format, &sums[turn], tiles, job);
             }
     }
+    turn ^= 1;
+    int8_scale(format, &sums[turn], tiles, job);
     TILE_RELEASE();
 }
 
@@ -177,14 +203,15 @@ KTL_INLINE void bf16_from_codes(int zero, int sub, int has_offset, int groups, c
     for (int c = 0; c < groups * 8; c++) { /* four columns of 16 rows */
         const int s = 4 * c / sub;
         const rows_f scale = *(const rows_f *)from->scale[s];
+        rows_f offset = scale * -(float)zero;
+        if (has_offset) offset = *(const rows_f *)from->offset[s];
         const rows_u four = codes[c];
         rows_f v[4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
             rows_u code = four >> (8 * j);
             if (j < 3) code &= 255;
-            v[j] = __builtin_convertvector((rows_i)code - zero, rows_f) * scale;
-            if (has_offset) v[j] += *(const rows_f *)from->offset[s];
+            v[j] = ROWS_FMA(__builtin_convertvector((rows_i)code, rows_f), scale, offset);
         }
         to[2 * c] = bf16_pair(v[0], v[1]);
         to[2 * c + 1] = bf16_pair(v[2], v[3]);
@@ -230,48 +257,56 @@ static void bf16_decode_blocks(int format, const uint8_t *row, int64_t row_bytes
     else bf16_from_tile(format, groups, &from, tile);
 }
 
+/* Half a chunk at a time: four panels of it (16 KB) and two sets of 32 tokens (16 KB) fit L1. */
+enum { HALF_GROUPS = 8 };
+
 static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int groups,
                           const ktl_job *job) {
     const uint16_t *acts = job->act;
-    float sums[2][2][16][16] KTL_ALIGNED;
+    float sums[2][2][16][16] KTL_ALIGNED; /* [A][B][token][row] */
     (void)format;
-    for (int64_t t = 0; t < job->n; t += 32) {
-        const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
-        if (t == 0 || tokens < 32) {
-            tile_config config = config_for(tokens, 64);
-            TILE_CONFIG(&config);
-        }
-        const uint16_t *a0 = acts + t * KTL_CHUNK, *a1 = acts + (two ? t + 16 : t) * KTL_CHUNK;
-        for (int p = 0; p < panels; p += 2) {
-            TILE_ZERO(0);
-            TILE_ZERO(1);
-            TILE_ZERO(2);
-            TILE_ZERO(3);
-            for (int g = 0; g < groups; g++) {
-                TILE_LOAD(4, a0 + g * KTL_GROUP, KTL_CHUNK * 2);
-                TILE_LOAD(6, tiles[p].codes + g * 1024, 64);
-                TILE_LOAD(7, tiles[p + 1].codes + g * 1024, 64);
-                TILE_DOT_BF16(0, 4, 6);
-                TILE_DOT_BF16(1, 4, 7);
+    for (int first = 0; first < groups; first += HALF_GROUPS)
+        for (int64_t t = 0; t < job->n; t += 32) {
+            const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
+            const int end = first + HALF_GROUPS < groups ? first + HALF_GROUPS : groups;
+            if (t == 0 || tokens < 32) {
+                tile_config config = config_for(tokens, 64);
+                TILE_CONFIG(&config);
+            }
+            const uint16_t *a0 = acts + t * KTL_CHUNK, *a1 = acts + (two ? t + 16 : t) * KTL_CHUNK;
+            for (int64_t next = t + 32; next < t + 64 && next < job->n; next++)
+                for (int g = first; g < end; g++)
+                    __builtin_prefetch(acts + next * KTL_CHUNK + g * KTL_GROUP);
+            for (int p = 0; p < panels; p += 2) {
+                TILE_ZERO(0);
+                TILE_ZERO(1);
+                TILE_ZERO(2);
+                TILE_ZERO(3);
+                for (int g = first; g < end; g++) {
+                    TILE_LOAD(4, a0 + g * KTL_GROUP, KTL_CHUNK * 2);
+                    TILE_LOAD(6, tiles[p].codes + g * 1024, 64);
+                    TILE_LOAD(7, tiles[p + 1].codes + g * 1024, 64);
+                    TILE_DOT_BF16(0, 4, 6);
+                    TILE_DOT_BF16(1, 4, 7);
+                    if (two) {
+                        TILE_LOAD(5, a1 + g * KTL_GROUP, KTL_CHUNK * 2);
+                        TILE_DOT_BF16(2, 5, 6);
+                        TILE_DOT_BF16(3, 5, 7);
+                    }
+                }
+                TILE_STORE(0, sums[0][0], 64);
+                TILE_STORE(1, sums[0][1], 64);
                 if (two) {
-                    TILE_LOAD(5, a1 + g * KTL_GROUP, KTL_CHUNK * 2);
-                    TILE_DOT_BF16(2, 5, 6);
-                    TILE_DOT_BF16(3, 5, 7);
+                    TILE_STORE(2, sums[1][0], 64);
+                    TILE_STORE(3, sums[1][1], 64);
+                }
+                for (int i = 0; i < tokens; i++) {
+                    rows_f *acc = (rows_f *)(sums_of(job, t + i) + p * KTL_PANEL);
+                    acc[0] += *(const rows_f *)sums[i / 16][0][i % 16];
+                    acc[1] += *(const rows_f *)sums[i / 16][1][i % 16];
                 }
             }
-            TILE_STORE(0, sums[0][0], 64);
-            TILE_STORE(1, sums[0][1], 64);
-            if (two) {
-                TILE_STORE(2, sums[1][0], 64);
-                TILE_STORE(3, sums[1][1], 64);
-            }
-            for (int i = 0; i < tokens; i++) {
-                rows_f *acc = (rows_f *)(sums_of(job, t + i) + p * KTL_PANEL);
-                acc[0] += *(const rows_f *)sums[i / 16][0][i % 16];
-                acc[1] += *(const rows_f *)sums[i / 16][1][i % 16];
-            }
         }
-    }
     TILE_RELEASE();
 }
 

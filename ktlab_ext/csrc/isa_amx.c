@@ -16,6 +16,7 @@
 #define TILE_DOT_S8U8(c, a, b) _tile_dpbsud(c, a, b)
 #define TILE_DOT_BF16(c, a, b) _tile_dpbf16ps(c, a, b)
 #define TILE_RELEASE() _tile_release()
+#define ROWS_FMA(a, b, c) ((rows_f)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define DECODE ktl_kernels_avx512
 
 #include "amx.inc.h"

@@ -63,6 +63,13 @@ static void dot_bf16(int c, int a, int b) {
         }
 }
 
+typedef float rows_of_floats __attribute__((vector_size(64), may_alias, aligned(4)));
+
+KTL_INLINE rows_of_floats rows_fma(rows_of_floats a, rows_of_floats b, rows_of_floats c) {
+    for (int r = 0; r < 16; r++) c[r] = fmaf(a[r], b[r], c[r]);
+    return c;
+}
+
 #define TILE_CONFIG(config) load_config(config)
 #define TILE_ZERO(t) memset(&amx.tile[t], 0, sizeof(tile_data))
 #define TILE_LOAD(t, p, stride) load(t, p, stride)
@@ -70,6 +77,7 @@ static void dot_bf16(int c, int a, int b) {
 #define TILE_DOT_S8U8(c, a, b) dot_s8u8(c, a, b)
 #define TILE_DOT_BF16(c, a, b) dot_bf16(c, a, b)
 #define TILE_RELEASE() (void)0
+#define ROWS_FMA(a, b, c) rows_fma(a, b, c)
 #define DECODE ktl_kernels_serial
 
 #include "amx.inc.h"

@@ -191,7 +191,8 @@ enum { RV = PANELS * VN }; /* vectors of one column: PANELS x 16 rows */
 /* T tokens x PANELS tiles. The float sums stay in registers through the chunk where they are needed
  * every 32 columns; with longer groups the registers are worth more to the integer sums. */
 KTL_INLINE void multiply_int8(int T, int sub, int mins, int is_wide, const ktl_tile *tile,
-                              int groups, const ktl_act *const *act, float *const *acc) {
+                              int groups, const ktl_act *const *act, float *const *acc,
+                              const uint8_t *const *next) {
     VF sum[8][RV];
     const int keep = sub <= KTL_GROUP;
     const int group = sub > KTL_GROUP ? sub : KTL_GROUP, half = sub < KTL_GROUP ? sub : group;
@@ -214,7 +215,10 @@ KTL_INLINE void multiply_int8(int T, int sub, int mins, int is_wide, const ktl_t
 #pragma GCC unroll 4
                 for (int r = 0; r < RV; r++) dot[t][r] = init;
             }
-            for (int first = 0; first < steps; first += half < KTL_GROUP ? half / 4 : 8)
+            for (int first = 0; first < steps; first += half < KTL_GROUP ? half / 4 : 8) {
+                if (!h)
+#pragma GCC unroll 8
+                    for (int t = 0; t < T; t++) __builtin_prefetch(next[t] + 2 * c + 8 * first);
 #pragma GCC unroll 8
                 for (int j = first; j < first + (half < KTL_GROUP ? half / 4 : 8); j++) {
                     VI w[RV];
@@ -232,6 +236,7 @@ KTL_INLINE void multiply_int8(int T, int sub, int mins, int is_wide, const ktl_t
                                 is_wide ? DOT_WIDE(dot[t][r], w[r], x) : DOT(dot[t][r], w[r], x);
                     }
                 }
+            }
 #pragma GCC unroll 4
             for (int r = 0; r < RV; r++) {
                 VF scale = LOADF(tile[r / VN].scale[s] + r % VN * (VB / 4));
@@ -266,13 +271,16 @@ KTL_INLINE void multiply_int8(int T, int sub, int mins, int is_wide, const ktl_t
 }
 
 KTL_INLINE void multiply_f32(int T, const ktl_tile *tile, int groups, const float *const *act,
-                             float *const *acc) {
+                             float *const *acc, const uint8_t *const *next) {
     VF sum[8][RV];
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
         for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc[t] + r * (VB / 4));
     for (int c = 0; c < groups * KTL_GROUP; c++) {
+        if (c % 16 == 0)
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) __builtin_prefetch(next[t] + 4 * c);
         VF w[RV];
 #pragma GCC unroll 4
         for (int r = 0; r < RV; r++) w[r] = LOADF(tile[r / VN].f32 + c * KTL_PANEL + r % VN * (VB / 4));
@@ -289,17 +297,20 @@ KTL_INLINE void multiply_f32(int T, const ktl_tile *tile, int groups, const floa
         for (int r = 0; r < RV; r++) STOREF(acc[t] + r * (VB / 4), sum[t][r]);
 }
 
-typedef void (*inner_loop)(const ktl_tile *, int, const void *const *, float *const *);
+/* `next`: what the next call will read, a line of each for every 32 columns of this one. */
+typedef void (*inner_loop)(const ktl_tile *, int, const void *const *, float *const *,
+                           const uint8_t *const *next);
 
 #define INT8_LOOP(T, sub, mins, is_wide)                                                            \
     static void int8_##sub##_##mins##is_wide##_##T(const ktl_tile *tile, int groups,                \
-                                                   const void *const *act, float *const *acc) {     \
-        multiply_int8(T, sub, mins, is_wide, tile, groups, (const ktl_act *const *)act, acc);       \
+                                                   const void *const *act, float *const *acc,       \
+                                                   const uint8_t *const *next) {                    \
+        multiply_int8(T, sub, mins, is_wide, tile, groups, (const ktl_act *const *)act, acc, next); \
     }
 #define F32_LOOP(T)                                                                                 \
     static void f32_##T(const ktl_tile *tile, int groups, const void *const *act,                   \
-                        float *const *acc) {                                                        \
-        multiply_f32(T, tile, groups, (const float *const *)act, acc);                              \
+                        float *const *acc, const uint8_t *const *next) {                            \
+        multiply_f32(T, tile, groups, (const float *const *)act, acc, next);                        \
     }
 #if TOKENS == 6
 #define EACH_T(LOOP, ...) LOOP(1, ##__VA_ARGS__) LOOP(2, ##__VA_ARGS__) LOOP(3, ##__VA_ARGS__) \
@@ -345,15 +356,18 @@ static void multiply(int format, const ktl_tile *tiles, int panels, int groups, 
             act[i] = (const uint8_t *)job->act + (size_t)a * act_bytes;
             acc[i] = job->acc + y * job->acc_stride;
         }
-        /* The next tokens' rows lie anywhere in the cache beyond L1: fetch them meanwhile. */
-        for (int64_t i = t + T; i < t + 2 * T && i < job->n; i++) {
-            int64_t a = job->act_index ? job->act_index[i] : i;
-            int64_t y = job->acc_index ? job->acc_index[i] : i;
-            fetch((const uint8_t *)job->act + (size_t)a * act_bytes, act_bytes);
-            fetch(job->acc + y * job->acc_stride, (size_t)panels * KTL_PANEL * sizeof(float));
+        /* The next tokens' activations and sums lie beyond L1: they are fetched meanwhile, the
+         * activations while the first panels are multiplied, the sums with the last ones. */
+        const uint8_t *next[2][8];
+        for (int i = 0; i < T; i++) {
+            const int64_t n = t + T + i < job->n ? t + T + i : t;
+            int64_t a = job->act_index ? job->act_index[n] : n;
+            int64_t y = job->acc_index ? job->acc_index[n] : n;
+            next[0][i] = (const uint8_t *)job->act + (size_t)a * act_bytes;
+            next[1][i] = (const uint8_t *)(job->acc + y * job->acc_stride);
         }
         for (int p = 0; p < panels; p += PANELS) {
-            loops[T - 1](tiles + p, groups, act, acc);
+            loops[T - 1](tiles + p, groups, act, acc, next[p + PANELS >= panels]);
             for (int i = 0; i < T; i++) acc[i] += PANELS * KTL_PANEL;
         }
         t += T;
