@@ -82,35 +82,51 @@ KTL_INLINE void transpose16(const uint32_t *src, int stride, uint32_t *dst) {
         }
 }
 
-KTL_INLINE void row_load(int format, const uint8_t *row, int64_t column, int cols, uint8_t *code,
-                         float *scale, float *offset) {
+typedef struct {
+    uint8_t code[KTL_CHUNK];
+    float scale[16], offset[16];
+} row_chunk;
+
+KTL_INLINE void row_load(int format, const uint8_t *row, int64_t column, int cols,
+                         row_chunk *chunk) {
     ktl_raw raw;
+    memset(chunk->scale, 0, sizeof chunk->scale);
+    memset(chunk->offset, 0, sizeof chunk->offset);
     ktl_raw_from_blocks(format, row, column, cols, &raw);
-    ktl_raw_scales(format, &raw, cols, scale, offset);
+    ktl_raw_scales(format, &raw, cols, chunk->scale, chunk->offset);
     memset(raw.code + cols, 0, (size_t)(KTL_CHUNK - cols));
-    for (int s = (cols + 15) / 16; s < 16; s++) scale[s] = offset[s] = 0;
     for (int i = 0; i < KTL_CHUNK; i += VB) {
         __m256i c = LOADI(raw.code + i);
-        _mm256_storeu_si256((__m256i *)(code + i), ktl_formats[format].table ? lookup(c) : c);
+        _mm256_storeu_si256((__m256i *)(chunk->code + i),
+                            ktl_formats[format].table ? lookup(c) : c);
     }
 }
 
+KTL_INLINE void row_store(const row_chunk *chunk, uint8_t *code, float *scale, float *offset) {
+    memcpy(code, chunk->code, sizeof chunk->code);
+    memcpy(scale, chunk->scale, sizeof chunk->scale);
+    memcpy(offset, chunk->offset, sizeof chunk->offset);
+}
+
 /* 256 codes of one row against one token: eight vectors of 8 sums, each of four columns. */
-KTL_INLINE __m256 dot_row(int sub, int is_wide, const uint8_t *code, const float *scale,
-                          const float *offset, const ktl_act *act, __m256 sum) {
-    const int group = sub > KTL_GROUP ? sub : KTL_GROUP;
+KTL_INLINE __m256 dot_row(int format, const row_chunk *chunk, const ktl_act *act, __m256 sum) {
+    const int sub = ktl_formats[format].sub, group = sub > KTL_GROUP ? sub : KTL_GROUP;
+    const int is_wide = ktl_formats[format].zero == 128;
+    const int zero = is_wide ? WIDE_ZERO : ktl_formats[format].zero;
     for (int v = 0; v < 8; v++) {
-        __m256i c = LOADI(code + 32 * v), q = LOADI(act->q + 32 * v);
+        __m256i c = LOADI(chunk->code + 32 * v), q = LOADI(act->q + 32 * v);
         __m256i d = is_wide ? DOT_WIDE(_mm256_setzero_si256(), c, q)
                             : DOT(_mm256_setzero_si256(), c, q);
         const int s = 32 * v / sub;
-        __m256 w = _mm256_set1_ps(scale[s]);
-        if (sub == 16) w = _mm256_blend_ps(w, _mm256_set1_ps(scale[s + 1]), 0xf0);
+        __m256 w = _mm256_set1_ps(chunk->scale[s]);
+        if (sub == 16) w = _mm256_blend_ps(w, _mm256_set1_ps(chunk->scale[s + 1]), 0xf0);
         w = _mm256_mul_ps(w, _mm256_set1_ps(act->scale[32 * v / group]));
         sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(d), w, sum);
     }
+    /* Without a starting value (lanes are columns here) the zero of the codes is one more offset. */
     float rest = 0;
-    for (int s = 0; s < KTL_CHUNK / sub; s++) rest += offset[s] * act->sum[s];
+    for (int s = 0; s < KTL_CHUNK / sub; s++)
+        rest += (zero ? (float)-zero * chunk->scale[s] : chunk->offset[s]) * act->sum[s];
     return _mm256_add_ps(sum, _mm256_setr_ps(rest, 0, 0, 0, 0, 0, 0, 0));
 }
 

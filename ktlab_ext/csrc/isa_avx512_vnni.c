@@ -123,18 +123,36 @@ KTL_INLINE __m512 eight_f16(const uint8_t *p, int stride) {
     return _mm512_zextps256_ps512(_mm256_cvtph_ps(h));
 }
 
+typedef struct {
+    __m512i code[4];
+    __m512 scale, offset;
+} row_chunk;
+
 /* A whole chunk of 256 columns. */
-KTL_INLINE void row_load_whole(int format, const uint8_t *row, int64_t column, __m512i *code,
-                               __m512 *scale, __m512 *offset) {
+KTL_INLINE void row_load_whole(int format, const uint8_t *row, int64_t column, row_chunk *chunk) {
+    __m512i *code = chunk->code;
+    __m512 *scale = &chunk->scale, *offset = &chunk->offset;
     const ktl_format_info *f = &ktl_formats[format];
     const uint8_t *p = f->block_cols ? row + column / f->block_cols * f->block_bytes : row;
     *offset = _mm512_setzero_ps();
     if (format == KTL_Q4_K || format == KTL_Q5_K) {
-        uint8_t sm[16];
-        ktl_scales_k4(p + 4, sm, sm + 8);
-        const __m512 d = _mm512_mask_sub_ps(f16_at(p), 0xff00, _mm512_setzero_ps(), f16_at(p + 2));
-        *scale = _mm512_mul_ps(_mm512_cvtepi32_ps(U8_LANES(sm)), d); /* 8 scales, 8 -minima */
-        *offset = _mm512_shuffle_f32x4(*scale, *scale, 0xee);
+        /* As ktl_scales_k4, without a detour through memory: x has scales and minima 0-3 (bytes 0-7),
+         * y has those of 4-7. */
+        const __m128i v = _mm_loadu_si128((const __m128i *)(p + 4));
+        const __m128i x = _mm_and_si128(v, _mm_set1_epi8(63));
+        const __m128i low = _mm_and_si128(
+            _mm_srlv_epi16(_mm_shuffle_epi32(v, 0xaa), _mm_setr_epi16(0, 0, 4, 4, 0, 0, 0, 0)),
+            _mm_set1_epi8(15));
+        const __m128i y = _mm_or_si128(
+            low, _mm_and_si128(_mm_srli_epi16(v, 2), _mm_set1_epi8(48)));
+        const __m512i sm = _mm512_cvtepu8_epi32(_mm_unpacklo_epi32(x, y)); /* 8 scales, 8 minima */
+        int32_t two;
+        memcpy(&two, p, 4); /* d, dmin */
+        const __m512 d = _mm512_permutexvar_ps(
+            _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+            _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi32_si128(two))));
+        *scale = _mm512_mul_ps(_mm512_cvtepi32_ps(sm), d);
+        *offset = _mm512_sub_ps(ZEROF(), _mm512_shuffle_f32x4(*scale, *scale, 0xee));
         const uint8_t *q = p + (format == KTL_Q4_K ? 16 : 48);
         const __m512i high = twice(p + 16);
         for (int v = 0; v < 4; v++) {
@@ -207,50 +225,53 @@ KTL_INLINE void row_load_whole(int format, const uint8_t *row, int64_t column, _
     }
 }
 
-KTL_INLINE void row_load(int format, const uint8_t *row, int64_t column, int cols, uint8_t *code,
-                         float *scale, float *offset) {
+KTL_INLINE void row_load(int format, const uint8_t *row, int64_t column, int cols,
+                         row_chunk *chunk) {
     if (cols == KTL_CHUNK) {
-        __m512i c[4];
-        __m512 s, o;
-        row_load_whole(format, row, column, c, &s, &o);
-        for (int v = 0; v < 4; v++) _mm512_storeu_si512(code + 64 * v, c[v]);
-        _mm512_storeu_ps(scale, s);
-        _mm512_storeu_ps(offset, o);
+        row_load_whole(format, row, column, chunk);
         return;
     }
     ktl_raw raw;
+    float scale[16] = {0}, offset[16] = {0};
     memset(&raw, 0, sizeof raw);
     ktl_raw_from_blocks(format, row, column, cols, &raw);
-    memset(scale, 0, 64);
-    memset(offset, 0, 64);
     ktl_raw_scales(format, &raw, cols, scale, offset);
+    chunk->scale = _mm512_loadu_ps(scale);
+    chunk->offset = _mm512_loadu_ps(offset);
     for (int v = 0; v < 4; v++) {
         const __m512i c = _mm512_loadu_si512(raw.code + 64 * v);
-        _mm512_storeu_si512(code + 64 * v, ktl_formats[format].table ? lookup(c) : c);
+        chunk->code[v] = ktl_formats[format].table ? lookup(c) : c;
     }
 }
 
+KTL_INLINE void row_store(const row_chunk *chunk, uint8_t *code, float *scale, float *offset) {
+    for (int v = 0; v < 4; v++) _mm512_storeu_si512(code + 64 * v, chunk->code[v]);
+    _mm512_storeu_ps(scale, chunk->scale);
+    _mm512_storeu_ps(offset, chunk->offset);
+}
+
 /* 256 codes of one row against one token: four vectors of 16 sums, each of four columns. */
-KTL_INLINE __m512 dot_row(int sub, int is_wide, const uint8_t *code, const float *scale,
-                          const float *offset, const ktl_act *act, __m512 sum) {
-    (void)is_wide;
+KTL_INLINE __m512 dot_row(int format, const row_chunk *chunk, const ktl_act *act, __m512 sum) {
+    const int sub = ktl_formats[format].sub, zero = ktl_formats[format].zero;
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     /* Weight scales are per `sub` columns, activation scales per group of at least 32. */
     __m512 act_scale = _mm512_zextps256_ps512(_mm256_loadu_ps(act->scale));
     if (sub == 16) act_scale = _mm512_permutexvar_ps(_mm512_srli_epi32(lane, 1), act_scale);
-    const __m512 both = _mm512_mul_ps(_mm512_loadu_ps(scale), act_scale);
+    const __m512 both = _mm512_mul_ps(chunk->scale, act_scale);
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) {
-        const __m512i d =
-            _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(code + 64 * v),
-                                _mm512_loadu_si512(act->q + 64 * v));
+        const __m512i d = _mm512_dpbusd_epi32(_mm512_setzero_si512(), chunk->code[v],
+                                              _mm512_loadu_si512(act->q + 64 * v));
         /* Lane l of vector v holds columns 64v + 4l to 64v + 4l + 3. */
         const __m512i which = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16 * v)),
                                                 sub == 16 ? 2 : sub == 32 ? 3 : sub == 128 ? 5 : 6);
         sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), _mm512_permutexvar_ps(which, both), sum);
     }
+    /* Without a starting value (lanes are columns here) the zero of the codes is one more offset. */
     const __mmask16 subs = (__mmask16)((1u << (KTL_CHUNK / sub)) - 1);
-    return _mm512_mask3_fmadd_ps(_mm512_loadu_ps(offset), _mm512_loadu_ps(act->sum), sum, subs);
+    const __m512 offset = zero ? _mm512_mul_ps(chunk->scale, _mm512_set1_ps(-(float)zero))
+                               : chunk->offset;
+    return _mm512_mask3_fmadd_ps(offset, _mm512_loadu_ps(act->sum), sum, subs);
 }
 
 #include "kernel.inc.h"

@@ -12,9 +12,10 @@
  *     SHIFT4I(v)   32-bit lanes >> 4
  *     LOOKUP(codes)                   iq4 levels + 128
  *     U8_LANES(p) I8_LANES(p)         bytes to 32-bit lanes
- *     row_load(format, row, column, cols, code, scale, offset)   one row's chunk: table codes looked
- *                  up, scales and -minima per sub-block as float32
- *     dot_row(sub, wide, code, scale, offset, act, sum)          that chunk times one token
+ *     row_chunk    256 columns of one row of blocks: codes (table codes looked up), float32 scales
+ *                  and -minima per sub-block
+ *     row_load(format, row, column, cols, chunk)   row_store(chunk, code, scale, offset)
+ *     dot_row(format, chunk, act, sum)             the chunk times one token's
  *     TRANSPOSE16(src, stride, dst)   16 x 16 words of 32 bits
  *     F16X16(src, dst)                16 float16 to float32
  */
@@ -24,6 +25,12 @@
 enum { VN = 64 / VB };
 
 typedef uint16_t lanes16 __attribute__((vector_size(VB), may_alias, aligned(1)));
+
+/* Bytes of so many columns in blocks form. */
+KTL_INLINE int64_t bytes_of_columns(int format, int64_t cols) {
+    const ktl_format_info *f = &ktl_formats[format];
+    return f->block_cols ? cols / f->block_cols * f->block_bytes : cols;
+}
 
 KTL_INLINE void fetch(const void *p, size_t bytes) {
     for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch((const uint8_t *)p + at);
@@ -152,9 +159,11 @@ KTL_INLINE void decode_blocks_as(int format, const uint8_t *row, int64_t row_byt
         uint8_t code[KTL_PANEL][KTL_CHUNK];
         float scale[KTL_PANEL][16], offset[KTL_PANEL][16];
     } lines;
-    for (int r = 0; r < rows; r++)
-        row_load(format, row + r * row_bytes, column, cols, lines.code[r], lines.scale[r],
-                 lines.offset[r]);
+    for (int r = 0; r < rows; r++) {
+        row_chunk chunk;
+        row_load(format, row + r * row_bytes, column, cols, &chunk);
+        row_store(&chunk, lines.code[r], lines.scale[r], lines.offset[r]);
+    }
     for (int r = rows; r < KTL_PANEL; r++) {
         memset(lines.code[r], 0, KTL_CHUNK);
         memset(lines.scale[r], 0, 64);
@@ -410,16 +419,15 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
                     }
                     continue;
                 }
-                uint8_t code[KTL_CHUNK] KTL_ALIGNED;
-                float scale[16] KTL_ALIGNED, offset[16] KTL_ALIGNED;
-                row_load(format, p, column, n, code, scale, offset);
-                if (!has_offset(format)) /* no starting value here: lanes are columns */
-                    for (int s = 0; s < KTL_CHUNK / f->sub; s++)
-                        offset[s] = (float)-zero_of(format) * scale[s];
+                row_chunk chunk;
+                /* Rows follow each other in memory: what comes 2 KB on is fetched meanwhile. */
+                fetch(p + bytes_of_columns(format, column) + 2048,
+                      (size_t)bytes_of_columns(format, KTL_CHUNK));
+                row_load(format, p, column, n, &chunk);
                 for (int t = 0; t < T; t++) {
                     int64_t a = job->act_index ? job->act_index[first + t] : first + t;
-                    sum[t] = dot_row(f->sub, wide(format), code, scale, offset,
-                                     (const ktl_act *)(x + (size_t)a * act_bytes), sum[t]);
+                    sum[t] = dot_row(format, &chunk, (const ktl_act *)(x + (size_t)a * act_bytes),
+                                     sum[t]);
                 }
             }
             for (int t = 0; t < T; t++) {
