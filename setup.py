@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import time
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -79,6 +80,16 @@ def extensions() -> list[Extension]:
 class BuildKernels(build_ext):
     """One file a core at a time, only those that changed; a failure is a line, not an end."""
 
+    def run(self) -> None:
+        if not self.extensions:
+            return
+        import fcntl  # not everywhere, but where there are extensions
+
+        os.makedirs("build", exist_ok=True)
+        with open("build/lock", "w") as lock:  # two builds at once would mix their objects
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            super().run()
+
     def build_extension(self, ext: Extension) -> None:
         try:
             super().build_extension(self.compiled(ext))
@@ -98,12 +109,14 @@ class BuildKernels(build_ext):
         def object_of(source: str) -> str:
             (target,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
             if self.force or newer_group([source, *ext.depends], target):
+                begin = time.time()
                 self.compiler.compile(
                     [source],
                     output_dir=self.build_temp,
                     include_dirs=ext.include_dirs,
                     extra_postargs=ext.extra_compile_args,
                 )
+                os.utime(target, (begin, begin))  # a source saved meanwhile is newer
             return target
 
         done = copy.copy(ext)

@@ -54,9 +54,10 @@ def fingerprint() -> str:
 def native_fingerprint() -> str:
     """Hash of all that decides what the C kernels are: their sources, the flags, the compiler."""
     sources = glob.glob(os.path.join(ROOT, "ktlab_ext", "csrc", "*.*"))
+    sources += glob.glob(os.path.join(ROOT, "ktlab_ext", "*.px*"))
     names = sorted(os.path.relpath(path, ROOT) for path in sources)
     return digest_of(
-        names + ["ktlab_ext/_native.pyx", "setup.py"],
+        names + ["setup.py"],
         os.environ.get("KTLAB_NO_NATIVE", "0"),
         shutil.which(os.environ.get("CC", "gcc")) or "",
     )

@@ -22,6 +22,7 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILION, YELLOW = "#56B4E9", "#D55E00", "#F0E442"
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW)
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+SYMBOLS = ("circle", "diamond-open", "square", "triangle-up-open")
 SEQUENTIAL = "Cividis"
 DIVERGING = [[0, BLUE], [0.5, "#9a9a9a"], [1, VERMILION]]
 """The middle is grey, not white: it must not glare on a dark page."""
@@ -276,6 +277,48 @@ def size_quality(
         hovertemplate="%{text}: %{x:,.1f} MiB, %{y:.4g}<extra></extra>",
     )  # fmt: skip
     return fig.update_layout(showlegend=False)
+
+
+def roofline(
+    points: Mapping[str, Sequence[tuple[float, float, str]]], *, read: float,
+    peaks: Mapping[str, float], unit: str = "GFLOP/s", title: str = "", height: int = 460,
+) -> "Figure":  # fmt: skip
+    """Measured (operations per byte, rate, label) by name under the ceilings: `read` in GB/s is the
+    slope, `peaks` the flats, both in units of 10^9 a second. Logarithmic axes.
+    """
+    fig = figure(title, x="operations per byte of weights touched", y=unit, height=height)
+    at = [x for found in points.values() for x, _, _ in found]
+    low, high = (min(at) / 2, max(at) * 2) if at else (0.5, 1000.0)
+    for number, (name, peak) in enumerate(sorted(peaks.items(), key=lambda item: -item[1])):
+        if read <= 0:
+            continue
+        ridge = peak / read
+        x = [min(low, ridge / 2), ridge, max(high, 2 * ridge)]
+        fig.add_scatter(
+            x=x, y=[x[0] * read, peak, peak], mode="lines", hoverinfo="skip", showlegend=False,
+            line={"color": INK, "width": 1, "dash": DASHES[number % len(DASHES)]},
+        )  # fmt: skip
+        fig.add_annotation(
+            x=np.log10(x[2]), y=np.log10(peak), text=f"{name} {peak:,.0f}", showarrow=False,
+            xanchor="right", yanchor="bottom", font={"color": INK, "size": 11},
+        )  # fmt: skip
+    if read > 0:
+        fig.add_annotation(
+            x=np.log10(low * 1.15), y=np.log10(low * 1.15 * read), text=f"read {read:.3g} GB/s",
+            showarrow=False, xanchor="left", yanchor="bottom", font={"color": INK, "size": 11},
+        )  # fmt: skip
+    for number, (name, found) in enumerate(points.items()):
+        fig.add_scatter(
+            x=[x for x, _, _ in found], y=[y for _, y, _ in found], name=name,
+            mode="lines+markers", text=[label for _, _, label in found],
+            line={"width": 1.5, "color": COLORS[number % len(COLORS)]},
+            marker={"size": 9, "symbol": SYMBOLS[number // len(COLORS) % len(SYMBOLS)],
+                    "line": {"color": INK, "width": 0.5}},
+            hovertemplate=f"{name}, %{{text}}: %{{y:,.3g}} {unit}<extra></extra>",
+        )  # fmt: skip
+    fig.update_xaxes(type="log").update_yaxes(type="log")
+    legend = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
+    return fig.update_layout(legend=legend)
 
 
 def _heatmap(

@@ -103,9 +103,9 @@ def installed_pure(pure_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -
     return install(pure_wheel, tmp_path_factory.mktemp("installed-pure"))
 
 
-def test_wheel_holds_what_it_should(wheel: Path) -> None:
+def test_wheel_holds_what_it_should(source: Path, wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ktlab").rglob("*.py")}
+    modules = {str(path.relative_to(source)) for path in (source / "ktlab").rglob("*.py")}
     assert modules <= set(names)
     assert "ktlab/py.typed" in names
     assert not [name for name in names if name.startswith(("tests/", "data/", "notebooks/"))]

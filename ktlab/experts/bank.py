@@ -16,7 +16,7 @@ from ktlab.quantization import QTensor, fallback_format, get_format
 
 KEPT_FORMATS = 2
 """Requantized copies of a bank that are kept for a quick toggle back, with all that kernels made of
-them (a float32 copy is four times Q8_0); the least recently used goes first. Binder has 2 GB in all."""
+them (a float32 copy is four times Q8_0); the least recently used goes first. Binder has 2 GB."""
 
 Stacks = tuple[Stack, Stack, Stack]
 
@@ -29,11 +29,13 @@ class ExpertBank(Computed):
     """
 
     placement = "cpu"
+    stacks: Stacks
+    """gate, up and down, with what kernels have made of them."""
 
     def __init__(self, layer: int, gate: QTensor, up: QTensor, down: QTensor) -> None:
         super().__init__()
         self.layer = layer
-        self.stacks: Stacks = (Stack(gate), Stack(up), Stack(down))
+        self.stacks = (Stack(gate), Stack(up), Stack(down))
         self._stored = self.stacks
         # By format: requantized once, shared by clones like the rest.
         self._requantized: dict[str, Stacks] = {}

@@ -59,14 +59,15 @@ def _read_codes(coding: Coding, blocks: Bytes, group: int) -> Bytes:
         codes = np.concatenate([raw & 15, raw >> 4], axis=-1)
     else:
         raw = blocks[..., at : at + GROUP]
-        codes = (raw >> shift) & ((1 << coding.base_bits) - 1) if coding.base_bits < 8 else raw
+        codes = (raw >> np.uint8(shift)) & np.uint8((1 << coding.base_bits) - 1)
     if coding.high is not None:
         at, shift = coding.high(group)
         if coding.high_string:
             high = np.unpackbits(blocks[..., at : at + GROUP // 8], axis=-1, bitorder="little")
         else:
-            high = (blocks[..., at : at + GROUP] >> shift) & ((1 << coding.high_bits) - 1)
-        codes = codes | high << coding.base_bits
+            raw = blocks[..., at : at + GROUP]
+            high = (raw >> np.uint8(shift)) & np.uint8((1 << coding.high_bits) - 1)
+        codes = codes | high << np.uint8(coding.base_bits)
     return codes ^ np.uint8(coding.xor)
 
 

@@ -3,13 +3,20 @@
 from typing import Any, TypeVar
 
 from ktlab.kernels import dispatch
-from ktlab.kernels.request import Kernel, Request
+from ktlab.kernels.pack_run import PackReport, pack_stacks
+from ktlab.kernels.packed_file import PackCache
+from ktlab.kernels.request import PACKED, Kernel, Request
+from ktlab.kernels.stack import Stack
+from ktlab.kernels.threads import default_threads
 
 _Computed = TypeVar("_Computed", bound="Computed")
 
 
 class Computed:
     """Something that a kernel computes. `request` is what was asked for, `kernel` what runs."""
+
+    stacks: tuple[Stack, ...]
+    """The matrices, with what kernels have made of them."""
 
     def __init__(self) -> None:
         self._request = Request()
@@ -63,6 +70,23 @@ class Computed:
         """
         self.request = self._request.with_(**words)
         return self
+
+    def pack(
+        self, cache: PackCache | None = None, *, identity: str = "", threads: int | None = None
+    ) -> PackReport:
+        """Pack the matrices now instead of at first use, and set layout="packed".
+
+        Their blocks are let go; `use(layout="ggml_blocks")` brings them back. With a `cache` packed
+        tensors come from files where they are there; `identity` is `file_identity` of the model's.
+        """
+        packed = self._request.with_(layout=PACKED)
+        dispatch.choose(packed, self.formats)
+        request = packed.with_(threads=threads or packed.threads)
+        tensors = tuple(pack_stacks(self.stacks, request, cache, identity))
+        self.request = packed
+        return PackReport(
+            tensors=tensors, left={}, threads=request.threads or default_threads(request.numa)
+        )
 
     def explain(self, tokens: int = 1) -> dispatch.Explanation:
         """Each backend, isa and layout: chosen, usable, or rejected because ...

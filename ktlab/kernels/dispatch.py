@@ -83,7 +83,7 @@ def candidates(formats: Sequence[str]) -> Iterator[Candidate]:
 
     Lazy: what stands lower is not even imported if something above it is taken.
     """
-    for isa in NATIVE_ISAS:
+    for isa in _best_first(formats):
         reject = native.reject(isa, formats)
         for layout, purpose in (
             (BLOCKS, "computes on the blocks as they lie in the file, nothing is copied"),
@@ -113,6 +113,13 @@ def candidates(formats: Sequence[str]) -> Iterator[Candidate]:
     )  # fmt: skip
 
 
+def _best_first(formats: Sequence[str]) -> Sequence[str]:
+    """Integer tiles pay where their sums are seldom scaled, and are beaten by vectors elsewhere."""
+    if any(switch.family(f) != "long scales" for f in formats if f in native.formats()):
+        return NATIVE_ISAS
+    return ("amx_int8", *(isa for isa in NATIVE_ISAS if isa != "amx_int8"))
+
+
 def _matches(request: Request, isa: str, candidate: Candidate) -> bool:
     named = {"backend": request.backend, "isa": isa, "layout": request.layout}
     return all(word in (AUTO, getattr(candidate, kind)) for kind, word in named.items())
@@ -132,12 +139,20 @@ def _may_be_taken(request: Request, isa: str, candidate: Candidate) -> bool:
     return named.get(candidate.only_named, request.backend != AUTO)
 
 
+def _isa(request: Request, formats: Sequence[str]) -> str:
+    """What must run. KTLAB_ISA counts where native code could run, not for unknown formats."""
+    if request.isa == AUTO and request.backend == AUTO and not native.unavailable():
+        if any(format not in native.formats() for format in formats):
+            return AUTO
+    return request.wanted_isa
+
+
 def choose(request: Request, formats: Sequence[str]) -> Kernel:
     """What runs for matrices of `formats`, e.g. (gate, up, down).
 
     Raises `SettingError` if what was named cannot compute them: it never falls back.
     """
-    isa = request.wanted_isa
+    isa = _isa(request, formats)
     for candidate in candidates(formats):
         if _may_be_taken(request, isa, candidate):
             return _kernel(request, isa, candidate, formats)
@@ -147,10 +162,10 @@ def choose(request: Request, formats: Sequence[str]) -> Kernel:
 def _kernel(request: Request, isa: str, candidate: Candidate, formats: Sequence[str]) -> Kernel:
     few, border = 0, ""
     if candidate.backend in ("native", "numba"):
-        few, why = request.few, "set"
-        if few is None:
-            found = switch.threshold(candidate.isa, candidate.layout, formats)
-            few, why = found.few, found.reason
+        found = switch.threshold(candidate.isa, candidate.layout, formats)
+        few, why = found.few, found.reason
+        if request.few is not None:
+            few, why = request.few, "set"
         border = f"; few means up to {few} tokens ({why})"
     reason = f"{_because(request, isa, candidate)}: {candidate.purpose}{border}"
     return Kernel(

@@ -18,7 +18,8 @@ class Linear(Computed):
 
     def __init__(self, weight: QTensor) -> None:
         super().__init__()
-        self.stack = self._stored = Stack(weight)
+        self._stored = Stack(weight)
+        self.stacks = (self._stored,)
         self._requantized: dict[str, Stack] = {}
 
     @property
@@ -35,6 +36,11 @@ class Linear(Computed):
     def computes(self) -> bool:
         """Whether this is one matrix, to be multiplied; one a head is read by its owner."""
         return len(self.stack.shape) == 2
+
+    @property
+    def stack(self) -> Stack:
+        """The matrix, with what kernels have made of it."""
+        return self.stacks[0]
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -63,7 +69,7 @@ class Linear(Computed):
                 kept = Stack(packing.convert(kept.tensor, fitting, self._request), as_loaded=False)
             self._requantized[format] = kept
         changed = copy.copy(self)
-        changed.stack, changed._kernel = kept, None
+        changed.stacks, changed._kernel = (kept,), None
         return changed
 
     @property

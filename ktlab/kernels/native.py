@@ -57,18 +57,24 @@ def computes(isa: str, format: str) -> bool:
 
 def reject(isa: str, formats_: Sequence[str]) -> str:
     """Why native code with this instruction set cannot compute these formats here; "" if it can."""
-    if reason := unavailable() or isas()[isa]:
+    if reason := unavailable():
         return reason
     unknown = [f for f in dict.fromkeys(formats_) if f not in formats()]
     if unknown:
         return f"no C kernel computes {', '.join(unknown)}; {LOAD_HINT.format(unknown[0])}"
+    if reason := isas()[isa]:
+        return reason
     others = [f for f in dict.fromkeys(formats_) if not computes(isa, f)]
     return f"{isa} has no kernel for {', '.join(others)}" if others else ""
 
 
-@lru_cache(maxsize=64)
 def pool(threads: int, numa: int | None = None) -> Any:
     """The shared pool of that many threads (on that NUMA node's processors)."""
+    return _pool(threads, numa)
+
+
+@lru_cache(maxsize=64)
+def _pool(threads: int, numa: int | None) -> Any:
     return _native().Pool(threads, None if numa is None else node_cpus(numa))
 
 
@@ -102,14 +108,16 @@ def linear(kernel: Kernel, matrix: Any, x_TK: Tensor, expert: int = 0) -> Tensor
 
 def moe(
     kernel: Kernel,
-    gate: Any,
-    up: Any,
-    down: Any,
+    matrices: Sequence[Any],
     hidden_TD: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
 ) -> Tensor:
-    """Weighted sum of the selected experts' SwiGLU outputs, (T, D) float32; id -1 is nobody."""
+    """Weighted sum of the selected experts' SwiGLU outputs, (T, D) float32; id -1 is nobody.
+
+    `matrices` are gate, up and down.
+    """
+    gate, up, down = matrices
     y_TD = torch.empty((hidden_TD.shape[0], down.rows), dtype=torch.float32)
     _native().moe(
         pool(kernel.threads, kernel.numa),

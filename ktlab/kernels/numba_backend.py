@@ -43,15 +43,15 @@ def linear(kernel: Kernel, weights: Weights, x_TK: NDArray[np.float32]) -> NDArr
 
 def moe(
     kernel: Kernel,
-    gate: Weights,
-    up: Weights,
-    down: Weights,
+    matrices: Sequence[Weights],
     hidden_TD: NDArray[np.float32],
     ids_TK: NDArray[np.int64],
     weights_TK: NDArray[np.float32],
 ) -> NDArray[np.float32]:
-    """Weighted sum of the selected experts' SwiGLU outputs, (T, D); id -1 is nobody."""
-    matrices = (gate, up, down)
+    """Weighted sum of the selected experts' SwiGLU outputs, (T, D); id -1 is nobody.
+
+    `matrices` are gate, up and down.
+    """
     return _kernels().moe(
         *matrices, hidden_TD, ids_TK, weights_TK, few=kernel.few, threads=kernel.threads
     )
@@ -59,6 +59,7 @@ def moe(
 
 def pack(weights: Weights, out: NDArray[np.uint8], threads: int, numa: int | None) -> None:
     """Blocks to packed, into `out` (64-byte aligned)."""
+    out[:] = 0  # the packer leaves out the gaps that fill chunks up to 64 bytes
     _packer().pack(weights, out, threads)
 
 

@@ -33,7 +33,7 @@ from ktlab.kernels.numba_bytes import (
     two_words,
     with_high,
 )
-from ktlab.kernels.numba_jit import inlined, inner
+from ktlab.kernels.numba_jit import folded, inlined, inner
 from ktlab.kernels.numba_vectors import (
     field,
     load_f32,
@@ -162,7 +162,7 @@ def _store_columns(scale: Any, codes: Any, with_low: Any, low: Any, to: Any) -> 
 # ---- rows in blocks -----------------------------------------------------------------------------
 
 
-@inlined
+@folded
 def _row_scales(spec: Any, row: Any, p: Any, groups: Any, scale: Any, low: Any) -> Any:
     """Of the 16 runs of a chunk at p: their scales and minima, as floats."""
     kind = field(spec, SCALES)
@@ -216,7 +216,7 @@ def _row_scales(spec: Any, row: Any, p: Any, groups: Any, scale: Any, low: Any) 
         store(scale, times(d, floats(minus_byte(pairs_of_bytes(word | (tops << U4)), 32))))
 
 
-@inlined
+@folded
 def _row_codes(spec: Any, p: Any, groups: Any, codes: Any) -> Any:
     """Whole groups of a chunk at p: signed codes, zero and table applied."""
     in_halves, tabled, zero = (
@@ -244,7 +244,7 @@ def _row_codes(spec: Any, p: Any, groups: Any, codes: Any) -> Any:
         store(codes + GROUP * g, minus_byte(found, zero))
 
 
-@inlined
+@folded
 def row_chunk(spec: Any, row: Any, c: Any, cols: Any, codes: Any, scale: Any, low: Any) -> Any:
     """Chunk c of the row at `row`: 256 codes, 16 scales, 16 minima; columns
     beyond `cols` have code 0. Returns its groups."""
@@ -261,7 +261,7 @@ def row_chunk(spec: Any, row: Any, c: Any, cols: Any, codes: Any, scale: Any, lo
     return groups
 
 
-@inlined
+@folded
 def plain_row(spec: Any, p: Any, here: Any, w: Any) -> Any:
     """`here` floats of f32, f16 or bf16 at p, then zeros up to a multiple of 32."""
     kind = field(spec, FLOAT)

@@ -104,8 +104,9 @@ def dequantize(
     values = np.empty((last - first, weights.cols), np.float32)
     packed = weights.layout == PACKED
     numbers = spec(weights.format, weights.cols)
-    address = data.ctypes.data
-    dequantize_rows(numbers, address, packed, first, last, weights.cols, values, scratch(1))
+    dequantize_rows(
+        numbers, data.ctypes.data, packed, first, last, weights.cols, values, scratch(1)
+    )
     return values
 
 
@@ -135,6 +136,7 @@ def _pack_rows(format: str, rows: Bytes, cols: int, target: Bytes) -> None:
         count = view.shape[1]
         own = planes[:, first : first + count * groups]
         view[:, :, : size.scale] = own.reshape(len(own), count, -1)
+        view[:, :, size.scale :] = 0  # what pads the chunk
         offsets = (size.scale, size.min, size.d, size.dmin)
         for (values, columns), at in zip(fields, offsets, strict=True):
             if not values.shape[2]:
@@ -148,8 +150,8 @@ def _pack_rows(format: str, rows: Bytes, cols: int, target: Bytes) -> None:
 
 
 def _chunks(format: str, cols: int, target: Bytes) -> Iterator[tuple[int, int, Bytes]]:
-    """(first chunk, groups of each, (P, chunks, bytes) to write or read), whole ones, then the
-    rest; what pads them is cleared where they are written."""
+    """(first chunk, groups of each, (P, chunks, bytes) to write or read): the whole chunks, then
+    the rest."""
     all_groups = -(-cols // GROUP)
     whole, rest = divmod(all_groups, CHUNK // GROUP)
     at = codings.panel_head(format)

@@ -55,6 +55,7 @@ from ktlab.kernels.weights import aligned_bytes
 # Columns of a task: which of two stacks, the expert's offset, rows [first, last), where the
 # expert's tokens begin in x and y, how many they are, and the column of y for row 0.
 MATRIX, BASE, FIRST, LAST, X_ROW, TOKENS, Y_COLUMN, PACKED, FUSED = range(9)
+TASK = 9
 
 SUMS = SCRATCH
 """Where a worker's sums begin, behind what decoding needs."""

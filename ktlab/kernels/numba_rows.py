@@ -1,6 +1,6 @@
 """Compiled steps between the products: activations laid out for them, SwiGLU, the weighted sum.
 
-All arguments but numbers are addresses or small tables. Letters: P rows, each one token at one of
+Letters: P rows, each one token at one of
 its experts, the rows of an expert together; K columns.
 """
 
@@ -32,52 +32,59 @@ def _clear(columns: Any, target: Any, step: Any) -> Any:
         store(target + step * k, np.float32(0.0))
 
 
+@inlined
+def _lay_out_row(
+    source: Any, cols: Any, size: Any, fused: Any, i: Any, x: Any, padded: Any, sums: Any
+) -> Any:
+    """Row i of an expert's `size`; source is its address, 0 for a row of padding."""
+    if fused:
+        to = x + 4 * padded * i
+        inside = cols if source else 0
+        _copy(source, inside, to, 4)
+        _clear(padded - inside, to + 4 * inside, 4)
+        if sums:
+            for run in range(padded // RUN):
+                found = total(load_f32x16(to + 4 * RUN * run))
+                store(sums + 4 * (padded // RUN * i + run), found)
+        return
+    tile = i // WIDE
+    width = WIDE if size - tile * WIDE >= WIDE else NARROW
+    for start in range(0, padded, CHUNK):
+        here = min(CHUNK, padded - start)
+        inside = min(here, max(0, cols - start)) if source else 0
+        to = x + 4 * (start * size + tile * WIDE * here + i % WIDE)
+        _copy(source + 4 * start, inside, to, 4 * width)
+        _clear(here - inside, to + 4 * width * inside, 4 * width)
+
+
 @outer
 def lay_out(
-    source: Any, source_stride: Any, cols: Any, rows_P: Any, group: Any, x: Any, padded: Any,
-    sums: Any, sources: Any = SOURCES,
+    source: Any, source_stride: Any, cols: Any, rows_P: Any, groups: Any, first: Any, last: Any,
+    x: Any, padded: Any, sums: Any, with_sums: Any, sources: Any = SOURCES,
 ) -> Any:  # fmt: skip  # pragma: no cover - compiled
-    """One expert's activations, `group` = (first row, rows, fused), into x (P, padded) float32.
+    """Activations of experts first..last (`numba_plan` groups) into x (P, padded) float32.
 
     rows_P says which row of `source` each row is. Fused: rows as they are, zeros beyond `cols`,
-    and, if `sums` is no null, their sums over 16 columns. Otherwise tiles: for each chunk, for
-    each 8 (the last maybe 4) rows, [column][row]."""
-    first, rows, fused = group
-    base = x + 4 * padded * first
-    for i in range(rows):
-        taken = source + source_stride * rows_P[first + i]
-        if fused:
-            to, step = base + 4 * padded * i, 4
-            if rows_P[first + i] == NOBODY:
-                _clear(padded, to, step)
-            else:
-                _copy(taken, cols, to, step)
-                _clear(padded - cols, to + 4 * cols, step)
-            if sums:
-                for run in range(padded // RUN):
-                    found = total(load_f32x16(to + 4 * RUN * run))
-                    store(sums + 4 * (padded // RUN * (first + i) + run), found)
-            continue
-        tile = i // WIDE
-        width = WIDE if rows - tile * WIDE >= WIDE else NARROW
-        for start in range(0, padded, CHUNK):
-            here = min(CHUNK, padded - start)
-            inside = min(here, max(0, cols - start))
-            to = base + 4 * (start * rows + tile * WIDE * here + i % WIDE)
-            if rows_P[first + i] == NOBODY:
-                inside = 0
-            else:
-                _copy(taken + 4 * start, inside, to, 4 * width)
-            _clear(here - inside, to + 4 * width * inside, 4 * width)
+    and, if asked for, their sums over 16 columns. Otherwise tiles: for each chunk, for each 8 (the
+    last maybe 4) rows, [column][row]."""
+    for g in range(first, last):
+        start, size, fused = groups[g, 1], groups[g, 2], groups[g, 4]
+        own = np.int64(x.ctypes.data) + 4 * padded * start
+        own_sums = np.int64(sums.ctypes.data) + 4 * (padded // RUN) * start if with_sums else 0
+        for i in range(size):
+            row = rows_P[start + i]
+            taken = 0 if row == NOBODY else source + source_stride * row
+            _lay_out_row(taken, cols, size, fused, i, own, padded, own_sums)
 
 
 @outer
 def swiglu(
-    both: Any, width: Any, weights_P: Any, first: Any, last: Any, sources: Any = SOURCES
-) -> Any:  # pragma: no cover
-    """both (P, 2 width): gate -> weight * silu(gate) * up, in place, for rows first..last."""
+    both: Any, weights_P: Any, first: Any, last: Any, sources: Any = SOURCES
+) -> Any:  # pragma: no cover - compiled
+    """both (P, 2 F): gate -> weight * silu(gate) * up, in place, for rows first..last."""
+    width = both.shape[1] // 2
     for p in range(first, last):
-        gate = both + 8 * width * p
+        gate = np.int64(both.ctypes.data) + 8 * width * p
         up = gate + 4 * width
         for f in range(width):
             g = load_f32(gate + 4 * f)
@@ -87,14 +94,16 @@ def swiglu(
 
 @outer
 def add_rows(
-    y: Any, cols: Any, rows_P: Any, out: Any, first: Any, last: Any, sources: Any = SOURCES
+    y: Any, rows_P: Any, out: Any, first: Any, last: Any, sources: Any = SOURCES
 ) -> Any:  # pragma: no cover - compiled
-    """out[rows_P[p]] += y[p] (P, cols) for columns first..last, in the order of p."""
+    """out[rows_P[p]] += y[p] for columns first..last, in the order of p."""
+    cols = y.shape[1]
+    whole = (last - first) // RUN * RUN + first
     for p in range(len(rows_P)):
         if rows_P[p] == NOBODY:
             continue
-        source, target = y + 4 * cols * p, out + 4 * cols * rows_P[p]
-        whole = (last - first) // RUN * RUN + first
+        source = np.int64(y.ctypes.data) + 4 * cols * p
+        target = np.int64(out.ctypes.data) + 4 * cols * rows_P[p]
         for k in range(first, whole, RUN):
             found = add(load_f32x16(target + 4 * k), load_f32x16(source + 4 * k))
             store(target + 4 * k, found)

@@ -89,9 +89,11 @@ def read_plain_header(raw: bytes, total_bytes: int) -> Header:
         raise ValueError(f"expected version {_VERSION}, found {version}; pack again")
     if _fnv1a(fields) != stated or size != HEADER_BYTES:
         raise ValueError("the header's checksum does not fit; pack again")
+    experts, rows, cols = (int(size) for size in matrices)
     name, digest = (field.rstrip(b"\0").decode("ascii", "replace") for field in (format, source))
     try:
-        expected = packing.packed_size(name, matrices) if min(matrices) > 0 else -1
+        there = min(experts, rows, cols) > 0
+        expected = packing.packed_size(name, (experts, rows, cols)) if there else -1
     except FormatError as error:
         raise ValueError(str(error)) from error
     if data_bytes != expected or total_bytes - HEADER_BYTES != expected:
@@ -99,7 +101,7 @@ def read_plain_header(raw: bytes, total_bytes: int) -> Header:
             f"expected {expected} bytes of data for {name} {matrices}, found {data_bytes} stated "
             f"and {total_bytes - HEADER_BYTES} there"
         )
-    return Header(name, *matrices, digest)
+    return Header(name, experts, rows, cols, digest)
 
 
 def open_packed(path: str | Path) -> tuple[Header, Weights]:
@@ -138,7 +140,7 @@ def source_digest(tensor: QTensor, format: str, identity: str) -> str:
     step = max(1, flat.nbytes // SAMPLES) if identity else 1
     about = f"{identity}:{tensor.name}:{tensor.format.name}:{tensor.shape}:{format}:"
     digest = hashlib.sha256(about.encode())
-    digest.update(np.ascontiguousarray(flat[::step]))
+    digest.update(np.ascontiguousarray(flat[::step]).data)
     return digest.hexdigest()[:DIGEST_CHARACTERS]
 
 
@@ -192,14 +194,12 @@ class PackCache:
             with partial.open("w+b") as file:
                 # Space is taken first: writing to a mapping of a full disk would end the process.
                 os.posix_fallocate(file.fileno(), 0, HEADER_BYTES + size)
-                with mmap.mmap(file.fileno(), HEADER_BYTES + size) as mapped:
-                    data = np.frombuffer(mapped, np.uint8)
-                    try:
-                        fill(data[HEADER_BYTES:])
-                        data[:HEADER_BYTES] = np.frombuffer(write_header(header), np.uint8)
-                        mapped.flush()
-                    finally:
-                        del data
+                # Unmapped when the last view of it is gone.
+                mapped = mmap.mmap(file.fileno(), HEADER_BYTES + size)
+                data = np.frombuffer(mapped, np.uint8)
+                fill(data[HEADER_BYTES:])
+                data[:HEADER_BYTES] = np.frombuffer(write_header(header), np.uint8)
+                mapped.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except OSError as error:

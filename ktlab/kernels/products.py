@@ -40,17 +40,17 @@ def moe(
     `stacks` are gate and up (E, F, D) and down (E, D, F).
     """
     if kernel.backend == "torch":
-        gate, up, down = (stack.floats for stack in stacks)
-        return torch_moe.moe(gate, up, down, hidden_TD, ids_TK, weights_TK)
+        floats: list[Tensor] = [stack.floats for stack in stacks]
+        return torch_moe.moe(floats[0], floats[1], floats[2], hidden_TD, ids_TK, weights_TK)
     if kernel.backend == "native":
         matrices = [_native(kernel, stack) for stack in stacks]
-        return native.moe(kernel, *matrices, hidden_TD, ids_TK, weights_TK)
+        return native.moe(kernel, matrices, hidden_TD, ids_TK, weights_TK)
     call = (_plain(hidden_TD), _plain(ids_TK), _plain(weights_TK))
     if kernel.backend == "numba":
-        operands = [stack.weights(kernel.layout, kernel) for stack in stacks]
-        return torch.from_numpy(numba_backend.moe(kernel, *operands, *call))
-    tensors = (stack.tensor for stack in stacks)
-    return torch.from_numpy(reference.moe(*tensors, *call).astype(np.float32))
+        weights = [stack.weights(kernel.layout, kernel) for stack in stacks]
+        return torch.from_numpy(numba_backend.moe(kernel, weights, *call))
+    gate, up, down = (stack.tensor for stack in stacks)
+    return torch.from_numpy(reference.moe(gate, up, down, *call).astype(np.float32))
 
 
 def _plain(tensor: Tensor) -> Any:

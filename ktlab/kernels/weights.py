@@ -88,6 +88,11 @@ class Weights:
             return codings.packed_bytes(self.format, self.rows, self.cols)
         return self.rows * self.row_bytes
 
+    @cached_property
+    def address(self) -> int:
+        """Where `data` begins."""
+        return int(self.data.ctypes.data)
+
     @property
     def row_bytes(self) -> int:
         """Bytes of one row in blocks."""

@@ -71,7 +71,7 @@ class Doctor(Record):
 
 
 def doctor() -> Doctor:
-    """Look at Python, libraries, processor, kernels, memory, GPU, embedded model, notebook and browser."""
+    """Look at Python, libraries, processor, kernels, memory, GPU, model, notebook and browser."""
     return Doctor(
         checks=(
             *checks.software(),

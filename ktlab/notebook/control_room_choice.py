@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from ktlab.errors import ContextError, SettingError, nearest
 from ktlab.kernels.dispatch import choose
-from ktlab.kernels.request import Request
-from ktlab.quantization import FORMATS, fallback_format, get_format
+from ktlab.kernels.request import AUTO
+from ktlab.notebook.control_room_kernels import STORED, WORDS, all_formats, request_of
+from ktlab.quantization import FORMATS, get_format
 from ktlab.routing.rules import CumulativeProbability, FixedK, RelativeThreshold, SelectionRule
 
 if TYPE_CHECKING:
@@ -18,8 +19,10 @@ RULES = {
     "p > t·p₁": "experts while p_i > t·p_1 (smart expert reduction), at most k",
     "top-p": "the fewest experts that hold a share p of the k best scores",
 }
-STORED = "as stored"
-OFFERED_FORMATS = ("q6_k", "q5_k", "q5_0", "q4_k", "q4_0", "q3_k", "q2_k")
+OFFERED_FORMATS = (
+    "bf16", "int8_channel", "q6_k", "q5_k", "q5_0", "q4_k", "q4_0", "int4_group32",
+    "int4_group128", "q3_k", "q2_k",
+)  # fmt: skip
 DEFAULT_THRESHOLD = {"fixed k": 0.0, "p > t·p₁": 0.5, "top-p": 0.8}
 
 OWN, ALL = "own text", "all domains"
@@ -38,7 +41,9 @@ class Choice:
     attention: str = "absorbed"
     experts: str = STORED
     """Format of the routed experts' weights."""
-    backend: str = "auto"
+    layout: str = AUTO
+    backend: str = AUTO
+    isa: str = AUTO
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -52,10 +57,15 @@ class Choice:
             object.__setattr__(self, "threshold", 0.0)
 
     def with_(self, **changes: Any) -> "Choice":
-        """A changed copy; another rule starts at that rule's usual threshold."""
+        """A changed copy; another rule starts at that rule's usual threshold, and of the words that
+        name a kernel an older one gives way where it cannot stand beside a newer one."""
         rule = changes.get("rule", self.rule)
         if rule != self.rule and "threshold" not in changes:
             changes["threshold"] = DEFAULT_THRESHOLD.get(rule, 0.0)
+        named = {word: changes[word] for word in WORDS if word in changes}
+        if named:
+            request = request_of(self).with_(**named)
+            changes.update({word: getattr(request, word) for word in WORDS})
         return replace(self, **changes)
 
     def selection(self) -> SelectionRule:
@@ -71,7 +81,7 @@ class Choice:
         changes: dict[str, Any] = {
             "rule": self.selection(),
             "attention": self.attention,
-            "backend": self.backend,
+            **{word: getattr(self, word) for word in WORDS},
         }
         return changes if self.experts == STORED else {**changes, "quantize": self.experts}
 
@@ -83,8 +93,7 @@ class Choice:
         ]
         if self.attention != "absorbed":
             parts.append(f"attention={self.attention!r}")
-        if self.backend != "auto":
-            parts.append(f"backend={self.backend!r}")
+        parts += [f"{w}={v!r}" for w in WORDS if (v := getattr(self, w)) != AUTO]
         if self.experts != STORED:
             parts.append(f"quantize={self.experts!r}")
         return f"dict({', '.join(parts)})"
@@ -103,7 +112,7 @@ class Choice:
             for value, usual in (
                 (self.experts, STORED),
                 (self.attention, "absorbed"),
-                (self.backend, "auto"),
+                *((getattr(self, word), AUTO) for word in WORDS),
             )
             if value != usual
         ]
@@ -117,20 +126,10 @@ class Choice:
             raise SettingError(
                 f"experts as {self.experts}: this format can be read, not written; try {able}"
             )
-        changes = self.overrides()
-        changes.pop("quantize", None)
-        # On stages in another format the backend must be asked before the long requantization.
-        twin = model.clone()
-        with twin.override(**{**changes, "backend": "auto"} if not stored else changes):
-            for block in twin.moe_blocks:
-                bank = block.experts
-                gate, up, down = (
-                    weight.format.name
-                    if stored
-                    else fallback_format(self.experts, weight.shape[-1]).name
-                    for weight in bank.stacks
-                )
-                choose(Request(backend=self.backend), (gate, up, down))
+        with model.clone().override(rule=self.selection(), attention=self.attention):
+            # The kernels are asked for the formats alone: requantizing may take long.
+            for formats in all_formats(model, self):
+                choose(request_of(self), formats)
         return self
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from ktlab.kernels.request import BACKENDS
+from ktlab.kernels.request import AUTO
 from ktlab.model.model import Model
 from ktlab.notebook.control_room_choice import OWN, RULES, Choice, Library, formats
+from ktlab.notebook.control_room_kernels import OFF, WORDS, offers, tooltip, twin_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class State:
     layer: int
     phase: str = "decode"
     """Which speed the plane of settings shows."""
+    twin: str = OFF
+    """Whose widths the true-size twin has."""
 
 
 class Controls:
@@ -32,6 +35,7 @@ class Controls:
     ) -> None:
         config = model.config
         self._ask = ask
+        self._model = model
         self._showing = False
         most = min(config.selectable_experts, 2 * config.top_k)
         quick = sorted({max(1, round(0.75 * config.top_k)), config.top_k})
@@ -54,7 +58,7 @@ class Controls:
                 options=["absorbed", "naive"], tooltips=["latent cache", "keys and values cached"]
             ),
             "experts": widgets.Dropdown(options=formats(model)),
-            "backend": widgets.Dropdown(options=list(BACKENDS)),
+            **{word: widgets.Dropdown(options=[AUTO]) for word in WORDS},
             "text": widgets.Dropdown(options=list(library)),
             "baseline": widgets.Dropdown(options=[(state.baseline.label, state.baseline)]),
             "own_text": widgets.Textarea(
@@ -63,6 +67,9 @@ class Controls:
             ),
             "layer": widgets.Dropdown(options=[(f"layer {i}", i) for i in layers]),
             "phase": widgets.ToggleButtons(options=["decode", "prefill"]),
+            "twin": widgets.Dropdown(
+                options=twin_names(), tooltip="measure a layer of a real model's widths as well"
+            ),
         }  # fmt: skip
         self.all = make
         self.stop = widgets.Button(description="stop", layout={"width": "90px"})
@@ -81,8 +88,8 @@ class Controls:
     def _row(self, state: State) -> widgets.Box:
         labels = {
             "quick_k": "experts", "top_k": "", "rule": "rule", "threshold": "", "text": "text",
-            "attention": "MLA", "experts": "experts as", "backend": "backend",
-            "baseline": "against",
+            "attention": "MLA", "experts": "experts as", "layout": "layout", "backend": "backend",
+            "isa": "instruction set", "baseline": "against",
         }  # fmt: skip
         cells = [
             widgets.HBox(([widgets.Label(label)] if label else []) + [self.all[name]])
@@ -107,14 +114,18 @@ class Controls:
             quick = controls["quick_k"]
             quick.value = choice.top_k if choice.top_k in quick.options else None
             controls["top_k"].max = max(controls["top_k"].max, choice.top_k)
-            for name in ("top_k", "rule", "attention", "experts", "backend"):
+            for word, (usable, rejected) in offers(self._model, choice).items():
+                if list(controls[word].options) != usable:
+                    controls[word].options = usable
+                controls[word].tooltip = tooltip(word, rejected)
+            for name in ("top_k", "rule", "attention", "experts", *WORDS):
                 controls[name].value = getattr(choice, name)
             fixed = choice.rule == "fixed k"
             controls["threshold"].layout.display = "none" if fixed else None
             if not fixed:
                 controls["threshold"].value = choice.threshold
             texts = () if keep_text else ("text", "own_text")
-            for name in (*texts, "layer", "phase"):
+            for name in (*texts, "layer", "phase", "twin"):
                 controls[name].value = getattr(state, name)
             if not keep_text:
                 self.show_own(state.text == OWN)

@@ -14,12 +14,15 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+from ktlab.errors import KtlabError
 from ktlab.measurement.quality import Quality, stream_quality
 from ktlab.measurement.speed import stream_speed
 from ktlab.measurement.tokens import BaselineCache, Prediction
+from ktlab.measurement.twin import Side, Twin, stream_twin
 from ktlab.model.model import Model
 from ktlab.notebook import control_room_phases as phases
 from ktlab.notebook.control_room_choice import OWN, Choice, Library
+from ktlab.notebook.control_room_kernels import OFF, twin_sides
 from ktlab.notebook.control_room_phases import Glance, Options
 from ktlab.notebook.control_room_results import Progress, Results
 from ktlab.notebook.interrupt import Interrupted, interruptible
@@ -46,6 +49,8 @@ class Request:
     baseline: Choice
     text: str
     library: Library
+    twin: str = OFF
+    """The real model whose widths the twin has; "off" measures none."""
 
     @property
     def text_key(self) -> Hashable:
@@ -77,7 +82,10 @@ class Engine:
         self._glances: dict[Hashable, Glance] = {}
         self._written: dict[Hashable, tuple[int, ...]] = {}
         self._predicted: dict[Hashable, Prediction] = {}
+        self._twins: dict[tuple[str, Side, Side], Twin | str] = {}
         self._baseline = BaselineCache()
+        self.doing = ""
+        """What the twin is at."""
 
     # Asked from outside ----------------------------------------------------------------------
 
@@ -101,6 +109,27 @@ class Engine:
                 if (baseline, text_key) == (request.baseline, request.text_key)
             )
 
+    def twin(self, request: Request) -> Twin | str | None:
+        """The true-size twin of a request, complete or not; why there is none, or None."""
+        if request.twin == OFF:
+            return None
+        with self.worker.lock:
+            return self._twins.get(self._twin_key(request))
+
+    def complete(self, request: Request) -> bool:
+        """Whether there is nothing left to measure."""
+        known = self.known(request)
+        return known is not None and known.complete and not self._twin_due(request)
+
+    def _twin_key(self, request: Request) -> tuple[str, Side, Side]:
+        return (request.twin, *twin_sides(self.model, request.baseline, request.choice))
+
+    def _twin_due(self, request: Request) -> bool:
+        found = self.twin(request)
+        return request.twin != OFF and (
+            found is None or (isinstance(found, Twin) and not found.done)
+        )
+
     # On the worker's thread --------------------------------------------------------------------
 
     def _run(self, request: Request, cancel: threading.Event) -> None:
@@ -108,7 +137,7 @@ class Engine:
         usual = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S)
         try:
-            for results, phase in self._phases(model, request):
+            for results, phase in self._phases(model, request, cancel):
                 keep = partial(self._keep, request, results, phase)
                 if not self.worker.publish(cancel, keep):
                     return
@@ -121,7 +150,7 @@ class Engine:
         self._results[request.key] = results
         self._publish(results, phase)
 
-    def _phases(self, model: Model, request: Request) -> Iterator[Update]:
+    def _phases(self, model: Model, request: Request, cancel: threading.Event) -> Iterator[Update]:
         results = self.known(request) or Results(
             choice=request.choice, baseline=request.baseline, text=request.text
         )
@@ -130,6 +159,10 @@ class Engine:
             if found:
                 results = replace(results, **found, seconds=before + perf_counter() - start)
             yield results, phase
+        if self._twin_due(request):
+            for _ in self._twin(request, results, cancel):
+                yield results, "twin"
+        yield results, "done"
 
     def _measure(self, model: Model, request: Request, known: Results) -> Iterator[Found]:
         """What is not known yet, as fields of `Results` with the phase they come from."""
@@ -137,7 +170,6 @@ class Engine:
             yield self._first_answer(model, request), "first answer"
         time.sleep(BREATH_S)
         if known.complete:
-            yield {}, "done"
             return
         yield {}, "pictures"
         texts = request.library.ids(model, request.text, self.options.max_tokens)
@@ -155,7 +187,6 @@ class Engine:
         if known.speed is None or not known.speed.done:
             for found in self._speed(model, request, known, texts):
                 yield found, "speed"
-        yield {}, "done"
 
     def _first_answer(self, model: Model, request: Request) -> Fields:
         start = perf_counter()
@@ -200,6 +231,32 @@ class Engine:
                 continue
             history = (*history, _progress(quality))
             yield {"quality": quality, "preliminary": False, "history": history}
+
+    def _twin(
+        self, request: Request, results: Results, cancel: threading.Event
+    ) -> Iterator[Twin | str]:
+        key = self._twin_key(request)
+
+        def tell(text: str) -> None:
+            self.doing = text
+            self._publish(results, "twin")
+
+        def say(text: str) -> None:
+            self.worker.publish(cancel, partial(tell, text))
+
+        try:
+            for found in stream_twin(
+                *key,
+                rounds=self.options.twin_rounds,
+                prefill_tokens=self.options.twin_tokens,
+                cancel=cancel,
+                progress=say,
+            ):
+                self._twins[key] = found
+                yield found
+        except KtlabError as error:  # too large, or a format that cannot be made: said in its panel
+            self._twins[key] = str(error)
+            yield str(error)
 
     def _text(self, model: Model, request: Request, texts: Texts) -> Iterator[Fields]:
         options = self.options

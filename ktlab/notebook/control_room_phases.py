@@ -46,6 +46,9 @@ class Options:
     """Of the speed measurement; 6 are the fewest that hold a 95 % interval of the median."""
     prompt_tokens: int = 24
     new_tokens: int = 48
+    twin_rounds: int = 6
+    twin_tokens: int = 256
+    """Of the twin's prefill, fewer where a call would take long."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

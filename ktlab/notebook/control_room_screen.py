@@ -12,19 +12,25 @@ import torch
 
 from ktlab.html import text
 from ktlab.measurement import hardware
+from ktlab.measurement.twin import Twin
 from ktlab.model.model import Model
 from ktlab.notebook import control_room_plane as plane
 from ktlab.notebook import control_room_router as router
 from ktlab.notebook import control_room_speed as speed
+from ktlab.notebook import control_room_twin as twins
 from ktlab.notebook.control_room_controls import Controls, State
 from ktlab.notebook.control_room_html import header, panel_title
+from ktlab.notebook.control_room_kernels import kernel_line
 from ktlab.notebook.control_room_quality import quality
 from ktlab.notebook.control_room_results import Point, Results
 from ktlab.notebook.control_room_text import generated
 from ktlab.notebook.css import style
 from ktlab.notebook.live_figure import LiveFigure
 
-PANELS = ("quality", "speed", "stages", "router_title", "router", "text", "plane_title")
+PANELS = (
+    "kernel", "quality", "speed", "stages", "twin_title", "twin", "router_title", "router", "text",
+    "plane_title",
+)  # fmt: skip
 PHASES = {
     "first answer": "first answer from a few tokens",
     "pictures": "first answer from a few tokens",
@@ -32,6 +38,7 @@ PHASES = {
     "quality": "reading",
     "text": "writing",
     "speed": "measuring speed, baseline and setting in turn",
+    "twin": "true-size twin",
     "done": "done",
     "stopped": "stopped; press resume to go on",
     "failed": "failed",
@@ -44,6 +51,7 @@ class Screen:
 
     def __init__(self, model: Model, controls: Controls) -> None:
         self._controls = controls
+        self._model = model
         self._header = header(
             model,
             hardware.cpu_name(),
@@ -56,11 +64,14 @@ class Screen:
         self.status_html = widgets.HTML()
         self._experts = model.config.num_experts
         self.live = {name: _live(fig) for name, fig in self.figures(None, (), None).items()}
-        layer, phase = controls.all["layer"], controls.all["phase"]
+        layer, phase, shape = (controls.all[name] for name in ("layer", "phase", "twin"))
         self.grid = widgets.VBox(
             [
                 _panel(self.html["quality"], name="quality"),
                 _panel(self.html["speed"], self.html["stages"], name="speed"),
+                _panel(
+                    _head(self.html["twin_title"], shape), self.html["twin"], name="twin", wide=True
+                ),
                 _panel(
                     _head(self.html["router_title"], layer),
                     self.live["router"],
@@ -78,6 +89,7 @@ class Screen:
             [
                 widgets.HTML(style("control_room") + self._header),
                 controls.box,
+                self.html["kernel"],
                 self.message_html,
                 bar,
                 self.grid,
@@ -94,12 +106,23 @@ class Screen:
             self.html["quality"].value = quality(results)
             self.grid.remove_class("cr-stale")
 
-    def show(self, results: Results | None, points: Sequence[Point], state: State) -> None:
-        """Everything that is known of a setting; while that is nothing, the last one, dimmed."""
+    def show(
+        self,
+        results: Results | None,
+        points: Sequence[Point],
+        state: State,
+        twin: Twin | str | None = None,
+        doing: str = "",
+    ) -> None:
+        """Everything that is known of a setting; while that is nothing, the last one, dimmed.
+
+        `twin` may be why there is none; `doing` is what it is at.
+        """
+        self.show_switches(state)
         if results is None and self._shown:
             self.first(None)
             return
-        for name, value in self._html(results, state).items():
+        for name, value in self._html(results, state, twin, doing).items():
             self.html[name].value = value
         keys: dict[str, tuple[Any, Any]] = {
             "router": (results.histogram if results else None, state.layer),
@@ -112,9 +135,17 @@ class Screen:
         if "plane" in stale:
             _redraw(self.live["plane"], plane.figure(points, state.phase))
 
-    def _html(self, results: Results | None, state: State) -> dict[str, str]:
+    def show_switches(self, state: State) -> None:
+        """The kernel that a setting runs on and why: known at once, nothing is measured for it."""
+        self.html["kernel"].value = kernel_line(self._model, state.choice)
+
+    def _html(
+        self, results: Results | None, state: State, twin: Twin | str | None, doing: str
+    ) -> dict[str, str]:
         histogram = results.histogram if results else None
         return {
+            "twin_title": twins.twin_title(twin, state.twin),
+            "twin": twins.twin(twin, state.twin, doing),
             "quality": quality(results),
             "speed": speed.speed(results),
             "stages": panel_title("where the time goes", "by stage") + speed.stage_bars(results),
@@ -131,14 +162,18 @@ class Screen:
             f'<div class="{kind}"{role}>{text(message)}</div>' if message else ""
         )
 
-    def status(self, phase: str, state: State, results: Results | None, *, busy: bool) -> None:
+    def status(
+        self, phase: str, state: State, results: Results | None, doing: str = "", *, busy: bool
+    ) -> None:
         """What is going on, and whether it can be stopped."""
-        doing = PHASES.get(phase, phase)
+        twin, doing = doing, PHASES.get(phase, phase)
         quality = results.quality if results else None
         if phase == "quality" and quality is not None:
             doing = f"reading, {quality.tokens:,} of {quality.total_tokens:,} tokens"
         elif phase == "speed" and results is not None and results.speed is not None:
             doing += f", {results.speed.repeats} of {results.speed.total_repeats}"
+        elif phase == "twin" and twin:
+            doing += f", {twin}"
         elif phase == "done" and results is not None:
             doing = f"measured in {results.seconds:.1f} s"
         kind = "busy" if busy else "done" if phase == "done" else ""
@@ -163,24 +198,32 @@ class Screen:
             "plane": plane.figure(points, phase),
         }
 
-    def static(self, results: Results | None, points: Sequence[Point], state: State) -> str:
+    def static(
+        self,
+        results: Results | None,
+        points: Sequence[Point],
+        state: State,
+        twin: Twin | str | None = None,
+    ) -> str:
         """The same panels with small SVG pictures in the place of the Plotly figures."""
-        found = self._html(results, state)
+        found = self._html(results, state, twin, "")
         histogram = results.histogram if results else None
         bodies = (
             found["quality"],
             found["speed"] + found["stages"],
+            found["twin_title"] + found["twin"],
             found["router_title"] + router.bars(histogram, state.layer) + found["router"],
             found["plane_title"] + plane.plane(points, state.phase),
             found["text"],
         )
-        wide = ("",) * (len(bodies) - 1) + (" cr-wide",)
+        wide = ("", "", " cr-wide", "", "", " cr-wide")
         inner = "".join(
             f'<div class="cr-panel{width}">{body}</div>'
             for body, width in zip(bodies, wide, strict=True)
         )
         grid = f'<div class="cr-grid">{inner}</div>'
-        return f'{style("control_room")}<div class="ktlab-room">{self._header}{grid}</div>'
+        kernel = kernel_line(self._model, state.choice)
+        return f'{style("control_room")}<div class="ktlab-room">{self._header}{kernel}{grid}</div>'
 
 
 def _panel(*children: widgets.Widget, name: str, wide: bool = False) -> widgets.VBox:

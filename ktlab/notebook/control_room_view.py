@@ -11,12 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 from ktlab.checkpoint.embedded import domain_texts
-from ktlab.errors import CheckpointError, KtlabError, SettingError
+from ktlab.errors import CheckpointError, KtlabError, SettingError, nearest
+from ktlab.kernels.dispatch import Explanation
+from ktlab.measurement.twin import Twin
 from ktlab.model.model import Model
 from ktlab.notebook.control_room_choice import OWN, Choice, Library
 from ktlab.notebook.control_room_controls import Controls, State
 from ktlab.notebook.control_room_engine import Engine, Options, Request
 from ktlab.notebook.control_room_html import Snapshot
+from ktlab.notebook.control_room_kernels import TWINS, explained
 from ktlab.notebook.control_room_results import Point, Results, points
 from ktlab.notebook.control_room_screen import Screen
 
@@ -115,6 +118,17 @@ class ControlRoom:
         return tuple(point for point in self.points if point.on_front)
 
     @property
+    def twin(self) -> Twin | None:
+        """The true-size twin under the present settings; None while off or not measured."""
+        found = self._engine.twin(self._request())
+        return found if isinstance(found, Twin) else None
+
+    @property
+    def kernels(self) -> Explanation:
+        """What computes the experts under the present setting, and why nothing else does."""
+        return explained(self.model, self.state.choice)
+
+    @property
     def text(self) -> dict[str, str]:
         """The text, or texts, being read."""
         return self._library().parts(self.state.text)
@@ -133,9 +147,10 @@ class ControlRoom:
     def set(self, **changes: Any) -> "ControlRoom":
         """Change what is chosen, as the buttons do.
 
-        Fields of `Choice` (top_k, rule, threshold, attention, experts, backend), text (a name on
-        offer), own_text, baseline (a Choice, or "now"), layer, phase. SettingError or ContextError
-        if it cannot be; then nothing has changed.
+        Fields of `Choice` (top_k, rule, threshold, attention, experts, layout, backend, isa), text
+        (a name on offer), own_text, baseline (a Choice, or "now"), layer, phase, twin (a real
+        model's name, or "off"). SettingError or ContextError if it cannot be; then nothing has
+        changed.
         """
         with self._lock:
             if self._closed:
@@ -145,15 +160,15 @@ class ControlRoom:
             self.state, self.message = after, ""
             self.controls.show(after, [r.choice for r in self.tried])
             self.screen.message("")
-            asked = (after.choice, after.baseline, after.text, after.own_text)
-            if asked != (before.choice, before.baseline, before.text, before.own_text):
+            asked = ("choice", "baseline", "text", "own_text", "twin")
+            if any(getattr(after, name) != getattr(before, name) for name in asked):
                 self.resume()
             else:
                 self._show(self.results)
         return self
 
     def _checked(self, changes: Mapping[str, Any]) -> State:
-        known = (*CHOICE_FIELDS, "text", "own_text", "baseline", "layer", "phase")
+        known = (*CHOICE_FIELDS, "text", "own_text", "baseline", "layer", "phase", "twin")
         unknown = [name for name in changes if name not in known]
         if unknown:
             raise SettingError(f"unknown {unknown}; the room can set {', '.join(known)}")
@@ -170,6 +185,11 @@ class ControlRoom:
             raise SettingError(
                 f"layer {rest['layer']} has no router; the layers with one: {layers}"
             )
+        if rest.get("twin", self.state.twin) not in TWINS:
+            raise SettingError(
+                f"twin = {rest['twin']!r}: expected one of {', '.join(TWINS)}"
+                f"{nearest(str(rest['twin']), TWINS)}"
+            )
         state = replace(self.state, **rest)
         if "text" in rest or "own_text" in rest:
             options = self._engine.options
@@ -179,8 +199,11 @@ class ControlRoom:
     def resume(self) -> None:
         """Measure what is not known yet of the present setting."""
         with self._lock:
-            known = self._engine.submit(self._request())
-            self.phase = "done" if known is not None and known.complete else "first answer"
+            request = self._request()
+            known = self._engine.submit(request)
+            complete = known is not None and known.complete
+            done = self._engine.complete(request)
+            self.phase = "done" if done else "twin" if complete else "first answer"
             self._show_first(known)
 
     def stop(self) -> None:
@@ -206,7 +229,8 @@ class ControlRoom:
     def snapshot(self) -> Snapshot:
         """The view as it is now, as one piece of static HTML."""
         with self._lock:
-            return Snapshot(self.screen.static(self.results, self.points, self.state))
+            twin = self._engine.twin(self._request())
+            return Snapshot(self.screen.static(self.results, self.points, self.state, twin))
 
     # Between buttons, engine and screen ----------------------------------------------------------
 
@@ -216,7 +240,11 @@ class ControlRoom:
     def _request(self) -> Request:
         state = self.state
         return Request(
-            choice=state.choice, baseline=state.baseline, text=state.text, library=self._library()
+            choice=state.choice,
+            baseline=state.baseline,
+            text=state.text,
+            library=self._library(),
+            twin=state.twin,
         )
 
     def _asked(self, name: str, value: Any) -> None:
@@ -259,16 +287,21 @@ class ControlRoom:
         self._show_status()
 
     def _show(self, results: Results | None) -> None:
-        self.screen.show(results, self.points, self.state)
+        twin = self._engine.twin(self._request())
+        doing = self._engine.doing if self.phase == "twin" else ""
+        self.screen.show(results, self.points, self.state, twin, doing)
         self._show_status()
 
     def _show_first(self, results: Results | None) -> None:
         """The numbers at once; the rest follows from the engine when the page has painted them."""
+        self.screen.show_switches(self.state)
         self.screen.first(results)
         self._show_status()
 
     def _show_status(self) -> None:
-        self.screen.status(self.phase, self.state, self.results, busy=self.phase not in IDLE)
+        self.screen.status(
+            self.phase, self.state, self.results, self._engine.doing, busy=self.phase not in IDLE
+        )
 
     def __repr__(self) -> str:
         state, results = self.state, self.results

@@ -9,7 +9,9 @@
 
 #include "internal.h"
 
-#define TILE_CONFIG(config) _tile_loadconfig(config)
+/* GCC's intrinsics do not say what memory these read: without the constraint and the barrier the
+ * compiler may leave the configuration or the operands in registers. */
+#define TILE_CONFIG(config) __asm__ volatile("ldtilecfg %0" : : "m"(*(config)) : "memory")
 #define TILE_ZERO(t) _tile_zero(t)
 #define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
 #define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)

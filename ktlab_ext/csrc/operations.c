@@ -8,6 +8,7 @@ enum {
     MAX_TOKENS = 4096,   /* of one pass; more are done in several */
     MAX_TASK_ROWS = 256,
     TASKS_PER_WORKER = 8,
+    FUSED_UNDER_AMX = 8,
     SMALL_WORK = 1 << 17 /* multiplications below which waking another thread costs more */
 };
 
@@ -58,17 +59,23 @@ static const void *x_row(const void *x, int x_type, int64_t stride, int64_t row)
     return (const uint8_t *)x + row * stride * (x_type == KTL_X_BF16 ? 2 : 4);
 }
 
+/* Up to `few` tokens, avx* fuse decoding and products; amx_* leave the tokens to avx512, which fuses
+ * up to the number from which a tile that is decoded once pays. */
+static int fuses(int isa, int few, int64_t tokens) {
+    return tokens <= few && (isa < KTL_AMX_INT8 || tokens <= FUSED_UNDER_AMX);
+}
+
 /* job->acc += rows [row0, row0 + rows) of one matrix times the prepared activations. A chunk of 256
  * columns is decoded four panels at a time (they stay in L1) against all tokens (whose chunk stays
  * in L2 while the task's panels pass by). */
-static void rows_times(const ktl_kernels *kernels, int few, const ktl_matrix *m, int64_t expert,
+static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m, int64_t expert,
                        int64_t row0, int64_t rows, const acts *a, int64_t first_act,
                        const ktl_job *job, ktl_tile *tiles) {
     const uint8_t *data = m->data + expert * m->expert_stride;
     const uint8_t *act = a->base + first_act * (int64_t)ktl_act_bytes(a->key.kind);
-    const int packed = m->layout == KTL_PACKED, fused = few && packed && kernels->dot_packed;
+    const int packed = m->layout == KTL_PACKED, fused = fuse && packed && kernels->dot_packed;
     const int64_t row_bytes = ktl_row_bytes(m->format, m->cols);
-    if (few && !packed && kernels->dot_blocks) {
+    if (fuse && !packed && kernels->dot_blocks) {
         kernels->dot_blocks(m->format, data + row0 * row_bytes, row_bytes, (int)rows, m->cols, act,
                             a->chunk_bytes, job);
         return;
@@ -131,7 +138,7 @@ static int worker_scratch(ktl_pool *pool, int64_t sums) {
 typedef struct {
     ktl_pool *pool;
     const ktl_kernels *kernels;
-    int few, x_type;
+    int fuse, x_type;
     const ktl_matrix *w;
     int64_t expert, tokens, x_stride, y_stride, task_rows;
     const void *x;
@@ -153,7 +160,7 @@ static void linear_rows(void *context, int64_t task, int worker) {
     const int64_t rows = l->w->rows - row0 < size ? l->w->rows - row0 : size;
     memset(acc, 0, (size_t)(l->tokens * size) * sizeof(float));
     ktl_job job = {NULL, NULL, acc, size, NULL, l->tokens};
-    rows_times(l->kernels, l->few, l->w, l->expert, row0, rows, &l->a, 0, &job, tiles);
+    rows_times(l->kernels, l->fuse, l->w, l->expert, row0, rows, &l->a, 0, &job, tiles);
     for (int64_t t = 0; t < l->tokens; t++)
         memcpy(l->y + t * l->y_stride + row0, acc + t * size, (size_t)rows * sizeof(float));
 }
@@ -169,7 +176,7 @@ int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t ex
     ktl_pool_lock(pool);
     for (int64_t t = 0; t < tokens && !error; t += MAX_TOKENS) {
         int64_t n = tokens - t < MAX_TOKENS ? tokens - t : MAX_TOKENS;
-        linear_work l = {pool, ktl_kernels_of(isa, n <= few), n <= few, x_type, w, expert, n,
+        linear_work l = {pool, ktl_kernels_of(isa, n <= few), fuses(isa, few, n), x_type, w, expert, n,
                          x_stride, y_stride, task_rows(pool, w->rows, 1),
                          x_row(x, x_type, x_stride, t), y + t * y_stride, {{0}}};
         l.a.kernels = l.kernels;
@@ -188,7 +195,7 @@ int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t ex
 /* ---- moe ------------------------------------------------------------------------------------------- */
 typedef struct {
     int64_t expert, first, n; /* slots [first, first + n) */
-    int few;
+    int few, fuse;
 } group;
 
 typedef struct {
@@ -212,7 +219,8 @@ typedef struct {
 
 /* Slots in expert order, tokens ascending within an expert; a token that names an expert twice
  * gets one slot with the summed weight. Returns KTL_ERR_* or KTL_OK. */
-static int moe_group(moe_work *m, const int64_t *ids, const float *weights, int64_t top_k, int few) {
+static int moe_group(moe_work *m, const int64_t *ids, const float *weights, int64_t top_k, int isa,
+                     int few) {
     const int64_t experts = m->gate->experts, all = m->tokens * top_k;
     const size_t bytes = (size_t)(experts + 1) * (sizeof(int64_t) + sizeof(group)) +
                          (size_t)all * (2 * sizeof(int32_t) + sizeof(float)) + 64;
@@ -231,7 +239,7 @@ static int moe_group(moe_work *m, const int64_t *ids, const float *weights, int6
     m->groups = 0;
     for (int64_t e = 0; e < experts; e++) {
         int64_t n = next[e + 1];
-        if (n) m->group[m->groups++] = (group){e, next[e], n, n <= few};
+        if (n) m->group[m->groups++] = (group){e, next[e], n, n <= few, fuses(isa, few, n)};
         next[e + 1] += next[e];
     }
     m->slots = next[experts];
@@ -290,7 +298,7 @@ static void moe_gate_up(void *context, int64_t task, int worker) {
         const acts *a = &m->list[i ? m->up_acts[g->few] : m->gate_acts[g->few]];
         ktl_job job = {NULL, a->by_slot ? NULL : m->token + g->first, i ? up : gate, size,
                        NULL, g->n};
-        rows_times(kernels, g->few, i ? m->up : m->gate, g->expert, row0, rows, a,
+        rows_times(kernels, g->fuse, i ? m->up : m->gate, g->expert, row0, rows, a,
                    a->by_slot ? g->first : 0, &job, tiles);
     }
     kernels->silu_mul(gate, up, g->n * size);
@@ -319,15 +327,16 @@ static void moe_down(void *context, int64_t task, int worker) {
     for (int64_t i = 0; i < m->groups; i++) {
         const group *g = &m->group[i];
         ktl_job job = {NULL, NULL, acc, size, m->token + g->first, g->n};
-        rows_times(m->kernels[g->few], g->few, m->down, g->expert, row0, rows,
+        rows_times(m->kernels[g->few], g->fuse, m->down, g->expert, row0, rows,
                    &m->hidden_acts[g->few], g->first, &job, tiles);
     }
     for (int64_t t = 0; t < m->tokens; t++)
         memcpy(m->y + t * m->y_stride + row0, acc + t * size, (size_t)rows * sizeof(float));
 }
 
-static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64_t top_k, int few) {
-    int error = moe_group(m, ids, weights, top_k, few);
+static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64_t top_k, int isa,
+                    int few) {
+    int error = moe_group(m, ids, weights, top_k, isa, few);
     if (error) return error;
     int64_t most[2] = {0, 0};
     for (int64_t g = 0; g < m->groups; g++) {
@@ -384,7 +393,7 @@ int ktl_moe(ktl_pool *pool, int isa, int few, const ktl_matrix *gate, const ktl_
                       .tokens = tokens - t < MAX_TOKENS ? tokens - t : MAX_TOKENS};
         m.kernels[0] = ktl_kernels_of(isa, 0);
         m.kernels[1] = ktl_kernels_of(isa, 1);
-        error = moe_pass(&m, ids + t * top_k, weights + t * top_k, top_k, few);
+        error = moe_pass(&m, ids + t * top_k, weights + t * top_k, top_k, isa, few);
     }
     ktl_pool_unlock(pool);
     return error;

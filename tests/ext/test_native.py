@@ -111,7 +111,7 @@ def test_the_stub_tells_the_truth(native: ModuleType) -> None:
 # ---- what is refused -----------------------------------------------------------------------------
 
 F64 = np.zeros((TOKENS, COLS))
-WRONG_LINEAR = {
+WRONG_LINEAR: dict[str, tuple[dict[str, Any], str]] = {
     "unknown isa": (dict(isa="sse"), "unknown instruction set 'sse'; known: serial"),
     "expert": (dict(expert=EXPERTS), "expert: expected 0 to 2, found 3"),
     "x a list": (dict(x=[1.0]), "x: expected 2 dimensions of float32.*found list"),
@@ -129,7 +129,7 @@ WRONG_LINEAR = {
         "y: expected a writable array",
     ),
 }
-WRONG_MOE = {
+WRONG_MOE: dict[str, tuple[dict[str, Any], str]] = {
     "id too large": (dict(ids=np.array([[0, 1], [3, 0]] + [[0, 0]] * 3)), r"ids\[1, 0\].*found 3"),
     "id too small": (dict(ids=np.array([[0, -2]] + [[0, 0]] * 4)), r"ids\[0, 1\].*found -2"),
     "ids int32": (dict(ids=np.zeros((5, 2), np.int32)), "ids: expected 2 dimensions of int64"),
@@ -341,7 +341,7 @@ def test_a_call_is_cheap(case: Case) -> None:
 def test_ceilings_are_plausible(native: ModuleType) -> None:
     pool = native.Pool(1)
     fma = native.peak_fma(pool, 0.05)
-    assert 1e9 < fma < 1e12
+    assert 1e8 < fma < 1e13
     for isa, reason in native.isas().items():
         if reason:
             with pytest.raises(ValueError, match=f"{isa} cannot be used"):
@@ -349,7 +349,7 @@ def test_ceilings_are_plausible(native: ModuleType) -> None:
         elif "emulated" in isa:
             assert native.peak_ops(pool, isa, 0.05) == 0.0
         else:
-            assert native.peak_ops(pool, isa, 0.05) > 1e9
-    assert 1e8 < native.peak_read(pool, np.ones(1 << 24, np.uint8), 0.05) < 1e13
+            assert native.peak_ops(pool, isa, 0.05) > 1e7
+    assert 1e7 < native.peak_read(pool, np.ones(1 << 24, np.uint8), 0.05) < 1e13
     with pytest.raises(ValueError, match="at least 1 MiB, found 100"):
         native.peak_read(pool, np.ones(100, np.uint8))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROWS, COLS, TOKENS = 512, 512, 8  # enough work that the other threads are woken
 
 SETUP = f"""
-import os, sys, threading
+import os, sys, threading, time
 import numpy as np
 from ktlab_ext import _native as native
 rng = np.random.default_rng(3)
@@ -140,10 +140,14 @@ def test_workers_stay_on_their_cpus(native: ModuleType) -> None:
 caller = os.sched_getaffinity(0)
 pool = native.Pool(3, cpus=[{cpu}])
 linear(pool)
-workers = [int(task) for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]
-pinned = [task for task in workers if os.sched_getaffinity(task) == {{{cpu}}}]
+def pinned():
+    workers = [int(task) for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]
+    return [task for task in workers if os.sched_getaffinity(task) == {{{cpu}}}]
+end = time.monotonic() + 20  # a worker pins itself when it is first scheduled
+while len(pinned()) < 2 and time.monotonic() < end:
+    time.sleep(0.01)
 assert os.sched_getaffinity(0) == caller
-print(len(pinned))
+print(len(pinned()))
 """)
     assert int(printed) == 2
 

@@ -9,6 +9,11 @@ from ktlab.kernels.request import NATIVE_ISAS, Request
 Q8 = ("q8_0", "q8_0", "q8_0")
 
 
+@pytest.fixture(autouse=True)
+def _nothing_forced(monkeypatch):
+    monkeypatch.delenv("KTLAB_ISA", raising=False)
+
+
 @pytest.fixture
 def no_native(monkeypatch):
     monkeypatch.setattr(native, "unavailable", lambda: "not built: no compiler")
@@ -22,12 +27,12 @@ def cpu(monkeypatch):
         known = {isa: reasons.get(isa, "the CPU lacks it") for isa in NATIVE_ISAS}
         monkeypatch.setattr(native, "unavailable", lambda: "")
         monkeypatch.setattr(native, "isas", lambda: known)
-        monkeypatch.setattr(native, "formats", lambda: ("q8_0", "q4_k", "bf16", "f32"))
-        int8 = {"q8_0", "q4_k"}
+        monkeypatch.setattr(native, "formats", lambda: ("q8_0", "q4_k", "int8_channel", "bf16", "f32"))
+        int8 = {"q8_0", "q4_k", "int8_channel"}
         monkeypatch.setattr(
             native,
             "computes",
-            lambda isa, f: {"amx_int8": f in int8, "amx_bf16": f == "bf16"}.get(isa, True),
+            lambda isa, f: {"amx_int8": f in int8, "amx_bf16": f != "f32"}.get(isa, True),
         )
 
     return make
@@ -40,9 +45,10 @@ def chosen(request: Request, formats=Q8) -> tuple[str, str, str]:
 
 def test_auto_takes_the_best_instruction_set_for_the_formats(cpu) -> None:
     cpu(amx_bf16="", amx_int8="", avx512_vnni="", avx2="", serial="", amx_int8_emulated="")
-    assert chosen(Request()) == ("native", "amx_int8", "ggml_blocks")
+    assert chosen(Request(), ("int8_channel",)) == ("native", "amx_int8", "ggml_blocks")
+    assert chosen(Request()) == ("native", "amx_bf16", "ggml_blocks"), "a scale every 32 columns"
     assert chosen(Request(), ("bf16",)) == ("native", "amx_bf16", "ggml_blocks")
-    assert chosen(Request(), ("q8_0", "q8_0", "bf16")) == ("native", "avx512_vnni", "ggml_blocks")
+    assert chosen(Request(), ("q8_0", "q8_0", "f32")) == ("native", "avx512_vnni", "ggml_blocks")
     cpu(avx2="", serial="", amx_int8_emulated="")
     assert chosen(Request()) == ("native", "avx2", "ggml_blocks")
     cpu(amx_int8_emulated="", serial="no")
@@ -81,6 +87,7 @@ def test_the_environment_forces_an_instruction_set(cpu, monkeypatch) -> None:
     assert "avx2 by KTLAB_ISA" in dispatch.choose(Request(), Q8).reason
     assert chosen(Request(isa="avx512_vnni"))[1] == "avx512_vnni", "an argument counts more"
     assert chosen(Request(backend="torch"))[0] == "torch", "torch picks its own instructions"
+    assert chosen(Request(), ("iq1_m",))[0] == "torch", "no native code, no instruction set"
     monkeypatch.setenv("KTLAB_ISA", "amx_int8")
     with pytest.raises(
         SettingError, match=r"KTLAB_ISA is set\).*the CPU lacks it; usable here: native avx512_vnni"
@@ -93,10 +100,13 @@ def test_the_environment_forces_an_instruction_set(cpu, monkeypatch) -> None:
 
 def test_what_is_named_never_falls_back(cpu) -> None:
     cpu(avx2="")
-    for words in ({"backend": "torch", "isa": "avx2"}, {"backend": "torch", "layout": "packed"},
-                  {"backend": "numpy", "layout": "packed"}):  # fmt: skip
+    for request in (
+        Request(backend="torch", isa="avx2"),
+        Request(backend="torch", layout="packed"),
+        Request(backend="numpy", layout="packed"),
+    ):
         with pytest.raises(SettingError, match="no such combination"):
-            dispatch.choose(Request(**words), Q8)
+            dispatch.choose(request, Q8)
     with pytest.raises(SettingError, match="has no kernel for|the CPU lacks it"):
         dispatch.choose(Request(isa="avx512_vnni"), Q8)
 

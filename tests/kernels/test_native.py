@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavai
 FORMATS = native.formats()
 ISAS = [isa for isa in NATIVE_ISAS if not native.isas().get(isa, "not built")]
 PAIRS = [(isa, format) for isa in ISAS for format in FORMATS if native.computes(isa, format)]
+SOME = ("q8_0", "q4_k", "q6_k", "int8_channel", "bf16", "f32")
 SHAPES = [(48, 256), (33, 512), (17, 288), (5, 1408), (7, 33), (1, 1)]
 TOKENS = (1, 2, 3, 7, 16, 33, 256)
 BOUND = {"f32": 1e-5, "f16": 1e-3, "bf16": 1e-2}
@@ -173,11 +174,11 @@ def test_moe(isa: str, format: str) -> None:
 MIXES = [("q4_k", "q4_k", "q6_k"), ("q8_0", "bf16", "q5_0"), ("int8_channel", "q3_k", "f32")]
 
 
-@pytest.mark.parametrize("formats", MIXES, ids="+".join)
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("isa", "formats"),
+    [(isa, mix) for isa in ISAS for mix in MIXES if all(native.computes(isa, f) for f in mix)],
+)
 def test_gate_up_and_down_may_differ_in_format_and_layout(isa: str, formats) -> None:
-    if not all(native.computes(isa, format) for format in formats):
-        pytest.skip(f"{isa} does not compute all of {formats}")
     banks, x, exact_ETD = moe_case(formats, tokens=40)
     blocks, packed = banks["ggml_blocks"], banks["packed"]
     for tokens in (1, 9, 40):
@@ -186,11 +187,8 @@ def test_gate_up_and_down_may_differ_in_format_and_layout(isa: str, formats) -> 
         assert relative(found, weighted(exact_ETD, ids, weights)) < MOE_INT8
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("format", ["q8_0", "q4_k", "q6_k", "int8_channel", "bf16", "f32"])
+@pytest.mark.parametrize(("isa", "format"), [p for p in PAIRS if p[1] in SOME])
 def test_bits_do_not_depend_on_the_run_the_threads_or_the_neighbours(isa, format) -> None:
-    if not native.computes(isa, format):
-        pytest.skip(f"{isa} does not compute {format}")
     tensor = make(format, 80, 512)
     x = activations(40, 512)
     for layout in ("ggml_blocks", "packed"):
@@ -203,11 +201,9 @@ def test_bits_do_not_depend_on_the_run_the_threads_or_the_neighbours(isa, format
             assert np.array_equal(alone, first), (layout, few)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", [isa for isa, format in PAIRS if format == "q8_0"])
 def test_moe_has_the_same_bits_at_every_thread_count(isa: str) -> None:
     bank = [laid_out(tensor, "packed") for tensor in bank_of("q8_0")]
-    if not native.computes(isa, "q8_0"):
-        pytest.skip(f"{isa} does not compute q8_0")
     call = (activations(50, 288), routings(50, 6)["first half of the experts"],
             np.random.default_rng(0).random((50, 3), dtype=np.float32))  # fmt: skip
     first = moe(bank, isa, call)
@@ -215,12 +211,9 @@ def test_moe_has_the_same_bits_at_every_thread_count(isa: str) -> None:
         assert np.array_equal(moe(bank, isa, call, threads=threads), first)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("format", ["q8_0", "q4_k", "f32", "bf16"])
+@pytest.mark.parametrize(("isa", "format"), [p for p in PAIRS if p[1] in SOME])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_stay_in_their_row(isa: str, format: str, bad: float) -> None:
-    if not native.computes(isa, format):
-        pytest.skip(f"{isa} does not compute {format}")
     weights = laid_out(make(format, 33, 256), "packed")
     for tokens in (3, 40):
         clean = activations(tokens, 256)

@@ -224,3 +224,46 @@ def test_html_is_escaped():
 )
 def test_version_numbers(text, numbers):
     assert checks._numbers(text) == numbers
+
+
+def test_kernels_are_reported_with_the_reason_for_each(monkeypatch):
+    from ktlab.kernels import native, numba_backend
+
+    found = {check.name: check for check in checks.kernels()}
+    assert {"native", "KTLAB_ISA", "numba kernels", "kernel threads", "NUMA nodes"} <= set(found)
+    assert set(native.isas()) <= set(found)
+
+    known = {"serial": "", "avx2": "the CPU lacks avx2 (cpuid 7.0 EBX 5)", "amx_int8_emulated": ""}
+    monkeypatch.setattr(native, "isas", lambda: known)
+    monkeypatch.setattr(native, "unavailable", lambda: "")
+    monkeypatch.setenv("KTLAB_ISA", "avx2")
+    found = {check.name: check for check in checks.kernels()}
+    assert found["native"].verdict == "ok" and found["serial"].found == "usable"
+    assert found["avx2"].found == "no" and "cpuid 7.0" in found["avx2"].why
+    assert "tests and lessons" in found["amx_int8_emulated"].found
+    assert found["KTLAB_ISA"].verdict == "warn" and "serial" in found["KTLAB_ISA"].do
+    monkeypatch.setenv("KTLAB_ISA", "serial")
+    assert {c.name: c for c in checks.kernels()}["KTLAB_ISA"].verdict == "ok"
+
+    monkeypatch.setattr(native, "isas", dict)
+    monkeypatch.setattr(native, "unavailable", lambda: "not built: no compiler")
+    monkeypatch.setattr(numba_backend, "unavailable", lambda: "numba is not installed")
+    found = {check.name: check for check in checks.kernels()}
+    assert found["native"].found == "not built" and "no compiler" in found["native"].why
+    assert found["numba kernels"].verdict == "warn"
+
+
+def test_provenance_says_which_kernels_were_there(monkeypatch):
+    from ktlab.kernels import native
+    from ktlab.measurement.provenance import Provenance
+
+    monkeypatch.setattr(native, "unavailable", lambda: "not built: no compiler")
+    assert "not built: no compiler" in str(Provenance.collect())
+    monkeypatch.setattr(native, "unavailable", lambda: "")
+    monkeypatch.setattr(
+        native, "isas", lambda: {"serial": "", "avx2": "no", "amx_int8_emulated": ""}
+    )
+    monkeypatch.setenv("KTLAB_ISA", "serial")
+    found = Provenance.collect()
+    assert found.kernels.startswith("native kernels serial, ") and "KTLAB_ISA=serial" in str(found)
+    assert Provenance.from_json(found.to_json()) == found

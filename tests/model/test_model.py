@@ -21,7 +21,14 @@ OVERRIDES = [
     {"attention": "naive"},
     {"attention": {0: "naive"}},
     {"backend": "numpy"},
+    {"backend": "torch"},
+    {"backend": {1: "numpy", "attention": "torch"}},
+    {"layout": "packed"},
+    {"layout": {"experts": "packed"}, "threads": 1},
+    {"few": 1},
     {"quantize": "q4_0"},
+    {"format": "int8_channel"},
+    {"format": {"experts": "int4_group32", "attention": "int8_channel"}, "layout": "packed"},
     {"quantize": {"attention": "q4_0", "shared": "q5_0", "dense": "q4_0", "output": "q8_0"}},
     {"mask": {1: [0, 3]}},
     {"force": {2: [7]}},
@@ -41,7 +48,7 @@ def test_override_changes_and_restores_bit_for_bit(model: Model, changes: dict) 
         assert model.settings != settings
         inside = model.forward(IDS)
         assert inside.isfinite().all()
-        if not set(changes) <= {"attention", "backend"}:
+        if not set(changes) <= {"attention", "backend", "layout", "threads", "few"}:
             assert not torch.equal(inside, before)
     assert model.settings == settings
     assert torch.equal(model.forward(IDS), before)
@@ -78,6 +85,12 @@ def test_a_switch_set_on_the_stage_is_the_same_switch(model: Model) -> None:
         ({"top_k": {0: 2}}, r"layers \[0\] cannot take it; it applies to layers \[1, 2\]"),
         ({"attention": "absorbd"}, 'did you mean "absorbed"'),
         ({"backend": "cuda"}, "backend 'cuda' is unknown"),
+        ({"layout": "tiles"}, "expected one of auto, ggml_blocks, packed"),
+        ({"isa": "avx2", "backend": "torch"}, "no such combination"),
+        ({"threads": 0}, "threads = 0"),
+        ({"numa": 77}, "numa = 77: there is no such node"),
+        ({"layout": {0: "packed"}}, r"layout: \[0\] cannot take it; expected layers with experts"),
+        ({"format": "q4_0", "quantize": "q4_0"}, "two names of one switch"),
         ({"quantize": {"expert": "q4_0"}}, 'did you mean "experts"'),
         ({"quantize": "q4_9"}, "q4_9"),
         ({"mask": [1, 2]}, "layer by layer"),
@@ -297,3 +310,44 @@ def test_few_requantized_banks_are_kept(model: Model) -> None:
     for format in ("q4_0", "q4_1", "q5_0", "q5_1"):
         bank.quantized(format)
     assert list(bank._requantized) == ["q5_0", "q5_1"]
+
+
+def test_switches_reach_every_matrix_or_those_that_are_named(model: Model) -> None:
+    with model.override(backend="numpy"):
+        settings = model.settings
+        assert set(settings.kernel.values()) == {"numpy BLAS's choice, ggml_blocks"}
+        assert set(settings.matrices) == {"attention", "dense", "shared", "output"}
+        assert set(settings.matrices.values()) == {"numpy BLAS's choice, ggml_blocks"}
+        assert "backend numpy" in str(settings)
+    with model.override(backend={"shared": "torch", 2: "numpy"}):
+        assert [bank.kernel.backend for bank in model.experts][1] == "numpy"
+        assert model.settings.matrices["shared"].startswith("torch")
+        assert model.experts[0].backend == "auto"
+        assert model.output.backend == "auto"
+
+
+def test_a_clone_has_kernels_of_its_own_for_every_matrix(model: Model) -> None:
+    settings = model.settings
+    twin = model.clone()
+    twin.set(backend="numpy")
+    assert model.settings == settings != twin.settings
+    assert (twin.forward(IDS) - model.forward(IDS)).abs().median() < 0.1
+
+
+def test_experts_are_switched_together(model: Model) -> None:
+    twin = model.clone()
+    twin.experts.use(backend="numpy", format="q4_0")
+    assert twin.experts[0].format == "q4_0" and model.experts[0].format == "q8_0"
+    assert twin.settings.matrices == model.settings.matrices, "the experts alone"
+    assert "numpy" in repr(twin.experts) and len(twin.experts.explain()) == 1
+
+
+def test_settings_say_what_computes_and_go_to_json(model: Model) -> None:
+    import json
+
+    with model.override(backend="numba", layout="packed", threads=1, few=3):
+        found = model.settings.to_dict()
+    assert found["backend"] == "numba" and found["layout"] == "packed" and found["isa"] == "auto"
+    assert found["kernel"] == "numba LLVM's choice, packed, 1 thread, few 3"
+    assert json.loads(json.dumps(found)) is not None
+    assert model.trace("some text").settings["kernel"] == model.settings.to_dict()["kernel"]

@@ -1,0 +1,201 @@
+"""Live views of notebook 06: kernels under the roofline, and the border of few and many tokens."""
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+
+from ktlab import figures, html
+from ktlab.kernels.switch_measurement import SwitchCurve
+from ktlab.measurement.kernel_points import TOKENS, KernelRoofline, stream_points
+from ktlab.notebook.css import style
+from ktlab.notebook.instrument import Instrument, Snapshot, live
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+    from ktlab.model.model import Model
+
+SHAPES = ("deepseek-v2-lite", "deepseek-v2", "deepseek-v3")
+FORMATS = ("q4_k_m", "q8_0", "int8_channel", "q4_0", "bf16")
+SLOTS = 18
+"""Curves that the live figure has room for: it keeps its traces."""
+
+
+class RooflineView(Instrument):
+    """Every usable kernel as measured points; `result` has them. Options go to `stream_points`."""
+
+    title = "Every kernel under this machine's roofline"
+
+    def __init__(self, model: "Model", **options: Any) -> None:
+        super().__init__(model)
+        self.result: KernelRoofline | None = None
+        self._options = options
+        self.shape_choice = widgets.Dropdown(options=SHAPES, description="layer of")
+        self.format_choice = widgets.Dropdown(options=FORMATS, description="weights as")
+        self.again = widgets.Button(description="measure again", icon="refresh")
+        self.stop_button = widgets.Button(description="stop", icon="stop")
+        for control in (self.shape_choice, self.format_choice):
+            control.layout.width = "240px"
+            control.style.description_width = "76px"
+            control.observe(lambda _: self.refresh(), "value")
+        for button, action in ((self.again, self.refresh), (self.stop_button, self.stop)):
+            button.layout.width = "auto"
+            button.on_click(lambda _, action=action: action())
+        self.chart = live(_slots(None))
+        self.table = widgets.HTML()
+        controls = [self.shape_choice, self.format_choice, self.again, self.stop_button]
+        row = widgets.HBox(controls)
+        row.add_class("kt-controls")
+        self.body.children = [row, self.chart, self.table]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Measure what is chosen, one number of tokens after the other."""
+        shape, format = self.shape_choice.value, self.format_choice.value
+
+        def job(cancel: threading.Event) -> None:
+            def say(text: str) -> None:
+                self.publish(cancel, lambda: self._tell(text))
+
+            options = {"progress": say, **self._options}
+            for result in stream_points(shape, format, cancel=cancel, **options):
+                if not self.publish(cancel, lambda r=result: self._keep(r)):  # type: ignore[misc]
+                    return
+
+        self.submit(job, f"measuring {format} at {shape}'s widths")
+
+    def stop(self) -> None:
+        """Stop measuring; the points so far stay."""
+        self.worker.cancel()
+
+    def _tell(self, text: str) -> None:
+        self._doing = text
+        self._on_busy(True)
+
+    def _keep(self, result: KernelRoofline) -> None:
+        self.result = result
+        self.note = result.what + ("" if result.done else "; more tokens follow")
+        fig = _slots(result)
+        with self.chart.batch_update():
+            for old, new in zip(self.chart.data, fig.data, strict=True):
+                for name in ("x", "y", "text", "name", "mode", "visible", "showlegend",
+                             "line", "marker", "hovertemplate", "hoverinfo"):  # fmt: skip
+                    setattr(old, name, getattr(new, name))
+            self.chart.layout.annotations = fig.layout.annotations
+        self.table.value = result_table(result)
+
+    def figures(self) -> dict[str, Any]:
+        """The best kernel at each number of tokens."""
+        if self.result is None:
+            return {}
+        best: dict[str, Any] = {}
+        for count in dict.fromkeys(c.tokens for c in self.result.cases):
+            case = min((c for c in self.result.cases if c.tokens == count), key=_seconds)
+            name = f"{case.backend} {case.isa} {case.layout}"
+            best[f"{count} tokens"] = f"{name}, {100 * case.ceiling_share:.0f} % of {case.ceiling}"
+        return best
+
+    def to_html(self) -> str:
+        with self.worker.lock:
+            table = result_table(self.result) if self.result else "nothing measured yet"
+            return html.card(
+                self.title, html.Raw(style("instrument")), html.Raw(table),
+                html.Raw(f'<div class="s">{html.text(self.note)}</div>'),
+            )  # fmt: skip
+
+    def snapshot(self) -> Snapshot:
+        self.wait(None)
+        chart = [self.result.plot()] if self.result else []
+        return Snapshot(self.to_html(), *chart, plain=repr(self))
+
+
+def _seconds(case: Any) -> float:
+    return float(case.median_s)
+
+
+def result_table(result: KernelRoofline) -> str:
+    """The best of each number of tokens; everything else behind a click, with what is missing."""
+    headers = ("tokens", "kernel", "median", "GFLOP/s", "GB/s", "of the ceiling", "error")
+    rows = result.rows()
+    first = [next(r for r in rows if r[0] == t) for t in dict.fromkeys(r[0] for r in rows)]
+    parts = [html.Raw("<b>the fastest at each number of tokens</b>"), html.table(first, headers)]
+    parts.append(html.details(f"all {len(rows)} points", html.table(rows, headers)))
+    if result.left_out:
+        parts.append(html.details(f"{len(result.left_out)} not measured: why",
+                                  html.pairs(result.left_out)))  # fmt: skip
+    return html.card("", *parts)
+
+
+def _slots(result: KernelRoofline | None) -> "Figure":
+    """The roofline with a fixed number of traces, the unused ones empty and invisible."""
+    fig = result.plot() if result else figures.roofline({}, read=0, peaks={})
+    while len(fig.data) < SLOTS:
+        fig.add_scatter(x=[], y=[], visible=False, showlegend=False, mode="markers")
+    return fig
+
+
+def switch_figure(curve: SwitchCurve) -> "Figure":
+    """Both paths over the number of tokens; the measured border, and the one in force."""
+    fig = curve.plot()
+    fig.layout.annotations = ()
+    fig.layout.shapes = ()
+    fig.update_layout(margin_t=58)
+    lines = (
+        (curve.default_few, f"in force: few = {curve.default_few}", figures.VERMILION, "top"),
+        (curve.few, f"measured here: {curve.few}", figures.INK, "bottom"),
+    )
+    for few, name, color, side in lines:
+        if few:
+            fig.add_vline(
+                x=few * 2**0.5 if few < max(p.tokens for p in curve.points) else few,
+                line={"color": color, "dash": "dot" if side == "bottom" else "solid", "width": 2},
+                annotation={"text": name, "font": {"color": color}},
+                annotation_position=f"{side} right",
+            )  # fmt: skip
+    return fig
+
+
+def kernel_frame(
+    model: "Model", settings: dict[str, dict[str, Any]], ids: list[int]
+) -> "pd.DataFrame":
+    """Each setting's kernel and its error: relative distance of the experts' outputs of the first
+    layer with experts, and of the logits, from float32 products of the stored weights."""
+    import numpy as np
+    import pandas as pd
+
+    from ktlab.probe import Recorder
+
+    name = f"layers.{model.moe_blocks[0].index}.experts.output"
+
+    def outputs(words: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
+        recorder = Recorder((name,))
+        with model.override(**words):
+            logits = model.forward(ids, probe=recorder).numpy()
+            kernel = str(model.moe_blocks[0].experts.kernel)
+        return recorder.joined()[name].numpy(), logits, kernel
+
+    exact, exact_logits, _ = outputs({"backend": "torch"})
+    rows = []
+    for label, words in settings.items():
+        found, logits, kernel = outputs(words)
+        rows.append(
+            {
+                "setting": label,
+                "kernel": kernel,
+                "experts' output": _relative(found, exact),
+                "logits": _relative(logits, exact_logits),
+            }
+        )
+    return pd.DataFrame(rows).set_index("setting")
+
+
+def _relative(found: Any, exact: Any) -> str:
+    import numpy as np
+
+    error = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+    return f"{100 * error:.2g} %"
+
+
+assert TOKENS

@@ -1,0 +1,72 @@
+"""Notebook 06 in JupyterLab in Chromium: bytes that answer the mouse, a walk, the roofline.
+
+Leaves screenshots in .artifacts/screenshots.
+"""
+
+import pytest
+
+from tests.browser.lab import Lab
+
+pytestmark = pytest.mark.browser
+
+NOTEBOOK = "06_layouts_and_kernels.ipynb"
+LONG_S = 300
+OUTLINED = """() => [...document.querySelectorAll('.kb-panel i')]
+    .filter(cell => getComputedStyle(cell).outlineStyle === 'solid').length"""
+TRACES = """() => [...document.querySelectorAll('.js-plotly-plot')].some(plot =>
+    plot.data.filter(trace => trace.mode === 'lines+markers' && trace.x?.length > 1).length > 3)"""
+
+
+def cell_of(lab: Lab, source: str) -> int:
+    """Index of the first code cell that contains `source`."""
+    cells = lab.page.evaluate(
+        "() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells"
+    )
+    return next(
+        i for i, c in enumerate(cells) if c["cell_type"] == "code" and source in "".join(c["source"])
+    )
+
+
+@pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 800)])
+def test_layouts_and_kernels(lab: Lab, theme: str, width: int) -> None:
+    lab.open(NOTEBOOK, theme=theme, width=width, height=1300)
+    page, name = lab.page, f"{theme}-{width}"
+    lab.run_all(LONG_S)
+
+    lab.show_cell(cell_of(lab, "bytes_view = "))
+    byte = lab.wait_for(".kb-blocks i.w0")
+    byte.hover()
+    assert page.evaluate(OUTLINED) > 0, "the packed drawing does not mark the hovered weights"
+    says = byte.get_attribute("data-t") or ""
+    assert "column 0, code" in says
+    lab.screenshot(f"layouts-bytes-{name}")
+    page.locator(".kb-panel i.mine").nth(40).hover()
+    lab.screenshot(f"layouts-bytes-packed-{name}")
+    assert page.evaluate(
+        "() => { const k = document.querySelector('.kb'); return k.scrollWidth <= k.clientWidth + 1 }"
+    ), "the drawing is wider than the page"
+
+    lab.show_cell(cell_of(lab, "tile_view = "))
+    lab.wait_until("document.querySelectorAll('.js-plotly-plot .hm').length >= 3")
+    page.wait_for_timeout(500)
+    lab.screenshot(f"layouts-tiles-{name}")
+    lab.wait_until(
+        "[...document.querySelectorAll('.kt-status')].some(s => s.innerText.includes('TDPBSUD'))"
+    )
+    page.click("button:text-is('AVX-512: VPDPBUSD')")
+    lab.wait_until(
+        "[...document.querySelectorAll('.kt-status')].some(s => s.innerText.includes('VPDPBUSD'))"
+    )
+    lab.screenshot(f"layouts-tiles-vnni-{name}")
+
+    lab.show_cell(cell_of(lab, "roofline = "))
+    lab.wait_until(TRACES, LONG_S)
+    page.wait_for_timeout(800)
+    lab.screenshot(f"layouts-roofline-{name}")
+    lab.show_cell(cell_of(lab, "switch_figure"))
+    page.wait_for_timeout(1500)
+    lab.screenshot(f"layouts-switch-{name}")
+    lab.show_cell(cell_of(lab, "kernel_frame(model"))
+    page.wait_for_timeout(800)
+    lab.screenshot(f"layouts-errors-{name}")
+    assert not lab.complaints()
