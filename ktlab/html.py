@@ -14,11 +14,11 @@ _STYLE = (
     ".ktlab{font-family:var(--jp-ui-font-family,system-ui,sans-serif);font-size:13px;"
     "line-height:1.45;color:var(--jp-ui-font-color1,inherit);max-width:960px;overflow-x:auto}"
     ".ktlab table{border-collapse:collapse;margin:4px 0;font-variant-numeric:tabular-nums}"
-    # Three steps deep, because JupyterLab's own rule for tables in outputs is two.
-    "div.ktlab table th{text-align:left;font-weight:600;opacity:.75;padding:2px 14px 2px 0;"
+    # Named three times, because JupyterLab's own rule for tables in outputs names two classes.
+    "div.ktlab.ktlab.ktlab table th{text-align:left;font-weight:600;opacity:.75;padding:2px 14px 2px 0;"
     "border-bottom:1px solid color-mix(in srgb,currentColor 35%,transparent)}"
-    "div.ktlab table td{padding:2px 14px 2px 0;vertical-align:top;text-align:left}"
-    "div.ktlab table td.n,div.ktlab table th.n{text-align:right}"
+    "div.ktlab.ktlab.ktlab table td{padding:2px 14px 2px 0;vertical-align:top;text-align:left}"
+    "div.ktlab.ktlab.ktlab table td.n,div.ktlab.ktlab.ktlab table th.n{text-align:right}"
     ".ktlab .t{font-weight:600}.ktlab .s{opacity:.7}"
     ".ktlab .b{display:inline-block;padding:0 7px;border-radius:9px;font-size:12px;"
     "border:1px solid color-mix(in srgb,currentColor 35%,transparent);margin-right:4px}"

@@ -6,7 +6,6 @@ Letters: R rows, C columns rounded up to 32, P panels of 16 rows, G groups of 32
 
 from collections.abc import Iterator
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +16,7 @@ from ktlab.kernels.codings import CHUNK, CODINGS, GROUP, PANEL, Coding
 from ktlab.kernels.numba_formats import spec
 from ktlab.kernels.numba_products import dequantize_rows, scratch
 from ktlab.kernels.numba_workers import share
+from ktlab.kernels.threads import default_threads
 from ktlab.kernels.weights import GGML_BLOCKS, PACKED, Weights, aligned_bytes, check_cols
 from ktlab.quantization import get_format
 
@@ -293,4 +293,4 @@ def _pieces(weights: Weights) -> list[tuple[int, int, int]]:
 
 
 def _threads(threads: int | None) -> int:
-    return numba.get_num_threads() if threads is None else threads
+    return default_threads() if threads is None else threads

@@ -255,7 +255,7 @@ def stream_twin(
 
 
 def _say(say: Progress, phase: str, text: str) -> None:
-    say(f"{phase}, {text}")
+    say(f"{phase}, {text}".replace(", 1 tokens", ", 1 token"))
 
 
 class SmallRates(Rates):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SHAPES = ("deepseek-v2-lite", "deepseek-v2", "deepseek-v3")
 FORMATS = ("q4_k_m", "q8_0", "int8_channel", "q4_0", "bf16")
-SLOTS = 18
+SLOTS = 32
 """Curves that the live figure has room for: it keeps its traces."""
 
 
@@ -131,8 +131,14 @@ def result_table(result: KernelRoofline) -> str:
 def _slots(result: KernelRoofline | None) -> "Figure":
     """The roofline with a fixed number of traces, the unused ones empty and invisible."""
     fig = result.plot() if result else figures.roofline({}, read=0, peaks={})
+    fig.update_traces(visible=True)
     while len(fig.data) < SLOTS:
         fig.add_scatter(x=[], y=[], visible=False, showlegend=False, mode="markers")
+    if result is None:
+        fig.add_annotation(
+            text="the first points come in a few seconds", showarrow=False, x=0.5, y=0.5,
+            xref="paper", yref="paper", font={"color": figures.INK, "size": 14},
+        )  # fmt: skip
     return fig
 
 

@@ -149,11 +149,11 @@ class Walk:
         )
         base = figures.figure(height=330)
         fig = make_subplots(
-            1, 3, column_widths=[0.4, 0.4, 0.2], horizontal_spacing=0.055,
+            1, 3, column_widths=[0.4, 0.4, 0.2], horizontal_spacing=0.085,
             subplot_titles=(
-                "A: 16 tokens × 64 bytes, int8",
-                "B: 16 lines × 64 bytes, codes as packed",
-                "C: 16 × 16, int32",
+                "A: activations",
+                "B: codes as packed",
+                "C: sums",
             ),
         )  # fmt: skip
         fig.update_layout({**base.layout.to_plotly_json(), "xaxis": {}, "yaxis": {}})

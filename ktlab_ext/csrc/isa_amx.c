@@ -13,7 +13,11 @@
  * compiler may leave the configuration or the operands in registers. */
 #define TILE_CONFIG(config) __asm__ volatile("ldtilecfg %0" : : "m"(*(config)) : "memory")
 #define TILE_ZERO(t) _tile_zero(t)
-#define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
+#define TILE_LOAD(t, p, stride)             \
+    do {                                    \
+        __asm__ volatile("" : : : "memory"); \
+        _tile_loadd(t, p, stride);          \
+    } while (0)
 #define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
 #define TILE_DOT_S8U8(c, a, b) _tile_dpbsud(c, a, b)
 #define TILE_DOT_BF16(c, a, b) _tile_dpbf16ps(c, a, b)

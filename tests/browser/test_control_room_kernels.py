@@ -23,9 +23,9 @@ def test_switches_and_twin(lab: Lab, theme: str, width: int) -> None:
     lab.wait_until(f"{KERNEL.format('layout')} === 'packed'", 5)
     lab.wait_until(f"{SETTING} === 'k=8 · packed'", LONG_S)
     offered = page.locator(".cr-c-isa option").all_inner_texts()
-    assert offered[0] == "auto" and "serial" in offered and "amx_bf16" not in offered
+    assert offered[0] == "auto" and "serial" in offered
     title = page.locator(".cr-c-isa select").get_attribute("title") or ""
-    assert "amx_bf16: amx_bf16 has no kernel for q8_0" in title or "amx_bf16: " in title
+    assert "not on offer" in title or "all usable here" in title
     page.select_option(".cr-c-isa select", "avx2")
     lab.wait_until(f"{KERNEL.format('kernel')} === 'native avx2'", 5)
     page.select_option(".cr-c-backend select", "numba")  # frees the instruction set
@@ -38,7 +38,7 @@ def test_switches_and_twin(lab: Lab, theme: str, width: int) -> None:
     lab.screenshot(f"control-room-kernels-{name}")
     page.click(".cr-explain summary")
 
-    page.select_option(".cr-c-twin select", "deepseek-v2-lite")
+    page.select_option(".cr-c-twin select", "deepseek-v2-lite: 2048 x 1408")
     lab.wait_until(f"{STATUS} === 'twin'", LONG_S)
     page.wait_for_timeout(1500)
     lab.screenshot(f"control-room-twin-busy-{name}")

@@ -23,7 +23,9 @@ def cell_of(lab: Lab, source: str) -> int:
         "() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells"
     )
     return next(
-        i for i, c in enumerate(cells) if c["cell_type"] == "code" and source in "".join(c["source"])
+        i
+        for i, c in enumerate(cells)
+        if c["cell_type"] == "code" and source in "".join(c["source"])
     )
 
 
@@ -43,7 +45,7 @@ def test_layouts_and_kernels(lab: Lab, theme: str, width: int) -> None:
     page.locator(".kb-panel i.mine").nth(40).hover()
     lab.screenshot(f"layouts-bytes-packed-{name}")
     assert page.evaluate(
-        "() => { const k = document.querySelector('.kb'); return k.scrollWidth <= k.clientWidth + 1 }"
+        "() => [...document.querySelectorAll('.kb')].every(k => k.scrollWidth <= k.clientWidth + 1)"
     ), "the drawing is wider than the page"
 
     lab.show_cell(cell_of(lab, "tile_view = "))
@@ -63,7 +65,7 @@ def test_layouts_and_kernels(lab: Lab, theme: str, width: int) -> None:
     lab.wait_until(TRACES, LONG_S)
     page.wait_for_timeout(800)
     lab.screenshot(f"layouts-roofline-{name}")
-    lab.show_cell(cell_of(lab, "switch_figure"))
+    lab.show_cell(cell_of(lab, "switch_figure(curve)"))
     page.wait_for_timeout(1500)
     lab.screenshot(f"layouts-switch-{name}")
     lab.show_cell(cell_of(lab, "kernel_frame(model"))

@@ -190,10 +190,11 @@ def test_gate_up_and_down_may_differ_in_format_and_layout(isa: str, formats) -> 
 @pytest.mark.parametrize(("isa", "format"), [p for p in PAIRS if p[1] in SOME])
 def test_bits_do_not_depend_on_the_run_the_threads_or_the_neighbours(isa, format) -> None:
     tensor = make(format, 80, 512)
-    x = activations(40, 512)
     for layout in ("ggml_blocks", "packed"):
         weights = laid_out(tensor, layout)
         for few in (0, MANY):
+            # Under amx_* few tokens go to avx512, which itself changes path after eight.
+            x = activations(8 if few and isa.startswith("amx") else 40, 512)
             first = linear(weights, isa, x, few=few)
             for threads in (1, 2, 3, 4, 16):
                 assert np.array_equal(linear(weights, isa, x, few=few, threads=threads), first)

@@ -32,6 +32,7 @@ ERROR = 1e-5
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Bank = tuple[Weights, Weights, Weights]
 
 
 @pytest.fixture(autouse=True)
@@ -120,14 +121,15 @@ def moe_judge(
 
 def make_bank(
     layout: str, formats: tuple[str, ...], experts: int = 5, hidden: int = 256, width: int = 288
-) -> tuple[Any, list[Doubles]]:
+) -> tuple[Bank, list[Doubles]]:
     """Gate, up and down in a layout, and their exact values."""
     shapes = ((width, hidden), (width, hidden), (hidden, width))
     blocks = [
         random_weights(format, experts, *shape, seed=i)
         for i, (format, shape) in enumerate(zip(formats, shapes, strict=True))
     ]
-    return [in_layout(w, layout) for w in blocks], [exact(w) for w in blocks]
+    gate, up, down = (in_layout(w, layout) for w in blocks)
+    return (gate, up, down), [exact(w) for w in blocks]
 
 
 # ---- products ----------------------------------------------------------------------------------
@@ -329,10 +331,12 @@ def test_large_gates_do_not_overflow() -> None:
     """silu(-1000) is 0 and silu(1000) is 1000, though exp(1000) is not finite."""
     shape = (1, 32, 32)
     matrices = [np.eye(32, dtype=np.float32).reshape(shape) * s for s in (1000, 1, 1)]
-    bank = [Weights.from_blocks("f32", shape, m.view(np.uint8)) for m in matrices]
+    gate, up, down = (Weights.from_blocks("f32", shape, m.view(np.uint8)) for m in matrices)
     hidden = np.ones((1, 32), np.float32)
     hidden[0, :16] = -1
-    found = numba_kernels.moe(*bank, hidden, np.zeros((1, 1), np.int64), np.ones((1, 1), "f4"))
+    found = numba_kernels.moe(
+        gate, up, down, hidden, np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32)
+    )
     np.testing.assert_array_equal(found[0], np.repeat([0, 1000], 16).astype(np.float32))
 
 
