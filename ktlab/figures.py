@@ -289,24 +289,23 @@ def roofline(
     fig = figure(title, x="operations per byte of weights touched", y=unit, height=height)
     at = [x for found in points.values() for x, _, _ in found]
     low, high = (min(at) / 2, max(at) * 2) if at else (0.5, 1000.0)
-    for number, (name, peak) in enumerate(sorted(peaks.items(), key=lambda item: -item[1])):
-        if read <= 0:
-            continue
-        ridge = peak / read
-        x = [min(low, ridge / 2), ridge, max(high, 2 * ridge)]
-        fig.add_scatter(
-            x=x, y=[x[0] * read, peak, peak], mode="lines", hoverinfo="skip", showlegend=False,
-            line={"color": INK, "width": 1, "dash": DASHES[number % len(DASHES)]},
-        )  # fmt: skip
-        fig.add_annotation(
-            x=np.log10(x[2]), y=np.log10(peak), text=f"{name} {peak:,.0f}", showarrow=False,
-            xanchor="right", yanchor="bottom", font={"color": INK, "size": 11},
-        )  # fmt: skip
-    if read > 0:
-        fig.add_annotation(
-            x=np.log10(low * 1.15), y=np.log10(low * 1.15 * read), text=f"read {read:.3g} GB/s",
-            showarrow=False, xanchor="left", yanchor="bottom", font={"color": INK, "size": 11},
-        )  # fmt: skip
+    if read > 0 and peaks:
+        top = max(peaks.values())
+        ceilings = [([low, top / read], [low * read, top])]
+        ceilings += [([p / read, max(high, 2 * top / read)], [p, p]) for p in peaks.values()]
+        for x, y in ceilings:
+            fig.add_scatter(
+                x=x, y=y, mode="lines", hoverinfo="skip", showlegend=False,
+                line={"color": INK, "width": 1.2},
+            )  # fmt: skip
+        notes = [(low * 1.15, low * 1.15 * read, f"read {read:.3g} GB/s", "left")]
+        right = max(high, 2 * top / read)
+        notes += [(right, peak, words, "right") for peak, words in _side_by_side(peaks)]
+        for at_x, at_y, words, side in notes:
+            fig.add_annotation(
+                x=np.log10(at_x), y=np.log10(at_y), text=words, showarrow=False, xanchor=side,
+                yanchor="bottom", font={"color": INK, "size": 11},
+            )  # fmt: skip
     for number, (name, found) in enumerate(points.items()):
         fig.add_scatter(
             x=[x for x, _, _ in found], y=[y for _, y, _ in found], name=name,
@@ -319,6 +318,18 @@ def roofline(
     fig.update_xaxes(type="log").update_yaxes(type="log")
     legend = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
     return fig.update_layout(legend=legend)
+
+
+def _side_by_side(peaks: Mapping[str, float]) -> list[tuple[float, str]]:
+    """(height, words) of each ceiling; those that lie within 40 % share one line of words."""
+    lines: list[tuple[float, str]] = []
+    for name, peak in sorted(peaks.items(), key=lambda item: item[1]):
+        words = f"{name} {peak:,.0f}"
+        if lines and peak < 1.4 * lines[-1][0]:
+            lines[-1] = (peak, f"{lines[-1][1]} · {words}")
+        else:
+            lines.append((peak, words))
+    return lines
 
 
 def _heatmap(

@@ -15,7 +15,8 @@ _STYLE = (
     "line-height:1.45;color:var(--jp-ui-font-color1,inherit);max-width:960px;overflow-x:auto}"
     ".ktlab table{border-collapse:collapse;margin:4px 0;font-variant-numeric:tabular-nums}"
     # Named three times, because JupyterLab's own rule for tables in outputs names two classes.
-    "div.ktlab.ktlab.ktlab table th{text-align:left;font-weight:600;opacity:.75;padding:2px 14px 2px 0;"
+    "div.ktlab.ktlab.ktlab table th{text-align:left;font-weight:600;opacity:.75;"
+    "padding:2px 14px 2px 0;"
     "border-bottom:1px solid color-mix(in srgb,currentColor 35%,transparent)}"
     "div.ktlab.ktlab.ktlab table td{padding:2px 14px 2px 0;vertical-align:top;text-align:left}"
     "div.ktlab.ktlab.ktlab table td.n,div.ktlab.ktlab.ktlab table th.n{text-align:right}"

@@ -48,6 +48,7 @@ from ktlab.kernels.numba_vectors import (
     load_u32,
     load_u64,
     minus,
+    prefetch,
     splat,
     store,
     times,
@@ -71,6 +72,13 @@ _SCALES = ("d", "row", "q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs")
 
 GROUPS = CHUNK // GROUP
 RUN = 16
+AHEAD = 4096
+"""Bytes. Packed panels are read in pieces that the processor does not foresee well: asking so far
+ahead takes Q4_K from 56 to 44 ns for 256 weights, Q6_K from 85 to 47, Q8_0 from 58 to 40 (2048
+and 8192 take 2 to 10 more). A single row in blocks gains nothing."""
+AHEAD_IN_ROW = 512
+"""The same where 16 rows in blocks are read side by side: four tokens of Q6_K from 245 to 138 ns,
+Q8_0 from 190 to 128, Q4_K from 150 to 125 (1024 takes 2 to 20 more)."""
 
 LOW_1 = np.uint64(0x0303030303030303)
 LOW_4 = np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -296,8 +304,10 @@ def rows_floats(
     groups = (here + GROUP - 1) // GROUP
     for r in range(PANEL):
         row = data + min(start + r, last - 1) * field(spec, ROW_BYTES)
+        p = row + c * field(spec, CHUNK_BYTES)
+        for i in range(0, field(spec, CHUNK_BYTES), codings.ALIGN):
+            prefetch(p + i + AHEAD_IN_ROW)
         if field(spec, FLOAT):
-            p = row + c * field(spec, CHUNK_BYTES)
             plain_row(spec, p, here, work + ROWS + 4 * CHUNK * r)
         else:
             scale, low = work + SCALE + 4 * RUN * r, work + LOW + 4 * RUN * r
@@ -324,6 +334,14 @@ def rows_floats(
 
 
 # ---- packed panels ------------------------------------------------------------------------------
+
+
+@inlined
+def ask_ahead(spec: Any, p: Any, g: Any) -> Any:
+    """Ask memory for the share of group g in what lies `AHEAD` of the chunk at p."""
+    share = field(spec, PACKED_BYTES) // GROUPS
+    for i in range(0, share, codings.ALIGN):
+        prefetch(p + g * share + i + AHEAD)
 
 
 @inlined
@@ -389,6 +407,7 @@ def panel_floats(spec: Any, panel: Any, c: Any, cols: Any, w: Any) -> Any:
         return groups
     with_low = field(spec, DMIN_AT) >= 0
     for g in range(groups):
+        ask_ahead(spec, p, g)
         for h in range(2):
             scale, low = panel_scales(spec, panel, p, groups, g, h)
             for v in range(4 * h, 4 * h + 4):

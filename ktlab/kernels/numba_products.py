@@ -28,6 +28,7 @@ from ktlab.kernels.numba_formats import (
     SCALE,
     SCRATCH,
     TILE,
+    ask_ahead,
     panel_codes,
     panel_floats,
     panel_scales,
@@ -112,6 +113,7 @@ def _panel_dot(spec: Any, panel: Any, cols: Any, x: Any, sums: Any, y: Any) -> A
         groups = (min(CHUNK, cols - c * CHUNK) + GROUP - 1) // GROUP
         p = panel + field(spec, PANEL_HEAD) + c * field(spec, PACKED_BYTES)
         for g in range(groups):
+            ask_ahead(spec, p, g)
             for h in range(2):
                 scale, low = panel_scales(spec, panel, p, groups, g, h)
                 a, b = splat(np.float32(0.0)), splat(np.float32(0.0))

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ktlab import figures, html
@@ -35,6 +36,9 @@ CALL_S = 0.6
 """A kernel that would take longer for a call is not measured at that number of tokens."""
 BESIDE_FASTEST = 2.0
 """... unless the fastest takes half as long or more: then the machine is slow, not the kernel."""
+BUDGET_S = 14.0
+"""When a share of this is used up, only the `LEADERS` fastest go on to more tokens."""
+LEADERS = 4
 WEIGHT_BYTES = 224 << 20
 """Experts in the file's layout: more than most caches hold, and small enough for Binder."""
 COPY_BYTES = 600 << 20
@@ -126,12 +130,14 @@ def stream_points(
     peers: Sequence[str] = PEERS,
     cancel: threading.Event | None = None,
     progress: Progress | None = None,
+    budget_s: float = BUDGET_S,
     seed: int = 0,
 ) -> Generator[KernelRoofline, None, None]:
     """Measure every usable kernel; yields after each number of tokens.
 
     `experts` kept in memory (None: `WEIGHT_BYTES` of them). Peers that are not installed, and
-    kernels that would take too long or too much memory, are left out with the reason.
+    kernels that would take too long or too much memory, are left out with the reason; on a slow
+    machine `budget_s` keeps only the fastest for many tokens.
     """
     full = get_shape(shape)
     formats = formats_of(format, full)
@@ -140,6 +146,7 @@ def stream_points(
     moe = get_shape(shape, wanted)
     threads = default_threads()
     left_out: dict[str, str] = {}
+    start = perf_counter()
     found: list[KernelCase] = []
 
     def say(text: str) -> None:
@@ -168,8 +175,10 @@ def stream_points(
             contenders += _peers(stack, peers, weights, inputs, format, threads, left_out, say)
             rates = SmallRates(threads)
             previous: dict[str, tuple[int, float]] = {}
-            for count in tokens:
+            for turn, count in enumerate(tokens):
                 able = _quick(contenders, count, previous, left_out)
+                if turn and perf_counter() - start > budget_s * turn / len(tokens):
+                    able = _leaders(able, count, previous, left_out)
                 samples = take_turns(able, count, rounds, rates, left_out, partial(_numbered, say))
                 exact_TD = weights.exact(inputs[count], min(count, SAMPLE_TOKENS))
                 for contender, seconds in samples:
@@ -225,6 +234,19 @@ def _quick(
         if seconds > limit:
             left_out[label] = f"from {count} tokens on: a call would take up to {seconds:.1f} s"
     return [c for c in contenders if c.label in expected and c.label not in left_out]
+
+
+def _leaders(
+    able: list[Contender],
+    count: int,
+    previous: dict[str, tuple[int, float]],
+    left_out: dict[str, str],
+) -> list[Contender]:
+    """The fastest at the number of tokens before; the others are left out."""
+    ordered = sorted(able, key=lambda c: previous[c.label][1])
+    for c in ordered[LEADERS:]:
+        left_out[c.label] = f"from {count} tokens on: the time was up, the fastest {LEADERS} go on"
+    return ordered[:LEADERS]
 
 
 def _numbered(say: Progress, text: str) -> None:

@@ -111,8 +111,8 @@ def drawing(shown: Bytes, offset: int = 0) -> str:
         f"{style('byte_drawing')}<style>{marks}</style>"
         f'<div class="kb" data-format="{text(shown.format)}" data-row="{first + row}">'
         f'<div class="kb-legend">{legend}</div>'
-        f'<div class="kb-head">in blocks: {len(blocks)} bytes hold 256 columns of row {first + row} '
-        f"of {text(shown.name)}</div>"
+        f'<div class="kb-head">in blocks: {len(blocks)} bytes hold 256 columns of row '
+        f"{first + row} of {text(shown.name)}</div>"
         f'<div class="kb-grid kb-blocks">{in_blocks}</div>'
         f'<div class="kb-head">packed: {len(panel):,} bytes hold the same columns of rows {first} '
         f"to {first + PANEL - 1}; one line is 64 bytes, one load of a vector register; row "

@@ -65,10 +65,14 @@ def _tile(found: Twin, phase: str, doing: str) -> str:
             f"± {50 * case.spread:.0f} %",
             f"{100 * case.ceiling_share:.0f} % of {case.ceiling}",
             f"error {100 * case.relative_error:.2g} %",
-            f"{case.kernel}, {case.layout}",
         )
         for label, case in ((found.label_a, a), (found.label_b, b))
     ]
-    body = f'{number(ratio, prefix="×")}<div class="cr-grey">{html.table(rows)}</div>'
+    kernels = "".join(
+        f"<div>{text(label)}: {text(case.kernel)}, {text(case.layout)}</div>"
+        for label, case in ((found.label_a, a), (found.label_b, b))
+    )
+    figures = f'<div class="cr-grey">{html.table(rows)}{kernels}</div>'
+    body = number(ratio, prefix="×") + figures
     label = f"{phase}, {tokens}: {found.label_a} → {found.label_b}"
     return tile(f"twin_{phase}", label, Raw(body), title, tone)

@@ -1,5 +1,6 @@
 """Live views of notebook 06: kernels under the roofline, and the border of few and many tokens."""
 
+import math
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -148,18 +149,25 @@ def switch_figure(curve: SwitchCurve) -> "Figure":
     fig.layout.annotations = ()
     fig.layout.shapes = ()
     fig.update_layout(margin_t=58)
+    largest = max(p.tokens for p in curve.points)
     lines = (
-        (curve.default_few, f"in force: few = {curve.default_few}", figures.VERMILION, "top"),
-        (curve.few, f"measured here: {curve.few}", figures.INK, "bottom"),
+        (curve.default_few, f"in force: few = {curve.default_few}", figures.VERMILION, "solid", 1),
+        (curve.few, f"measured here: few = {curve.few}", figures.INK, "dot", 0.9),
     )
-    for few, name, color, side in lines:
+    for few, words, color, dash, height in lines:
         if few:
-            fig.add_vline(
-                x=few * 2**0.5 if few < max(p.tokens for p in curve.points) else few,
-                line={"color": color, "dash": "dot" if side == "bottom" else "solid", "width": 2},
-                annotation={"text": name, "font": {"color": color}},
-                annotation_position=f"{side} right",
+            x = min(few, largest)
+            fig.add_shape(
+                type="line", x0=x, x1=x, y0=0, y1=1, yref="paper",
+                line={"color": color, "dash": dash, "width": 2},
             )  # fmt: skip
+            # On a logarithmic axis a shape stands at the value, an annotation at its logarithm.
+            fig.add_annotation(
+                x=math.log10(x), y=height, yref="paper", text=words, showarrow=False,
+                xanchor="right",
+                xshift=-5, yanchor="top", font={"color": color},
+            )  # fmt: skip
+    fig.update_xaxes(range=[-0.08, math.log10(largest) + 0.1])
     return fig
 
 

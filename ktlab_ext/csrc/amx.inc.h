@@ -55,7 +55,7 @@ static void scale_row(float *x, float factor, int64_t count) {
 
 /* ---- int8 ---------------------------------------------------------------------------------------- */
 static ktl_act_key int8_act_key(int format) {
-    return (ktl_act_key){KTL_ACT_INT8, ktl_formats[format].sub, ktl_formats[format].zero};
+    return ktl_act_int8(format, ktl_formats[format].zero);
 }
 
 static void int8_prepare(ktl_act_key key, const float *x, int cols, void *act) {
@@ -181,7 +181,7 @@ static void int8_decode_blocks(int format, const uint8_t *row, int64_t row_bytes
 /* ---- bf16: any format, decoded to bfloat16 in the cache, without a scale in the inner loop --------- */
 static ktl_act_key bf16_act_key(int format) {
     (void)format;
-    return (ktl_act_key){KTL_ACT_BF16, 0, 0};
+    return (ktl_act_key){KTL_ACT_BF16, 0, 0, 1};
 }
 
 static void bf16_prepare(ktl_act_key key, const float *x, int cols, void *act) {

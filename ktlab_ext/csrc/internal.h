@@ -79,7 +79,15 @@ typedef enum { KTL_ACT_INT8, KTL_ACT_F32, KTL_ACT_BF16 } ktl_act_kind;
 typedef struct {
     int kind;
     int sub, zero; /* int8 only */
+    /* int8: 2 adds what rounding left over, rounded once more: 16 bits in all. For q8_0, whose users
+     * want its values and not twice its rounding error. */
+    int terms;
 } ktl_act_key;
+
+KTL_INLINE ktl_act_key ktl_act_int8(int format, int zero) {
+    const ktl_act_key key = {KTL_ACT_INT8, ktl_formats[format].sub, zero, format == KTL_Q8_0 ? 2 : 1};
+    return key;
+}
 
 KTL_INLINE size_t ktl_act_bytes(int kind) {
     return kind == KTL_ACT_INT8  ? sizeof(ktl_act)

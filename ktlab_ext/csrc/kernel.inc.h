@@ -45,12 +45,8 @@ KTL_INLINE int zero_of(int format) {
 }
 
 static ktl_act_key act_key(int format) {
-    ktl_act_key key = {ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8, 0, 0};
-    if (key.kind == KTL_ACT_INT8) {
-        key.sub = ktl_formats[format].sub;
-        key.zero = zero_of(format);
-    }
-    return key;
+    const ktl_act_key floats = {KTL_ACT_F32, 0, 0, 1};
+    return ktl_is_float(format) ? floats : ktl_act_int8(format, zero_of(format));
 }
 
 /* ---- tiles -------------------------------------------------------------------------------------- */

@@ -22,19 +22,20 @@ static void run(ktl_pool *pool, int small, ktl_task task, void *context, int64_t
         ktl_pool_run(pool, task, context, tasks);
 }
 
-/* Prepared activations: [chunk][row] of ktl_act_bytes. */
+/* Prepared activations: [chunk][term][row] of ktl_act_bytes. */
 typedef struct {
     ktl_act_key key;
     const ktl_kernels *kernels;
     int by_slot; /* rows are slots in expert order, not tokens */
     uint8_t *base;
-    int64_t chunk_bytes;
+    int64_t term_bytes, chunk_bytes;
 } acts;
 
 static int64_t chunks_of(int64_t cols) { return ktl_ceil(cols, KTL_CHUNK); }
 
 static int acts_alloc(ktl_pool *pool, int slot, acts *a, int64_t rows, int64_t cols) {
-    a->chunk_bytes = rows * (int64_t)ktl_act_bytes(a->key.kind);
+    a->term_bytes = rows * (int64_t)ktl_act_bytes(a->key.kind);
+    a->chunk_bytes = a->term_bytes * a->key.terms;
     a->base = ktl_pool_scratch(pool, ktl_pool_threads(pool) + slot,
                                (size_t)(chunks_of(cols) * a->chunk_bytes) + 64);
     return a->base ? KTL_OK : KTL_ERR_MEMORY;
@@ -50,8 +51,14 @@ static void acts_fill(const acts *a, int64_t row, const void *x, int x_type, int
             for (int i = 0; i < n; i++) line[i] = ktl_bf16(((const uint16_t *)x)[c + i]);
             from = line;
         }
-        a->kernels->prepare(a->key, from, n,
-                            a->base + c / KTL_CHUNK * a->chunk_bytes + (size_t)row * bytes);
+        uint8_t *to = a->base + c / KTL_CHUNK * a->chunk_bytes + (size_t)row * bytes;
+        a->kernels->prepare(a->key, from, n, to);
+        if (a->key.terms < 2) continue;
+        const ktl_act *first = (const ktl_act *)to;
+        const int group = a->key.sub > KTL_GROUP ? a->key.sub : KTL_GROUP;
+        float rest[KTL_CHUNK];
+        for (int i = 0; i < n; i++) rest[i] = from[i] - (float)first->q[i] * first->scale[i / group];
+        a->kernels->prepare(a->key, rest, n, to + a->term_bytes);
     }
 }
 
@@ -76,8 +83,9 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
     const int packed = m->layout == KTL_PACKED, fused = fuse && packed && kernels->dot_packed;
     const int64_t row_bytes = ktl_row_bytes(m->format, m->cols);
     if (fuse && !packed && kernels->dot_blocks) {
-        kernels->dot_blocks(m->format, data + row0 * row_bytes, row_bytes, (int)rows, m->cols, act,
-                            a->chunk_bytes, job);
+        for (int term = 0; term < a->key.terms; term++)
+            kernels->dot_blocks(m->format, data + row0 * row_bytes, row_bytes, (int)rows, m->cols,
+                                act + term * a->term_bytes, a->chunk_bytes, job);
         return;
     }
     const int64_t panel_bytes = packed ? ktl_panel_bytes(m->format, m->cols) : 0;
@@ -86,7 +94,7 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
         const int cols = (int)(m->cols - c < KTL_CHUNK ? m->cols - c : KTL_CHUNK);
         const int groups = (cols + KTL_GROUP - 1) / KTL_GROUP;
         ktl_job part = *job;
-        part.act = act + c / KTL_CHUNK * a->chunk_bytes;
+        const uint8_t *terms = act + c / KTL_CHUNK * a->chunk_bytes;
         for (int64_t first = 0; first < rows; first += KTL_TILES * KTL_PANEL) {
             int used = 0;
             for (int64_t r = first; r < rows && used < KTL_TILES; r += KTL_PANEL, used++) {
@@ -96,7 +104,10 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
                     panel + ktl_head_bytes(m->format) + c / KTL_CHUNK * chunk_bytes;
                 part.acc = job->acc + r;
                 if (fused) {
-                    kernels->dot_packed(m->format, panel, chunk, groups, &part);
+                    for (int term = 0; term < a->key.terms; term++) {
+                        part.act = terms + term * a->term_bytes;
+                        kernels->dot_packed(m->format, panel, chunk, groups, &part);
+                    }
                 } else if (packed) {
                     kernels->decode_packed(m->format, panel, chunk, groups, tile);
                 } else {
@@ -112,7 +123,10 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
                 used++;
             }
             part.acc = job->acc + first;
-            kernels->multiply(m->format, tiles, used, groups, &part);
+            for (int term = 0; term < a->key.terms; term++) {
+                part.act = terms + term * a->term_bytes;
+                kernels->multiply(m->format, tiles, used, groups, &part);
+            }
         }
     }
 }
@@ -262,7 +276,7 @@ static int moe_group(moe_work *m, const int64_t *ids, const float *weights, int6
 
 /* Index of the prepared activations that this kernel wants for x; shared where the key is. */
 static int moe_acts(moe_work *m, const ktl_kernels *kernels, int format) {
-    acts a = {kernels->act_key(format), kernels, kernels->contiguous, NULL, 0};
+    acts a = {kernels->act_key(format), kernels, kernels->contiguous, NULL, 0, 0};
     for (int i = 0; i < m->lists; i++)
         if (!memcmp(&m->list[i].key, &a.key, sizeof a.key) && m->list[i].by_slot == a.by_slot)
             return i;
@@ -348,7 +362,7 @@ static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64
         if ((m->gate_acts[f] = moe_acts(m, m->kernels[f], m->gate->format)) < 0)
             return m->gate_acts[f];
         if ((m->up_acts[f] = moe_acts(m, m->kernels[f], m->up->format)) < 0) return m->up_acts[f];
-        m->hidden_acts[f] = (acts){m->kernels[f]->act_key(m->down->format), m->kernels[f], 1, NULL, 0};
+        m->hidden_acts[f] = (acts){m->kernels[f]->act_key(m->down->format), m->kernels[f], 1, NULL, 0, 0};
         error = acts_alloc(m->pool, SLOT_HIDDEN_ACTS + f, &m->hidden_acts[f], m->slots, m->down->cols);
         if (error) return error;
     }

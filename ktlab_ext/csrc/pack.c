@@ -51,28 +51,27 @@ static chunk_parts parts_of(int format, int groups) {
     return c;
 }
 
+/* A word of 32 bits is a float32 or two neighbours of 16 bits: both lie as [word][row]. */
 static void pack_float_chunk(int format, const uint8_t *row, int64_t row_bytes, int rows,
                              int64_t column, int cols, int groups, uint8_t *p) {
-    const int size = ktl_formats[format].block_bytes;
+    const int size = ktl_formats[format].block_bytes, words = cols * size / 4;
     memset(p, 0, (size_t)ktl_chunk_bytes(format, groups));
-    for (int r = 0; r < rows; r++) {
-        const uint8_t *from = row + r * row_bytes + column * size;
-        for (int c = 0; c < cols; c++) {
-            int at = size == 4 ? c * KTL_PANEL + r : c / 2 * 2 * KTL_PANEL + 2 * r + c % 2;
-            memcpy(p + at * size, from + c * size, (size_t)size);
-        }
-    }
+    for (int first = 0; first < words; first += 16) /* sixteen words of a row are a line */
+        for (int r = 0; r < rows; r++)
+            for (int w = first; w < first + 16 && w < words; w++)
+                memcpy(p + (w * KTL_PANEL + r) * 4, row + r * row_bytes + column * size + 4 * w, 4);
+    if (cols * size % 4) /* the last of an odd number of 16-bit values */
+        for (int r = 0; r < rows; r++)
+            memcpy(p + (words * KTL_PANEL + r) * 4, row + r * row_bytes + column * size + 4 * words, 2);
 }
 
 static void unpack_float_chunk(int format, const uint8_t *p, int64_t row_bytes, int rows,
                                int64_t column, int cols, uint8_t *row) {
-    const int size = ktl_formats[format].block_bytes;
+    const int size = ktl_formats[format].block_bytes, words = cols * size / 4;
     for (int r = 0; r < rows; r++) {
         uint8_t *to = row + r * row_bytes + column * size;
-        for (int c = 0; c < cols; c++) {
-            int at = size == 4 ? c * KTL_PANEL + r : c / 2 * 2 * KTL_PANEL + 2 * r + c % 2;
-            memcpy(to + c * size, p + at * size, (size_t)size);
-        }
+        for (int w = 0; w < words; w++) memcpy(to + 4 * w, p + (w * KTL_PANEL + r) * 4, 4);
+        if (cols * size % 4) memcpy(to + 4 * words, p + (words * KTL_PANEL + r) * 4, 2);
     }
 }
 
@@ -213,9 +212,11 @@ int ktl_unpack(ktl_pool *pool, const ktl_matrix *src, uint8_t *dst, int64_t dst_
 static void row_values(int format, const uint8_t *row, int64_t column, int cols, float *dst) {
     if (ktl_is_float(format)) {
         const uint8_t *p = row + column * ktl_formats[format].block_bytes;
-        for (int i = 0; i < cols; i++)
-            if (format == KTL_F32) memcpy(dst + i, p + 4 * i, 4);
-            else dst[i] = (format == KTL_BF16 ? ktl_bf16 : ktl_f16)(ktl_load16(p + 2 * i));
+        if (format == KTL_F32) memcpy(dst, p, (size_t)cols * 4);
+        else if (format == KTL_BF16)
+            for (int i = 0; i < cols; i++) dst[i] = ktl_bf16(ktl_load16(p + 2 * i));
+        else
+            for (int i = 0; i < cols; i++) dst[i] = ktl_f16(ktl_load16(p + 2 * i));
         return;
     }
     ktl_raw raw;
@@ -276,23 +277,37 @@ uint16_t ktl_to_f16(float x) {
     return (uint16_t)(sign | (u - 0x38000000) >> 13);
 }
 
-/* Nearest integer, ties to even, of |x| < 2^22; another value or NaN gives 0. */
-KTL_INLINE int32_t nearest(float x) {
-    float shifted = (x > -4e6f && x < 4e6f ? x : 0) + 12582912.0f;
-    int32_t bits;
-    memcpy(&bits, &shifted, 4);
-    return bits - 0x4b400000;
+/* The largest magnitude, found on the bits: integers compare as the floats do, without a NaN's
+ * exceptions, so that the loop vectorises. */
+static float largest(const float *x, int64_t count) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float value;
+    memcpy(&value, &most, 4);
+    return value;
 }
 
 static void to_int8_channel(const float *x, int64_t cols, uint8_t *row) {
-    float most = 0;
-    for (int64_t i = 0; i < cols; i++) {
-        float a = x[i] < 0 ? -x[i] : x[i];
-        most = a > most ? a : most;
-    }
-    const float scale = most / 127.0f;
+    const float most = largest(x, cols);
+    const int finite = most <= 3.4028235e38f;
+    const float scale = finite ? most / 127.0f : most;
     memcpy(row, &scale, 4);
-    for (int64_t i = 0; i < cols; i++) row[4 + i] = scale > 0 ? (uint8_t)nearest(x[i] / scale) : 0;
+    if (!finite || !(scale > 0)) {
+        memset(row + 4, 0, (size_t)cols);
+        return;
+    }
+    for (int64_t i = 0; i < cols; i++) {
+        /* Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, into the low bits. */
+        float shifted = x[i] / scale + 12582912.0f;
+        int32_t bits;
+        memcpy(&bits, &shifted, 4);
+        row[4 + i] = (uint8_t)(bits - 0x4b400000);
+    }
 }
 
 static void to_int4_group(const float *x, int64_t cols, int size, uint8_t *row) {

@@ -8,6 +8,8 @@ from tests.browser.test_control_room import LONG_S, NOTEBOOK, RUN_FIRST_CELL, SE
 pytestmark = pytest.mark.browser
 
 KERNEL = "document.querySelector('.cr-kernel')?.dataset.{}"
+SOON_S = 30
+"""Known without measuring; generous, because the machine may be busy."""
 TWIN = "document.querySelector('.cr-twin')?.dataset.{}"
 
 
@@ -20,20 +22,20 @@ def test_switches_and_twin(lab: Lab, theme: str, width: int) -> None:
     assert page.evaluate(KERNEL.format("layout")) == "ggml_blocks"
 
     page.select_option(".cr-c-layout select", "packed")
-    lab.wait_until(f"{KERNEL.format('layout')} === 'packed'", 5)
+    lab.wait_until(f"{KERNEL.format('layout')} === 'packed'", SOON_S)
     lab.wait_until(f"{SETTING} === 'k=8 · packed'", LONG_S)
     offered = page.locator(".cr-c-isa option").all_inner_texts()
     assert offered[0] == "auto" and "serial" in offered
     title = page.locator(".cr-c-isa select").get_attribute("title") or ""
     assert "not on offer" in title or "all usable here" in title
     page.select_option(".cr-c-isa select", "avx2")
-    lab.wait_until(f"{KERNEL.format('kernel')} === 'native avx2'", 5)
+    lab.wait_until(f"{KERNEL.format('kernel')} === 'native avx2'", SOON_S)
     page.select_option(".cr-c-backend select", "numba")  # frees the instruction set
-    lab.wait_until(f"{KERNEL.format('kernel')} === 'numba'", 5)
+    lab.wait_until(f"{KERNEL.format('kernel')} === 'numba'", SOON_S)
     assert page.input_value(".cr-c-isa select") == "auto"
     page.select_option(".cr-c-backend select", "auto")
     page.click(".cr-explain summary")
-    assert "rejected" in page.locator(".cr-explain table").inner_text()
+    assert "chosen" in page.locator(".cr-explain table").inner_text()
     page.wait_for_timeout(300)
     lab.screenshot(f"control-room-kernels-{name}")
     page.click(".cr-explain summary")

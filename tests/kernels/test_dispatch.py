@@ -27,8 +27,8 @@ def cpu(monkeypatch):
         known = {isa: reasons.get(isa, "the CPU lacks it") for isa in NATIVE_ISAS}
         monkeypatch.setattr(native, "unavailable", lambda: "")
         monkeypatch.setattr(native, "isas", lambda: known)
-        monkeypatch.setattr(native, "formats", lambda: ("q8_0", "q4_k", "int8_channel", "bf16", "f32"))
-        int8 = {"q8_0", "q4_k", "int8_channel"}
+        int8 = ("q8_0", "q4_k", "int8_channel")
+        monkeypatch.setattr(native, "formats", lambda: (*int8, "bf16", "f32"))
         monkeypatch.setattr(
             native,
             "computes",

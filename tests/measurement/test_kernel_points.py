@@ -21,7 +21,11 @@ def small_buffer(monkeypatch):
 def results():
     patch = pytest.MonkeyPatch()
     patch.setattr(twin, "BUFFER_BYTES", 8 << 20)
-    found = list(stream_points(SMALL, "q8_0", tokens=(1, 16), experts=8, rounds=1, peers=("x",)))
+    found = list(
+        stream_points(
+            SMALL, "q8_0", tokens=(1, 16), experts=8, rounds=1, peers=("x",), budget_s=600
+        )
+    )
     patch.undo()
     return found
 
@@ -73,3 +77,12 @@ def test_cancelled():
     cancel = threading.Event()
     cancel.set()
     assert not list(stream_points(SMALL, "q8_0", tokens=(1,), experts=8, cancel=cancel))
+
+
+def test_when_the_time_is_up_the_fastest_go_on():
+    *_, last = stream_points(
+        SMALL, "q8_0", tokens=(1, 8), experts=8, rounds=1, peers=(), budget_s=0.0
+    )
+    many = [c for c in last.cases if c.tokens == 8]
+    assert 1 <= len(many) <= kernel_points.LEADERS
+    assert any("the time was up" in why for why in last.left_out.values())

@@ -1,6 +1,7 @@
 """The true-size twin: what it measures, says, shares and refuses."""
 
 import threading
+from typing import Any
 
 import pytest
 
@@ -11,10 +12,10 @@ from ktlab.measurement.synthetic import get_shape
 from ktlab.measurement.twin import Side, measure_twin, plan, stream_twin
 
 SMALL = "256x96x12x4"
-QUICK = {"rounds": 2, "prefill_tokens": 8}
+QUICK: dict[str, Any] = {"rounds": 2, "prefill_tokens": 8}
 
 
-def side(k: int = 4, format: str = "q8_0", **words: object) -> Side:
+def side(k: int = 4, format: str = "q8_0", **words: Any) -> Side:
     return Side(label=f"k={k} {words}", top_k=k, format=format, request=Request(**words))
 
 

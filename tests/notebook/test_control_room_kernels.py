@@ -130,7 +130,7 @@ def test_the_twin_is_measured_under_the_same_switches(room):
     assert room.phase == "twin", "what is known already is measured again"
     assert room.wait(WAIT_S) and room.phase == "done" and room.message == ""
     first = room.twin
-    assert first.done and (first.label_a, first.label_b) == ("k=4", "k=3")
+    assert first and first.done and (first.label_a, first.label_b) == ("k=4", "k=3")
     shown = room.screen.html["twin"].value
     assert "synthetic weights, not the tiny model" in shown and "of its 12 experts" in shown
     assert "synthetic weights, one layer" in room.screen.html["twin_title"].value

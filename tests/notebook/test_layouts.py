@@ -129,11 +129,11 @@ def test_the_walk_refuses_what_it_does_not_know():
 
 def test_bytes_view_follows_format_and_row(wide):
     view = BytesView(wide)
-    assert view.wait(60).error == "" and view.shown.format == "q4_k"
+    assert view.wait(60).error == "" and view.shown and view.shown.format == "q4_k"
     view.format_choice.value = "q6_k"
     view.row_slider.value = 1
     view.wait(60)
-    assert view.shown.format == "q6_k" and 'data-row="1"' in view.picture.value
+    assert view.shown and view.shown.format == "q6_k" and 'data-row="1"' in view.picture.value
     assert "bits a weight in blocks" in view.status.value
     html = view.snapshot().html
     assert "<script" not in html and view.title in html
@@ -150,7 +150,7 @@ def test_tile_view_steps(wide):
     assert view.step_slider.max == 1023 and "VPDPBUSD" in view.status.value
     view.step_slider.value = 1000
     view.instruction.value = "TDPBSUD"
-    assert view.step_slider.value == 63 and view.walk.instruction == "TDPBSUD"
+    assert view.step_slider.value == 63 and view.walk and view.walk.instruction == "TDPBSUD"
     assert len(view.snapshot().figures) == 1
     view.close()
 
@@ -161,8 +161,8 @@ def test_roofline_view_fills_up(model, monkeypatch):
     monkeypatch.setattr(twin, "BUFFER_BYTES", 8 << 20)
     monkeypatch.setattr(kernel_points, "WEIGHT_BYTES", 1 << 20)
     monkeypatch.setattr("ktlab.notebook.roofline_view.SHAPES", ("256x96x8x4", "nonsense"))
-    view = RooflineView(model, tokens=(1, 4), rounds=1, peers=())
-    assert view.wait(120).error == "" and view.result.done
+    view = RooflineView(model, tokens=(1, 4), rounds=1, peers=(), budget_s=600)
+    assert view.wait(120).error == "" and view.result and view.result.done
     shown = [t for t in view.chart.data if t.visible and t.mode == "lines+markers"]
     assert sum(len(t.x) for t in shown) == len(view.result.cases)
     assert set(view.figures()) == {"1 tokens", "4 tokens"}

@@ -57,6 +57,7 @@ def test_every_format_that_gguf_decodes_is_registered() -> None:
 @pytest.mark.parametrize("name", GGML)
 def test_blocks_are_those_of_ggml(name: str) -> None:
     format = FORMATS[name]
+    assert format.ggml_type is not None
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[format.ggml_type]
     assert (format.block_size, format.block_bytes) == (block_size, block_bytes)
     assert format.bits_per_weight == 8 * block_bytes / block_size
@@ -77,6 +78,7 @@ def test_describes_itself(name: str) -> None:
 @pytest.mark.parametrize("name", GGML)
 def test_decodes_as_gguf_does(name: str) -> None:
     format = FORMATS[name]
+    assert format.ggml_type is not None
     blocks = random_blocks(format, 6)
     expected = gguf.dequantize(blocks, format.ggml_type)
     found = format.dequantize(blocks.reshape(2, 3, -1))
