@@ -1,5 +1,6 @@
 """The border between few and many tokens, measured: both paths over 1, 2, 4, ... tokens."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -98,7 +99,11 @@ class SwitchCurve(Record):
             )
         fig.update_xaxes(type="log").update_yaxes(type="log")
         if self.few:
-            fig.add_vline(x=self.few, line_dash="dot", annotation_text=f"few = {self.few}")
+            fig.add_vline(x=self.few, line_dash="dot")
+            # On a logarithmic axis a line stands at the value, an annotation at its logarithm.
+            fig.add_annotation(
+                x=math.log10(self.few), y=1, yref="paper", text=f"few = {self.few}", showarrow=False
+            )
         return fig
 
     def __repr__(self) -> str:

@@ -36,7 +36,7 @@ CALL_S = 0.6
 """A kernel that would take longer for a call is not measured at that number of tokens."""
 BESIDE_FASTEST = 2.0
 """... unless the fastest takes half as long or more: then the machine is slow, not the kernel."""
-BUDGET_S = 14.0
+BUDGET_S = 10.0
 """When a share of this is used up, only the `LEADERS` fastest go on to more tokens."""
 LEADERS = 4
 WEIGHT_BYTES = 224 << 20
