@@ -13,7 +13,7 @@ SOON_S = 30
 TWIN = "document.querySelector('.cr-twin')?.dataset.{}"
 
 
-@pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 800)])
+@pytest.mark.parametrize(("theme", "width"), [("dark", 800)])
 def test_switches_and_twin(lab: Lab, theme: str, width: int) -> None:
     lab.open(NOTEBOOK, theme=theme, width=width, height=2300)
     page, name = lab.page, f"{theme}-{width}"

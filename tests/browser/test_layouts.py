@@ -29,7 +29,7 @@ def cell_of(lab: Lab, source: str) -> int:
     )
 
 
-@pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 800)])
+@pytest.mark.parametrize(("theme", "width"), [("light", 1280)])
 def test_layouts_and_kernels(lab: Lab, theme: str, width: int) -> None:
     lab.open(NOTEBOOK, theme=theme, width=width, height=1300)
     page, name = lab.page, f"{theme}-{width}"
