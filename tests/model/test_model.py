@@ -118,9 +118,11 @@ def test_a_numba_backend_that_cannot_is_refused_at_once(model: Model) -> None:
 
 
 def test_chunks_and_steps_equal_one_pass(model: Model) -> None:
-    whole = model.forward(IDS)
+    # In float32 throughout: native kernels round differently for few tokens and for many.
+    with model.override(backend="torch"):
+        whole = model.forward(IDS)
     for form in ("absorbed", "naive"):
-        with model.override(attention=form):
+        with model.override(attention=form, backend="torch"):
             cache = model.new_cache(context=len(IDS))
             parts = [model.forward(IDS[a:b], cache) for a, b in ((0, 1), (1, 40), (40, 60))]
         torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
