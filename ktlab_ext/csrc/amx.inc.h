@@ -45,14 +45,6 @@ KTL_INLINE float *sums_of(const ktl_job *job, int64_t t) {
     return job->acc + (job->acc_index ? job->acc_index[t] : t) * job->acc_stride;
 }
 
-static void silu_mul(float *gate, const float *up, int64_t count) {
-    for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + ktl_exp(-gate[i])) * up[i];
-}
-
-static void scale_row(float *x, float factor, int64_t count) {
-    for (int64_t i = 0; i < count; i++) x[i] *= factor;
-}
-
 /* ---- int8 ---------------------------------------------------------------------------------------- */
 static ktl_act_key int8_act_key(int format) {
     return ktl_act_int8(format, ktl_formats[format].zero);
@@ -311,8 +303,8 @@ static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int gro
 }
 
 #define INT8_KERNELS                                                                                \
-    {int8_act_key,  int8_prepare, int8_decode_packed, int8_decode_blocks, int8_multiply,            \
-     NULL,          NULL,         silu_mul,           scale_row,          1}
+    {int8_act_key, int8_prepare, int8_decode_packed, int8_decode_blocks, int8_multiply,             \
+     NULL,         NULL,         ktl_silu_mul,       ktl_scale_row,      1}
 #define BF16_KERNELS                                                                                \
-    {bf16_act_key,  bf16_prepare, bf16_decode_packed, bf16_decode_blocks, bf16_multiply,            \
-     NULL,          NULL,         silu_mul,           scale_row,          1}
+    {bf16_act_key, bf16_prepare, bf16_decode_packed, bf16_decode_blocks, bf16_multiply,             \
+     NULL,         NULL,         ktl_silu_mul,       ktl_scale_row,      1}

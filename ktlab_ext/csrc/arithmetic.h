@@ -21,22 +21,37 @@ KTL_INLINE float ktl_exp(float x) {
     return p * a.f * b.f;
 }
 
+/* The largest magnitude, a NaN counting as more than infinity. On the bits: integers compare as the
+ * magnitudes do, without a NaN's exceptions, so that the loop vectorises. */
+KTL_INLINE float ktl_largest(const float *x, int64_t count) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float value;
+    memcpy(&value, &most, 4);
+    return value;
+}
+
+static inline void ktl_silu_mul(float *gate, const float *up, int64_t count) {
+    for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + ktl_exp(-gate[i])) * up[i];
+}
+
+static inline void ktl_scale_row(float *x, float factor, int64_t count) {
+    for (int64_t i = 0; i < count; i++) x[i] *= factor;
+}
+
 /* 256 activations to int8: absmax / 127 is the scale of each group, codes are rounded to nearest.
  * A group with a NaN or an infinity gets the scale NaN, so that it shows in every product. */
 KTL_INLINE void ktl_quantize_act(ktl_act_key key, const float *x, ktl_act *a) {
     const int group = key.sub > KTL_GROUP ? key.sub : KTL_GROUP;
     for (int g = 0; g < KTL_CHUNK / group; g++) {
         const float *v = x + g * group;
-        uint32_t largest = 0;
-        for (int i = 0; i < group; i++) {
-            uint32_t bits;
-            memcpy(&bits, v + i, 4);
-            bits &= 0x7fffffff;
-            largest = bits > largest ? bits : largest;
-        }
-        float most;
-        memcpy(&most, &largest, 4);
-        const int finite = largest < 0x7f800000, some = finite && most > 1e-35f;
+        const float most = ktl_largest(v, group);
+        const int finite = most <= 3.4028235e38f, some = finite && most > 1e-35f;
         const float inverse = some ? 127.0f / most : 0;
         a->scale[g] = finite ? (some ? most / 127.0f : 0) : 0.0f * most * (most - most);
         int8_t *q = a->q + g * group;

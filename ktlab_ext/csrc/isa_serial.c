@@ -2,8 +2,6 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-tree-vectorize")
 #endif
-#include <math.h>
-
 #include "arithmetic.h"
 #include "blocks.h"
 
@@ -146,13 +144,5 @@ static void multiply(int format, const ktl_tile *tiles, int panels, int groups, 
     }
 }
 
-static void silu_mul(float *gate, const float *up, int64_t count) {
-    for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
-}
-
-static void scale_row(float *x, float factor, int64_t count) {
-    for (int64_t i = 0; i < count; i++) x[i] *= factor;
-}
-
 const ktl_kernels ktl_kernels_serial = {act_key, prepare, decode_packed, decode_blocks, multiply,
-                                        NULL,    NULL,    silu_mul,      scale_row,     0};
+                                        NULL,    NULL,    ktl_silu_mul,  ktl_scale_row, 0};

@@ -578,14 +578,6 @@ KTL_INLINE void dot_packed_as(int format, const uint8_t *head, const uint8_t *ch
     }
 }
 
-static void silu_mul(float *gate, const float *up, int64_t count) {
-    for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + ktl_exp(-gate[i])) * up[i];
-}
-
-static void scale_row(float *x, float factor, int64_t count) {
-    for (int64_t i = 0; i < count; i++) x[i] *= factor;
-}
-
 /* ---- one copy of each per format, chosen by a constant ------------------------------------------------- */
 #define EACH_FORMAT(X) X(KTL_F32) X(KTL_F16) X(KTL_BF16) X(KTL_Q8_0) X(KTL_Q4_0) X(KTL_Q5_0) \
     X(KTL_Q2_K) X(KTL_Q3_K) X(KTL_Q4_K) X(KTL_Q5_K) X(KTL_Q6_K) X(KTL_IQ4_NL) X(KTL_IQ4_XS)  \
@@ -629,4 +621,4 @@ static void dot_packed(int format, const uint8_t *head, const uint8_t *chunk, in
 
 #define KERNELS                                                                                     \
     {act_key,    prepare,    decode_packed, decode_blocks, multiply,                                \
-     dot_blocks, dot_packed, silu_mul,      scale_row,     0}
+     dot_blocks, dot_packed, ktl_silu_mul,  ktl_scale_row, 0}

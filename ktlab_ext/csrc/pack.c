@@ -277,23 +277,8 @@ uint16_t ktl_to_f16(float x) {
     return (uint16_t)(sign | (u - 0x38000000) >> 13);
 }
 
-/* The largest magnitude, found on the bits: integers compare as the floats do, without a NaN's
- * exceptions, so that the loop vectorises. */
-static float largest(const float *x, int64_t count) {
-    int32_t most = 0;
-    for (int64_t i = 0; i < count; i++) {
-        int32_t bits;
-        memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffff;
-        most = bits > most ? bits : most;
-    }
-    float value;
-    memcpy(&value, &most, 4);
-    return value;
-}
-
 static void to_int8_channel(const float *x, int64_t cols, uint8_t *row) {
-    const float most = largest(x, cols);
+    const float most = ktl_largest(x, cols);
     const int finite = most <= 3.4028235e38f;
     const float scale = finite ? most / 127.0f : most;
     memcpy(row, &scale, 4);
