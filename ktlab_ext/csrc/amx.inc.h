@@ -41,10 +41,6 @@ typedef float rows_f __attribute__((vector_size(64), may_alias, aligned(4)));
 typedef int32_t rows_i __attribute__((vector_size(64), may_alias, aligned(4)));
 typedef uint32_t rows_u __attribute__((vector_size(64), may_alias, aligned(4)));
 
-KTL_INLINE float *sums_of(const ktl_job *job, int64_t t) {
-    return job->acc + (job->acc_index ? job->acc_index[t] : t) * job->acc_stride;
-}
-
 /* ---- int8 ---------------------------------------------------------------------------------------- */
 static ktl_act_key int8_act_key(int format) {
     return ktl_act_int8(format, ktl_formats[format].zero);
@@ -54,43 +50,65 @@ static void int8_prepare(ktl_act_key key, const float *x, int cols, void *act) {
     DECODE.prepare(key, x, cols, act);
 }
 
-/* The integer sums of up to 32 tokens x 2 panels, waiting to be scaled into the result. */
+/* The sums of up to 32 tokens x 2 panels, waiting to be added to the result: a few tokens of them
+ * after every step of the tiles, which compute the next sums meanwhile. */
 typedef struct KTL_ALIGNED {
-    int32_t dot[2][2][16][16]; /* [A][B][token][row] */
+    union {
+        int32_t dot[2][2][16][16]; /* [A][B][token][row] */
+        float sum[2][2][16][16];
+    };
     int64_t t;
-    int tokens, p, s;
-} int8_sums;
+    int tokens, done, p, s;
+} waiting;
 
-KTL_INLINE void int8_scale(int format, const int8_sums *sums, const ktl_tile *tiles,
-                           const ktl_job *job) {
+KTL_INLINE void take(waiting *w, int64_t t, int tokens, int p, int s) {
+    w->t = t;
+    w->tokens = tokens;
+    w->done = 0;
+    w->p = p;
+    w->s = s;
+    TILE_STORE(0, w->dot[0][0], 64);
+    TILE_STORE(1, w->dot[0][1], 64);
+    if (tokens > 16) {
+        TILE_STORE(2, w->dot[1][0], 64);
+        TILE_STORE(3, w->dot[1][1], 64);
+    }
+}
+
+KTL_INLINE void int8_add(int format, waiting *w, int count, const ktl_tile *tiles,
+                         const ktl_job *job) {
     const int sub = ktl_formats[format].sub, group = sub > KTL_GROUP ? sub : KTL_GROUP;
-    const int has_offset = ktl_formats[format].has_min || format == KTL_Q2_K, s = sums->s;
-    const ktl_tile *tile = tiles + sums->p;
-    const rows_f w[2] = {*(const rows_f *)tile[0].scale[s], *(const rows_f *)tile[1].scale[s]};
-    for (int i = 0; i < sums->tokens; i++) {
-        const ktl_act *a = (const ktl_act *)job->act + sums->t + i;
+    const int has_offset = ktl_formats[format].has_min || format == KTL_Q2_K, s = w->s;
+    const ktl_tile *tile = tiles + w->p;
+    const rows_f scales[2] = {*(const rows_f *)tile[0].scale[s], *(const rows_f *)tile[1].scale[s]};
+    const int end = w->done + count < w->tokens ? w->done + count : w->tokens;
+    for (int i = w->done; i < end; i++) {
+        const ktl_act *a = (const ktl_act *)job->act + w->t + i;
         const int32_t init = a->init[s];
         const float scale = a->scale[s * sub / group], sum = a->sum[s];
-        rows_f *to = (rows_f *)(sums_of(job, sums->t + i) + sums->p * KTL_PANEL);
+        rows_f *to = (rows_f *)(ktl_sums(job, w->t + i) + w->p * KTL_PANEL);
 #pragma GCC unroll 2
         for (int b = 0; b < 2; b++) {
-            const rows_i dot = *(const rows_i *)sums->dot[i / 16][b][i % 16] + init;
-            rows_f v = ROWS_FMA(__builtin_convertvector(dot, rows_f), w[b] * scale, to[b]);
+            const rows_i dot = *(const rows_i *)w->dot[i / 16][b][i % 16] + init;
+            rows_f v = ROWS_FMA(__builtin_convertvector(dot, rows_f), scales[b] * scale, to[b]);
             if (has_offset) v = ROWS_FMA(*(const rows_f *)tile[b].offset[s], (rows_f){0} + sum, v);
             to[b] = v;
         }
     }
+    w->done = end;
 }
 
 KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, int groups,
                                  const ktl_job *job) {
     const ktl_format_info *f = &ktl_formats[format];
     const int cols = groups * KTL_GROUP, sub = f->sub, k = sub < 64 ? sub : 64;
-    int8_sums sums[2]; /* one is filled by the tiles while the other is scaled */
+    const int share = (int)ktl_ceil(32, sub / k); /* tokens added a step */
+    ktl_ahead ahead = job->ahead;
+    waiting sums[2];
     int turn = 0;
     uint8_t half[2][1024] KTL_ALIGNED; /* the last 32 columns, padded to 64 */
     const ktl_act *acts = job->act;
-    sums[1] = (int8_sums){.tokens = 0}; /* nothing to scale yet */
+    sums[1].tokens = sums[1].done = sums[1].p = sums[1].s = 0;
     for (int64_t t = 0; t < job->n; t += 32) {
         const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
         if (t == 0 || tokens < 32) {
@@ -98,6 +116,7 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
             TILE_CONFIG(&config);
         }
         const int8_t *a0 = acts[t].q, *a1 = acts[two ? t + 16 : t].q;
+        ktl_fetch(&ahead, ktl_ceil(32 * ahead.lines, job->n));
         for (int64_t next = t + 32; next < t + 64 && next < job->n; next++)
             for (int c = 0; c < (int)sizeof(ktl_act); c += 64)
                 __builtin_prefetch((const uint8_t *)&acts[next] + c);
@@ -128,24 +147,14 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
                         TILE_DOT_S8U8(2, 5, 6);
                         TILE_DOT_S8U8(3, 5, 7);
                     }
+                    int8_add(format, &sums[!turn], share, tiles, job);
                 }
-                int8_sums *now = &sums[turn];
-                now->t = t;
-                now->tokens = tokens;
-                now->p = p;
-                now->s = s;
-                TILE_STORE(0, now->dot[0][0], 64);
-                TILE_STORE(1, now->dot[0][1], 64);
-                if (two) {
-                    TILE_STORE(2, now->dot[1][0], 64);
-                    TILE_STORE(3, now->dot[1][1], 64);
-                }
+                int8_add(format, &sums[!turn], 32, tiles, job);
+                take(&sums[turn], t, tokens, p, s);
                 turn ^= 1;
-                int8_scale(format, &sums[turn], tiles, job);
             }
     }
-    turn ^= 1;
-    int8_scale(format, &sums[turn], tiles, job);
+    int8_add(format, &sums[!turn], 32, tiles, job);
     TILE_RELEASE();
 }
 
@@ -249,62 +258,65 @@ static void bf16_decode_blocks(int format, const uint8_t *row, int64_t row_bytes
     else bf16_from_tile(format, groups, &from, tile);
 }
 
-/* Half a chunk at a time: four panels of it (16 KB) and two sets of 32 tokens (16 KB) fit L1. */
-enum { HALF_GROUPS = 8 };
+KTL_INLINE void bf16_add(waiting *w, int count, const ktl_job *job) {
+    const int end = w->done + count < w->tokens ? w->done + count : w->tokens;
+    for (int i = w->done; i < end; i++) {
+        rows_f *acc = (rows_f *)(ktl_sums(job, w->t + i) + w->p * KTL_PANEL);
+        acc[0] += *(const rows_f *)w->sum[i / 16][0][i % 16];
+        acc[1] += *(const rows_f *)w->sum[i / 16][1][i % 16];
+    }
+    w->done = end;
+}
 
 static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int groups,
                           const ktl_job *job) {
     const uint16_t *acts = job->act;
-    float sums[2][2][16][16] KTL_ALIGNED; /* [A][B][token][row] */
+    const int share = (int)ktl_ceil(32, groups);
+    ktl_ahead ahead = job->ahead;
+    waiting sums[2];
+    int turn = 0;
     (void)format;
-    for (int first = 0; first < groups; first += HALF_GROUPS)
-        for (int64_t t = 0; t < job->n; t += 32) {
-            const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
-            const int end = first + HALF_GROUPS < groups ? first + HALF_GROUPS : groups;
-            if (t == 0 || tokens < 32) {
-                tile_config config = config_for(tokens, 64);
-                TILE_CONFIG(&config);
-            }
-            const uint16_t *a0 = acts + t * KTL_CHUNK, *a1 = acts + (two ? t + 16 : t) * KTL_CHUNK;
-            for (int64_t next = t + 32; next < t + 64 && next < job->n; next++)
-                for (int g = first; g < end; g++)
-                    __builtin_prefetch(acts + next * KTL_CHUNK + g * KTL_GROUP);
-            for (int p = 0; p < panels; p += 2) {
-                TILE_ZERO(0);
-                TILE_ZERO(1);
-                TILE_ZERO(2);
-                TILE_ZERO(3);
-                for (int g = first; g < end; g++) {
-                    TILE_LOAD(4, a0 + g * KTL_GROUP, KTL_CHUNK * 2);
-                    TILE_LOAD(6, tiles[p].codes + g * 1024, 64);
-                    TILE_LOAD(7, tiles[p + 1].codes + g * 1024, 64);
-                    TILE_DOT_BF16(0, 4, 6);
-                    TILE_DOT_BF16(1, 4, 7);
-                    if (two) {
-                        TILE_LOAD(5, a1 + g * KTL_GROUP, KTL_CHUNK * 2);
-                        TILE_DOT_BF16(2, 5, 6);
-                        TILE_DOT_BF16(3, 5, 7);
-                    }
-                }
-                TILE_STORE(0, sums[0][0], 64);
-                TILE_STORE(1, sums[0][1], 64);
-                if (two) {
-                    TILE_STORE(2, sums[1][0], 64);
-                    TILE_STORE(3, sums[1][1], 64);
-                }
-                for (int i = 0; i < tokens; i++) {
-                    rows_f *acc = (rows_f *)(sums_of(job, t + i) + p * KTL_PANEL);
-                    acc[0] += *(const rows_f *)sums[i / 16][0][i % 16];
-                    acc[1] += *(const rows_f *)sums[i / 16][1][i % 16];
-                }
-            }
+    sums[1].tokens = sums[1].done = 0;
+    for (int64_t t = 0; t < job->n; t += 32) {
+        const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
+        if (t == 0 || tokens < 32) {
+            tile_config config = config_for(tokens, 64);
+            TILE_CONFIG(&config);
         }
+        const uint16_t *a0 = acts + t * KTL_CHUNK, *a1 = acts + (two ? t + 16 : t) * KTL_CHUNK;
+        ktl_fetch(&ahead, ktl_ceil(32 * ahead.lines, job->n));
+        for (int64_t next = t + 32; next < t + 64 && next < job->n; next++)
+            for (int g = 0; g < groups; g++)
+                __builtin_prefetch(acts + next * KTL_CHUNK + g * KTL_GROUP);
+        for (int p = 0; p < panels; p += 2) {
+            TILE_ZERO(0);
+            TILE_ZERO(1);
+            TILE_ZERO(2);
+            TILE_ZERO(3);
+            for (int g = 0; g < groups; g++) {
+                TILE_LOAD(4, a0 + g * KTL_GROUP, KTL_CHUNK * 2);
+                TILE_LOAD(6, tiles[p].codes + g * 1024, 64);
+                TILE_LOAD(7, tiles[p + 1].codes + g * 1024, 64);
+                TILE_DOT_BF16(0, 4, 6);
+                TILE_DOT_BF16(1, 4, 7);
+                if (two) {
+                    TILE_LOAD(5, a1 + g * KTL_GROUP, KTL_CHUNK * 2);
+                    TILE_DOT_BF16(2, 5, 6);
+                    TILE_DOT_BF16(3, 5, 7);
+                }
+                bf16_add(&sums[!turn], share, job);
+            }
+            take(&sums[turn], t, tokens, p, 0);
+            turn ^= 1;
+        }
+    }
+    bf16_add(&sums[!turn], 32, job);
     TILE_RELEASE();
 }
 
 #define INT8_KERNELS                                                                                \
     {int8_act_key, int8_prepare, int8_decode_packed, int8_decode_blocks, int8_multiply,             \
-     NULL,         NULL,         ktl_silu_mul,       ktl_scale_row,      1}
+     NULL,         NULL,         ktl_silu_mul,       ktl_scale_row}
 #define BF16_KERNELS                                                                                \
     {bf16_act_key, bf16_prepare, bf16_decode_packed, bf16_decode_blocks, bf16_multiply,             \
-     NULL,         NULL,         ktl_silu_mul,       ktl_scale_row,      1}
+     NULL,         NULL,         ktl_silu_mul,       ktl_scale_row}

@@ -107,6 +107,22 @@ typedef struct KTL_ALIGNED {
     const uint8_t *codes; /* `code`, or the packed data itself where that is the same */
 } ktl_tile;
 
+/* Memory that will be read after this: KTL_TILES pieces, `stride` bytes apart. */
+typedef struct {
+    const uint8_t *data;
+    int64_t stride, lines; /* of 64 bytes, in all pieces; 0: none */
+    int64_t at;
+} ktl_ahead;
+
+enum { KTL_TILES = 4 }; /* tiles that are decoded at a time */
+
+/* Asks for the next `count` lines of it, into L2. */
+KTL_INLINE void ktl_fetch(ktl_ahead *a, int64_t count) {
+    const int64_t piece = a->lines / KTL_TILES;
+    for (const int64_t end = a->at + count; a->at < end && a->at < a->lines; a->at++)
+        __builtin_prefetch(a->data + a->at / piece * a->stride + a->at % piece * 64, 0, 2);
+}
+
 /* Tokens against tiles: row i multiplies act row act_index[i] (i if NULL) into the sums at
  * acc + acc_index[i] * acc_stride (i if NULL); the indices of acc are distinct. */
 typedef struct {
@@ -116,9 +132,12 @@ typedef struct {
     int64_t acc_stride;
     const int32_t *acc_index;
     int64_t n;
+    ktl_ahead ahead; /* for `multiply` to fetch on the way */
 } ktl_job;
 
-enum { KTL_TILES = 4 }; /* tiles that are decoded at a time; an even number */
+KTL_INLINE float *ktl_sums(const ktl_job *job, int64_t i) {
+    return job->acc + (job->acc_index ? job->acc_index[i] : i) * job->acc_stride;
+}
 
 /* ---- one instruction set ------------------------------------------------------------------------- */
 typedef struct {
@@ -131,7 +150,8 @@ typedef struct {
     /* The same from `rows` (1..16) rows in blocks form, columns [column, column + cols). */
     void (*decode_blocks)(int format, const uint8_t *row, int64_t row_bytes, int rows,
                           int64_t column, int cols, ktl_tile *tile);
-    /* `panels` tiles (padded to an even number by the caller) times job->n tokens. */
+    /* `panels` tiles (KTL_TILES, or padded to them by the caller) times job->n tokens, whose
+     * activations lie one after the other (act_index NULL). */
     void (*multiply)(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job);
     /* Few tokens on blocks: sums[i * stride + r] += row r . act row, for `rows` rows, all columns.
      * act is [chunk][token row]; chunk_bytes apart. NULL: none, tiles do. */
@@ -142,7 +162,6 @@ typedef struct {
                        const ktl_job *job);
     void (*silu_mul)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
     void (*scale_row)(float *x, float factor, int64_t count);
-    int contiguous; /* multiply wants act_index NULL */
 } ktl_kernels;
 
 extern const ktl_kernels ktl_kernels_serial, ktl_kernels_avx2, ktl_kernels_avx512,

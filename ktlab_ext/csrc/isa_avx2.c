@@ -12,6 +12,8 @@
 #define VB 32
 #define TOKENS 3
 #define PANELS 1
+#define LONG_TOKENS 3
+#define LONG_PANELS 1
 #define VI __m256i
 #define VF __m256
 /* VPMADDUBSW saturates its 16-bit sums of two products: harmless for codes up to 127, as
@@ -26,6 +28,8 @@
 #define ADDF(a, b) _mm256_add_ps(a, b)
 #define SUBF(a, b) _mm256_sub_ps(a, b)
 #define MULF(a, b) _mm256_mul_ps(a, b)
+#define ADDI(a, b) _mm256_add_epi32(a, b)
+#define AS_FLOAT(v) _mm256_castsi256_ps(v)
 #define ANDI(a, b) _mm256_and_si256(a, b)
 #define SHIFT4I(a) _mm256_srli_epi32(a, 4)
 #define U8_LANES(p) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p)))

@@ -12,16 +12,25 @@
 #define VB 64
 #define TOKENS 6
 #define PANELS 2
+#define LONG_TOKENS 5
+#define LONG_PANELS 4
 #define VI __m512i
 #define VF __m512
-#define DOT(sum, u, s) _mm512_dpbusd_epi32(sum, u, s)
-#define DOT_WIDE(sum, u, s) _mm512_dpbusd_epi32(sum, u, s)
+/* Not the intrinsic: GCC copies its sum from register to register, every third product. */
+KTL_INLINE __m512i dot4(__m512i sum, __m512i u, __m512i s) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+    return sum;
+}
+#define DOT(sum, u, s) dot4(sum, u, s)
+#define DOT_WIDE(sum, u, s) dot4(sum, u, s)
 #define WIDE_ZERO 128
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define FNMA(a, b, c) _mm512_fnmadd_ps(a, b, c)
 #define ADDF(a, b) _mm512_add_ps(a, b)
 #define SUBF(a, b) _mm512_sub_ps(a, b)
 #define MULF(a, b) _mm512_mul_ps(a, b)
+#define ADDI(a, b) _mm512_add_epi32(a, b)
+#define AS_FLOAT(v) _mm512_castsi512_ps(v)
 #define ANDI(a, b) _mm512_and_si512(a, b)
 #define SHIFT4I(a) _mm512_srli_epi32(a, 4)
 #define U8_LANES(p) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p)))

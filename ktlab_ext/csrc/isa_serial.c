@@ -119,17 +119,16 @@ static void multiply(int format, const ktl_tile *tiles, int panels, int groups, 
     const int cols = groups * KTL_GROUP;
     const int has_offset = f->has_min || format == KTL_Q2_K;
     for (int64_t t = 0; t < job->n; t++) {
-        const int64_t at = job->act_index ? job->act_index[t] : t;
-        float *acc = job->acc + (job->acc_index ? job->acc_index[t] : t) * job->acc_stride;
+        float *acc = ktl_sums(job, t);
         for (int row = 0; row < panels * KTL_PANEL; row++) {
             const ktl_tile *tile = &tiles[row / KTL_PANEL];
             const int r = row % KTL_PANEL;
             float sum = acc[row];
             if (ktl_is_float(format)) {
-                const float *x = (const float *)job->act + at * KTL_CHUNK;
+                const float *x = (const float *)job->act + t * KTL_CHUNK;
                 for (int c = 0; c < cols; c++) sum += tile->f32[c * KTL_PANEL + r] * x[c];
             } else {
-                const ktl_act *a = (const ktl_act *)job->act + at;
+                const ktl_act *a = (const ktl_act *)job->act + t;
                 const int group = f->sub > KTL_GROUP ? f->sub : KTL_GROUP;
                 for (int s = 0; s * f->sub < cols; s++) {
                     int32_t dot = a->init[s];
@@ -145,4 +144,4 @@ static void multiply(int format, const ktl_tile *tiles, int panels, int groups, 
 }
 
 const ktl_kernels ktl_kernels_serial = {act_key, prepare, decode_packed, decode_blocks, multiply,
-                                        NULL,    NULL,    ktl_silu_mul,  ktl_scale_row, 0};
+                                        NULL,    NULL,    ktl_silu_mul,  ktl_scale_row};

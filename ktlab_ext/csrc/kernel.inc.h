@@ -193,105 +193,147 @@ static void prepare(ktl_act_key key, const float *x, int cols, void *out) {
 /* ---- the inner loops --------------------------------------------------------------------------------- */
 enum { RV = PANELS * VN }; /* vectors of one column: PANELS x 16 rows */
 
-/* T tokens x PANELS tiles. The float sums stay in registers through the chunk where they are needed
- * every 32 columns; with longer groups the registers are worth more to the integer sums. */
-KTL_INLINE void multiply_int8(int T, int sub, int mins, int is_wide, const ktl_tile *tile,
-                              int groups, const ktl_act *const *act, float *const *acc,
-                              const uint8_t *const *next) {
-    VF sum[8][RV];
-    const int keep = sub <= KTL_GROUP;
-    const int group = sub > KTL_GROUP ? sub : KTL_GROUP, half = sub < KTL_GROUP ? sub : group;
-    const int cols = groups * KTL_GROUP;
-    if (keep)
-#pragma GCC unroll 8
-        for (int t = 0; t < T; t++)
-#pragma GCC unroll 4
-            for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc[t] + r * (VB / 4));
-    for (int c = 0; c < cols; c += group) {
-        VF part[8][RV];
-#pragma GCC unroll 2
-        for (int h = 0; h < group; h += half) {
-            VI dot[8][RV];
-            const int s = (c + h) / sub;
-            const int steps = (sub > KTL_GROUP ? (cols - c < half ? cols - c : half) : half) / 4;
-#pragma GCC unroll 8
-            for (int t = 0; t < T; t++) {
-                VI init = SET1I(act[t]->init[s]);
-#pragma GCC unroll 4
-                for (int r = 0; r < RV; r++) dot[t][r] = init;
-            }
-            for (int first = 0; first < steps; first += half < KTL_GROUP ? half / 4 : 8) {
-                if (!h)
-#pragma GCC unroll 8
-                    for (int t = 0; t < T; t++) __builtin_prefetch(next[t] + 2 * c + 8 * first);
-#pragma GCC unroll 8
-                for (int j = first; j < first + (half < KTL_GROUP ? half / 4 : 8); j++) {
-                    VI w[RV];
-#pragma GCC unroll 4
-                    for (int r = 0; r < RV; r++)
-                        w[r] = LOADI(tile[r / VN].codes + ((c + h) / 4 + j) * 64 + r % VN * VB);
-#pragma GCC unroll 8
-                    for (int t = 0; t < T; t++) {
-                        int32_t four;
-                        memcpy(&four, act[t]->q + c + h + 4 * j, 4);
-                        VI x = SET1I(four);
-#pragma GCC unroll 4
-                        for (int r = 0; r < RV; r++)
-                            dot[t][r] =
-                                is_wide ? DOT_WIDE(dot[t][r], w[r], x) : DOT(dot[t][r], w[r], x);
-                    }
-                }
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < RV; r++) {
-                VF scale = LOADF(tile[r / VN].scale[s] + r % VN * (VB / 4));
-#pragma GCC unroll 8
-                for (int t = 0; t < T; t++)
-                    part[t][r] = h ? FMA(TO_FLOAT(dot[t][r]), scale, part[t][r])
-                                   : MULF(TO_FLOAT(dot[t][r]), scale);
-                if (mins) {
-                    VF offset = LOADF(tile[r / VN].offset[s] + r % VN * (VB / 4));
-#pragma GCC unroll 8
-                    for (int t = 0; t < T; t++)
-                        sum[t][r] = FMA(offset, SET1F(act[t]->sum[s]), sum[t][r]);
-                }
-            }
-        }
-#pragma GCC unroll 8
-        for (int t = 0; t < T; t++) {
-            VF scale = SET1F(act[t]->scale[c / group]);
-#pragma GCC unroll 4
-            for (int r = 0; r < RV; r++) {
-                float *to = acc[t] + r * (VB / 4);
-                if (keep) sum[t][r] = FMA(part[t][r], scale, sum[t][r]);
-                else STOREF(to, FMA(part[t][r], scale, LOADF(to)));
-            }
-        }
-    }
-    if (keep)
-#pragma GCC unroll 8
-        for (int t = 0; t < T; t++)
-#pragma GCC unroll 4
-            for (int r = 0; r < RV; r++) STOREF(acc[t] + r * (VB / 4), sum[t][r]);
-}
+/* The integer sums start from 1.5 * 2^23, as the bits of that float: what they hold is then a float
+ * already, 1.5 * 2^23 + sum, as long as |sum| < 2^22 (32 columns of codes up to 255: 2^20). One FMA
+ * scales it and takes the start off again, exactly, because a float16 scale leaves bits to spare. */
+enum { FLOAT_START = 0x4b400000 };
 
-KTL_INLINE void multiply_f32(int T, const ktl_tile *tile, int groups, const float *const *act,
-                             float *const *acc, const uint8_t *const *next) {
+/* What the next pass reads lies beyond L1 and is fetched meanwhile: a line of its tokens' activations
+ * for every 32 columns, and the lines of its sums. */
+#define FETCH_ACTS(T, bytes, at)                                                                    \
+    _Pragma("GCC unroll 8") for (int t = 0; t < (T); t++)                                           \
+        __builtin_prefetch((const uint8_t *)act + ((T) + t) * (bytes) + (at))
+#define FETCH_SUMS(T, panels)                                                                       \
+    _Pragma("GCC unroll 8") for (int t = 0; t < (T); t++)                                           \
+        _Pragma("GCC unroll 4") for (int p = 0; p < (panels); p++)                                  \
+            __builtin_prefetch(next[t] + p * KTL_PANEL)
+
+#define STEP_OF(T, R, columns, is_wide)                                                             \
+    _Pragma("GCC unroll 8") for (int j = 0; j < (columns); j += 4) {                                \
+        VI w[R];                                                                                    \
+        _Pragma("GCC unroll 4") for (int r = 0; r < (R); r++)                                       \
+            w[r] = LOADI(codes[r / VN] + at * 16 + (j * 16 + r % VN * VB));                         \
+        _Pragma("GCC unroll 8") for (int t = 0; t < (T); t++) {                                     \
+            int32_t four;                                                                           \
+            memcpy(&four, act[t].q + at + j, 4);                                                        \
+            const VI xt = SET1I(four);                                                              \
+            _Pragma("GCC unroll 4") for (int r = 0; r < (R); r++)                                   \
+                dot[t][r] = (is_wide) ? DOT_WIDE(dot[t][r], w[r], xt) : DOT(dot[t][r], w[r], xt);   \
+        }                                                                                           \
+    }
+
+/* T tokens x PANELS tiles, a scale for every 16 or 32 columns: the float sums stay in registers. */
+KTL_INLINE void multiply_short(int T, int sub, int mins, int is_wide, const ktl_tile *tile,
+                               int groups, const ktl_act *act, float *const *acc,
+                               float *const *next) {
+    const uint8_t *codes[PANELS];
     VF sum[8][RV];
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
         for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc[t] + r * (VB / 4));
-    for (int c = 0; c < groups * KTL_GROUP; c++) {
-        if (c % 16 == 0)
+#pragma GCC unroll 2
+    for (int p = 0; p < PANELS; p++) codes[p] = tile[p].codes;
+    FETCH_SUMS(T, PANELS);
+    for (int64_t g = 0; g < groups; g++) {
+        VF part[8][RV], start[RV];
+        const int64_t s0 = g * (KTL_GROUP / sub);
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) {
+            VF scales = LOADF(tile[r / VN].scale[s0] + r % VN * (VB / 4));
+            if (sub < KTL_GROUP)
+                scales = ADDF(scales, LOADF(tile[r / VN].scale[s0 + 1] + r % VN * (VB / 4)));
+            start[r] = MULF(scales, SET1F(-12582912.0f));
+        }
+        FETCH_ACTS(T, sizeof(ktl_act), 64 * g);
+#pragma GCC unroll 2
+        for (int h = 0; h < KTL_GROUP / sub; h++) {
+            VI dot[8][RV];
+            const int64_t s = s0 + h, at = g * KTL_GROUP + h * sub;
 #pragma GCC unroll 8
-            for (int t = 0; t < T; t++) __builtin_prefetch(next[t] + 4 * c);
+            for (int t = 0; t < T; t++) {
+                const VI init = mins ? SET1I(FLOAT_START) : ADDI(SET1I(act[t].init[s]), SET1I(FLOAT_START));
+#pragma GCC unroll 4
+                for (int r = 0; r < RV; r++) dot[t][r] = init;
+            }
+            STEP_OF(T, RV, sub, is_wide)
+#pragma GCC unroll 4
+            for (int r = 0; r < RV; r++) {
+                const VF scale = LOADF(tile[r / VN].scale[s] + r % VN * (VB / 4));
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++)
+                    part[t][r] = FMA(AS_FLOAT(dot[t][r]), scale, h ? part[t][r] : start[r]);
+                if (!mins) continue;
+                const VF offset = LOADF(tile[r / VN].offset[s] + r % VN * (VB / 4));
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++)
+                    sum[t][r] = FMA(offset, SET1F(act[t].sum[s]), sum[t][r]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            const VF scale = SET1F(act[t].scale[g]);
+#pragma GCC unroll 4
+            for (int r = 0; r < RV; r++) sum[t][r] = FMA(part[t][r], scale, sum[t][r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) STOREF(acc[t] + r * (VB / 4), sum[t][r]);
+}
+
+/* T tokens x LONG_PANELS tiles, a scale for 128 or 256 columns: the registers are worth more to the
+ * integer sums, the more of them the fewer loads a product. */
+enum { LV = LONG_PANELS * VN };
+KTL_INLINE void multiply_long(int T, int sub, int is_wide, const ktl_tile *tile, int groups,
+                              const ktl_act *act, float *const *acc, float *const *next) {
+    const int64_t cols = groups * KTL_GROUP;
+    const uint8_t *codes[LONG_PANELS];
+#pragma GCC unroll 4
+    for (int p = 0; p < LONG_PANELS; p++) codes[p] = tile[p].codes;
+    FETCH_SUMS(T, LONG_PANELS);
+    for (int64_t c = 0; c < cols; c += sub) {
+        const int64_t s = c / sub, end = c + sub < cols ? c + sub : cols;
+        VI dot[8][LV];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            const VI init = SET1I(act[t].init[s]);
+#pragma GCC unroll 4
+            for (int r = 0; r < LV; r++) dot[t][r] = init;
+        }
+        for (int64_t at = c; at < end; at += KTL_GROUP) {
+            FETCH_ACTS(T, sizeof(ktl_act), 2 * at);
+            STEP_OF(T, LV, KTL_GROUP, is_wide)
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < LV; r++) {
+            const VF scale = LOADF(tile[r / VN].scale[s] + r % VN * (VB / 4));
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                float *to = acc[t] + r * (VB / 4);
+                STOREF(to, FMA(MULF(TO_FLOAT(dot[t][r]), scale), SET1F(act[t].scale[s]), LOADF(to)));
+            }
+        }
+    }
+}
+
+KTL_INLINE void multiply_f32(int T, const ktl_tile *tile, int groups, const float *act,
+                             float *const *acc, float *const *next) {
+    VF sum[8][RV];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc[t] + r * (VB / 4));
+    FETCH_SUMS(T, PANELS);
+    for (int c = 0; c < groups * KTL_GROUP; c++) {
+        if (c % 16 == 0) FETCH_ACTS(T, KTL_CHUNK * sizeof(float), 4 * c);
         VF w[RV];
 #pragma GCC unroll 4
         for (int r = 0; r < RV; r++) w[r] = LOADF(tile[r / VN].f32 + c * KTL_PANEL + r % VN * (VB / 4));
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
-            VF x = SET1F(act[t][c]);
+            VF x = SET1F(act[t * KTL_CHUNK + c]);
 #pragma GCC unroll 4
             for (int r = 0; r < RV; r++) sum[t][r] = FMA(w[r], x, sum[t][r]);
         }
@@ -302,43 +344,47 @@ KTL_INLINE void multiply_f32(int T, const ktl_tile *tile, int groups, const floa
         for (int r = 0; r < RV; r++) STOREF(acc[t] + r * (VB / 4), sum[t][r]);
 }
 
-/* `next`: what the next call will read, a line of each for every 32 columns of this one. */
-typedef void (*inner_loop)(const ktl_tile *, int, const void *const *, float *const *,
-                           const uint8_t *const *next);
+/* `next`: the sums of the pass after this one. */
+typedef void (*inner_loop)(const ktl_tile *, int, const void *act, float *const *acc,
+                           float *const *next);
 
-#define INT8_LOOP(T, sub, mins, is_wide)                                                            \
-    static void int8_##sub##_##mins##is_wide##_##T(const ktl_tile *tile, int groups,                \
-                                                   const void *const *act, float *const *acc,       \
-                                                   const uint8_t *const *next) {                    \
-        multiply_int8(T, sub, mins, is_wide, tile, groups, (const ktl_act *const *)act, acc, next); \
+#define LOOP(name, call)                                                                            \
+    static void name(const ktl_tile *tile, int groups, const void *act, float *const *acc,          \
+                     float *const *next) {                                                          \
+        call;                                                                                       \
     }
-#define F32_LOOP(T)                                                                                 \
-    static void f32_##T(const ktl_tile *tile, int groups, const void *const *act,                   \
-                        float *const *acc, const uint8_t *const *next) {                            \
-        multiply_f32(T, tile, groups, (const float *const *)act, acc, next);                        \
-    }
-#if TOKENS == 6
-#define EACH_T(LOOP, ...) LOOP(1, ##__VA_ARGS__) LOOP(2, ##__VA_ARGS__) LOOP(3, ##__VA_ARGS__) \
-    LOOP(4, ##__VA_ARGS__) LOOP(5, ##__VA_ARGS__) LOOP(6, ##__VA_ARGS__)
-#define TABLE(name) {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
-#else
-#define EACH_T(LOOP, ...) LOOP(1, ##__VA_ARGS__) LOOP(2, ##__VA_ARGS__) LOOP(3, ##__VA_ARGS__)
-#define TABLE(name) {name##_1, name##_2, name##_3}
-#endif
-EACH_T(INT8_LOOP, 16, 0, 0)
-EACH_T(INT8_LOOP, 16, 1, 0)
-EACH_T(INT8_LOOP, 32, 0, 0)
-EACH_T(INT8_LOOP, 32, 0, 1)
-EACH_T(INT8_LOOP, 32, 1, 0)
-EACH_T(INT8_LOOP, 128, 0, 0)
-EACH_T(INT8_LOOP, 256, 0, 1)
-EACH_T(F32_LOOP)
+#define SHORT_LOOP(T, sub, mins, is_wide)                                                           \
+    LOOP(int8_##sub##_##mins##is_wide##_##T,                                                        \
+         multiply_short(T, sub, mins, is_wide, tile, groups, act, acc, next))
+#define LONG_LOOP(T, sub, is_wide)                                                                  \
+    LOOP(int8_##sub##_0##is_wide##_##T, multiply_long(T, sub, is_wide, tile, groups, act, acc, next))
+#define F32_LOOP(T) \
+    LOOP(f32_##T, multiply_f32(T, tile, groups, act, acc, next))
+/* One copy for each number of tokens; those that one pass does not take are no copies. */
+#define UP_TO_3(L, ...) L(1, ##__VA_ARGS__) L(2, ##__VA_ARGS__) L(3, ##__VA_ARGS__)
+#define UP_TO_5(L, ...) UP_TO_3(L, ##__VA_ARGS__) L(4, ##__VA_ARGS__) L(5, ##__VA_ARGS__)
+#define UP_TO_6(L, ...) UP_TO_5(L, ##__VA_ARGS__) L(6, ##__VA_ARGS__)
+#define TABLE_3(name) {name##_1, name##_2, name##_3}
+#define TABLE_5(name) {name##_1, name##_2, name##_3, name##_4, name##_5}
+#define TABLE_6(name) {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 16, 0, 0)
+JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 16, 1, 0)
+JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 32, 0, 0)
+JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 32, 0, 1)
+JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 32, 1, 0)
+JOIN(UP_TO_, TOKENS)(F32_LOOP)
+JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 128, 0)
+JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 256, 1)
 
 static const inner_loop *loops_of(int format) {
-    static const inner_loop f32[] = TABLE(f32), s16[] = TABLE(int8_16_00),
-                            s16m[] = TABLE(int8_16_10), s32[] = TABLE(int8_32_00),
-                            s32w[] = TABLE(int8_32_01), s32m[] = TABLE(int8_32_10),
-                            s128[] = TABLE(int8_128_00), s256[] = TABLE(int8_256_01);
+#define SHORTS JOIN(TABLE_, TOKENS)
+#define LONGS JOIN(TABLE_, LONG_TOKENS)
+    static const inner_loop f32[] = SHORTS(f32), s16[] = SHORTS(int8_16_00),
+                            s16m[] = SHORTS(int8_16_10), s32[] = SHORTS(int8_32_00),
+                            s32w[] = SHORTS(int8_32_01), s32m[] = SHORTS(int8_32_10),
+                            s128[] = LONGS(int8_128_00), s256[] = LONGS(int8_256_01);
     const ktl_format_info *f = &ktl_formats[format];
     if (ktl_is_float(format)) return f32;
     if (f->sub == 16) return format == KTL_Q2_K ? s16m : s16;
@@ -349,31 +395,26 @@ static const inner_loop *loops_of(int format) {
 static void multiply(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job) {
     const inner_loop *loops = loops_of(format);
     const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
-    const void *act[8];
-    float *acc[8];
+    const int is_long = ktl_formats[format].sub > KTL_GROUP;
+    const int most = is_long ? LONG_TOKENS : TOKENS, step = is_long ? LONG_PANELS : PANELS;
+    ktl_ahead ahead = job->ahead;
+    float *acc[8], *next[8];
     for (int64_t t = 0; t < job->n;) {
         /* Even shares: 7 tokens are 4 and 3, not 6 and 1. */
-        int64_t left = job->n - t, passes = ktl_ceil(left, TOKENS);
-        int T = (int)ktl_ceil(left, passes);
+        const int64_t left = job->n - t;
+        const int T = (int)ktl_ceil(left, ktl_ceil(left, most));
         for (int i = 0; i < T; i++) {
-            int64_t a = job->act_index ? job->act_index[t + i] : t + i;
-            int64_t y = job->acc_index ? job->acc_index[t + i] : t + i;
-            act[i] = (const uint8_t *)job->act + (size_t)a * act_bytes;
-            acc[i] = job->acc + y * job->acc_stride;
+            acc[i] = ktl_sums(job, t + i);
+            next[i] = ktl_sums(job, t + T + i < job->n ? t + T + i : t);
         }
-        /* The next tokens' activations and sums lie beyond L1: they are fetched meanwhile, the
-         * activations while the first panels are multiplied, the sums with the last ones. */
-        const uint8_t *next[2][8];
-        for (int i = 0; i < T; i++) {
-            const int64_t n = t + T + i < job->n ? t + T + i : t;
-            int64_t a = job->act_index ? job->act_index[n] : n;
-            int64_t y = job->acc_index ? job->acc_index[n] : n;
-            next[0][i] = (const uint8_t *)job->act + (size_t)a * act_bytes;
-            next[1][i] = (const uint8_t *)(job->acc + y * job->acc_stride);
-        }
-        for (int p = 0; p < panels; p += PANELS) {
-            loops[T - 1](tiles + p, groups, act, acc, next[p + PANELS >= panels]);
-            for (int i = 0; i < T; i++) acc[i] += PANELS * KTL_PANEL;
+        ktl_fetch(&ahead, ktl_ceil(T * ahead.lines, job->n));
+        const uint8_t *act = (const uint8_t *)job->act + (size_t)t * act_bytes;
+        for (int p = 0; p < panels; p += step) {
+            loops[T - 1](tiles + p, groups, act, acc, next);
+            for (int i = 0; i < T; i++) {
+                acc[i] += step * KTL_PANEL;
+                next[i] += step * KTL_PANEL;
+            }
         }
         t += T;
     }
@@ -621,4 +662,4 @@ static void dot_packed(int format, const uint8_t *head, const uint8_t *chunk, in
 
 #define KERNELS                                                                                     \
     {act_key,    prepare,    decode_packed, decode_blocks, multiply,                                \
-     dot_blocks, dot_packed, ktl_silu_mul,  ktl_scale_row, 0}
+     dot_blocks, dot_packed, ktl_silu_mul,  ktl_scale_row}

@@ -5,15 +5,22 @@
 #include "internal.h"
 
 enum {
-    MAX_TOKENS = 4096,   /* of one pass; more are done in several */
+    MAX_TOKENS = 2048,   /* of one pass; more are done in several */
     MAX_TASK_ROWS = 256,
     TASKS_PER_WORKER = 8,
     FUSED_UNDER_AMX = 8,
+    SPREAD = 16, /* floats between rows of sums: a power of two apart they share cache sets */
     SMALL_WORK = 1 << 17 /* multiplications below which waking another thread costs more */
 };
 
 /* Shared scratch slots, counted from ktl_pool_threads(). */
-enum { SLOT_ACTS = 0 /* to 3 */, SLOT_HIDDEN = 4, SLOT_HIDDEN_ACTS = 5 /* and 6 */, SLOT_GROUPS = 7 };
+enum {
+    SLOT_ACTS = 0, /* to 3 */
+    SLOT_GATHERED = 4, /* to 7 */
+    SLOT_HIDDEN = 8,
+    SLOT_HIDDEN_ACTS = 9, /* and 10 */
+    SLOT_GROUPS = 11
+};
 
 static void run(ktl_pool *pool, int small, ktl_task task, void *context, int64_t tasks) {
     if (small)
@@ -26,7 +33,6 @@ static void run(ktl_pool *pool, int small, ktl_task task, void *context, int64_t
 typedef struct {
     ktl_act_key key;
     const ktl_kernels *kernels;
-    int by_slot; /* rows are slots in expert order, not tokens */
     uint8_t *base;
     int64_t term_bytes, chunk_bytes;
 } acts;
@@ -69,7 +75,8 @@ static const void *x_row(const void *x, int x_type, int64_t stride, int64_t row)
 /* Up to `few` tokens, avx* fuse decoding and products; amx_* leave the tokens to avx512, which fuses
  * up to the number from which a tile that is decoded once pays. */
 static int fuses(int isa, int few, int64_t tokens) {
-    return tokens <= few && (isa < KTL_AMX_INT8 || tokens <= FUSED_UNDER_AMX);
+    return tokens <= few && ktl_kernels_of(isa, 1)->dot_packed &&
+           (isa < KTL_AMX_INT8 || tokens <= FUSED_UNDER_AMX);
 }
 
 /* job->acc += rows [row0, row0 + rows) of one matrix times the prepared activations. A chunk of 256
@@ -80,9 +87,9 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
                        const ktl_job *job, ktl_tile *tiles) {
     const uint8_t *data = m->data + expert * m->expert_stride;
     const uint8_t *act = a->base + first_act * (int64_t)ktl_act_bytes(a->key.kind);
-    const int packed = m->layout == KTL_PACKED, fused = fuse && packed && kernels->dot_packed;
+    const int packed = m->layout == KTL_PACKED;
     const int64_t row_bytes = ktl_row_bytes(m->format, m->cols);
-    if (fuse && !packed && kernels->dot_blocks) {
+    if (fuse && !packed) {
         for (int term = 0; term < a->key.terms; term++)
             kernels->dot_blocks(m->format, data + row0 * row_bytes, row_bytes, (int)rows, m->cols,
                                 act + term * a->term_bytes, a->chunk_bytes, job);
@@ -103,7 +110,7 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
                 const uint8_t *chunk =
                     panel + ktl_head_bytes(m->format) + c / KTL_CHUNK * chunk_bytes;
                 part.acc = job->acc + r;
-                if (fused) {
+                if (fuse) {
                     for (int term = 0; term < a->key.terms; term++) {
                         part.act = terms + term * a->term_bytes;
                         kernels->dot_packed(m->format, panel, chunk, groups, &part);
@@ -116,12 +123,16 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
                                            here, c, cols, tile);
                 }
             }
-            if (fused) continue;
-            if (used % 2) { /* kernels take panels in pairs */
+            if (fuse) continue;
+            for (; used < KTL_TILES; used++) {
                 memset(&tiles[used], 0, sizeof(ktl_tile));
                 tiles[used].codes = tiles[used].code;
-                used++;
             }
+            /* The next tiles' share of memory. */
+            const int64_t next = first + KTL_TILES * KTL_PANEL < rows ? first + KTL_TILES * KTL_PANEL : 0;
+            part.ahead = (ktl_ahead){data + (row0 + next) / KTL_PANEL * panel_bytes +
+                                         ktl_head_bytes(m->format) + (c / KTL_CHUNK + !next) * chunk_bytes,
+                                     panel_bytes, packed ? KTL_TILES * (chunk_bytes / 64) : 0, 0};
             part.acc = job->acc + first;
             for (int term = 0; term < a->key.terms; term++) {
                 part.act = terms + term * a->term_bytes;
@@ -172,11 +183,12 @@ static void linear_rows(void *context, int64_t task, int worker) {
     float *acc = (float *)(tiles + KTL_TILES);
     const int64_t size = l->task_rows, row0 = task * size;
     const int64_t rows = l->w->rows - row0 < size ? l->w->rows - row0 : size;
-    memset(acc, 0, (size_t)(l->tokens * size) * sizeof(float));
-    ktl_job job = {NULL, NULL, acc, size, NULL, l->tokens};
+    const int64_t stride = size + SPREAD;
+    memset(acc, 0, (size_t)(l->tokens * stride) * sizeof(float));
+    ktl_job job = {NULL, NULL, acc, stride, NULL, l->tokens, {0}};
     rows_times(l->kernels, l->fuse, l->w, l->expert, row0, rows, &l->a, 0, &job, tiles);
     for (int64_t t = 0; t < l->tokens; t++)
-        memcpy(l->y + t * l->y_stride + row0, acc + t * size, (size_t)rows * sizeof(float));
+        memcpy(l->y + t * l->y_stride + row0, acc + t * stride, (size_t)rows * sizeof(float));
 }
 
 int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t expert,
@@ -196,7 +208,7 @@ int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t ex
         l.a.kernels = l.kernels;
         l.a.key = l.kernels->act_key(w->format);
         error = acts_alloc(pool, SLOT_ACTS, &l.a, n, w->cols);
-        if (!error) error = worker_scratch(pool, n * l.task_rows);
+        if (!error) error = worker_scratch(pool, n * (l.task_rows + SPREAD));
         if (error) break;
         int small = n * w->rows * w->cols < SMALL_WORK;
         run(pool, small || n * w->cols < SMALL_WORK / 4, linear_prepare, &l, n);
@@ -224,9 +236,9 @@ typedef struct {
     int32_t *token;  /* of a slot */
     int32_t *group_of; /* of a slot */
     float *weight;   /* of a slot */
-    acts list[4];
-    int lists;
-    int gate_acts[2], up_acts[2]; /* [few], index into list */
+    acts list[4], gathered[4]; /* rows are tokens; slots in expert order */
+    int lists, gather;
+    int inner_acts[2][2]; /* [few][gate, up], index into list */
     float *hidden;                /* [slot][F] */
     acts hidden_acts[2];          /* [few] */
 } moe_work;
@@ -276,26 +288,39 @@ static int moe_group(moe_work *m, const int64_t *ids, const float *weights, int6
 
 /* Index of the prepared activations that this kernel wants for x; shared where the key is. */
 static int moe_acts(moe_work *m, const ktl_kernels *kernels, int format) {
-    acts a = {kernels->act_key(format), kernels, kernels->contiguous, NULL, 0, 0};
+    acts a = {kernels->act_key(format), kernels, NULL, 0, 0};
     for (int i = 0; i < m->lists; i++)
-        if (!memcmp(&m->list[i].key, &a.key, sizeof a.key) && m->list[i].by_slot == a.by_slot)
-            return i;
-    int error = acts_alloc(m->pool, SLOT_ACTS + m->lists, &a, a.by_slot ? m->slots : m->tokens,
-                           m->gate->cols);
-    m->list[m->lists] = a;
+        if (!memcmp(&m->list[i].key, &a.key, sizeof a.key)) return i;
+    int error = acts_alloc(m->pool, SLOT_ACTS + m->lists, &a, m->tokens, m->gate->cols);
+    m->list[m->lists] = m->gathered[m->lists] = a;
+    m->gathered[m->lists].base = NULL;
     return error ? error : m->lists++;
 }
 
-static void moe_prepare(void *context, int64_t task, int worker) {
+static void moe_prepare(void *context, int64_t token, int worker) {
     moe_work *m = context;
     (void)worker;
+    for (int i = 0; i < m->lists; i++)
+        acts_fill(&m->list[i], token, x_row(m->x, m->x_type, m->x_stride, token), m->x_type,
+                  m->gate->cols);
+}
+
+/* An expert's tokens one after the other: the inner loops of many tokens read them again and again. */
+static void moe_gather(void *context, int64_t slot, int worker) {
+    moe_work *m = context;
+    const group *g = &m->group[m->group_of[slot]];
+    (void)worker;
+    if (g->fuse) return;
     for (int i = 0; i < m->lists; i++) {
-        const acts *a = &m->list[i];
-        if (task >= (a->by_slot ? m->slots : m->tokens)) continue;
-        if (a->by_slot && m->group[m->group_of[task]].few) continue;
-        acts_fill(a, task,
-                  x_row(m->x, m->x_type, m->x_stride, a->by_slot ? m->token[task] : task),
-                  m->x_type, m->gate->cols);
+        const acts *from = &m->list[i], *to = &m->gathered[i];
+        if (i != m->inner_acts[g->few][0] && i != m->inner_acts[g->few][1]) continue;
+        const size_t bytes = ktl_act_bytes(from->key.kind);
+        for (int64_t c = 0; c < chunks_of(m->gate->cols); c++)
+            for (int term = 0; term < from->key.terms; term++)
+                memcpy(to->base + c * to->chunk_bytes + term * to->term_bytes + (size_t)slot * bytes,
+                       from->base + c * from->chunk_bytes + term * from->term_bytes +
+                           (size_t)m->token[slot] * bytes,
+                       bytes);
     }
 }
 
@@ -304,22 +329,22 @@ static void moe_gate_up(void *context, int64_t task, int worker) {
     const int64_t width = m->gate->rows, size = m->inner_rows, blocks = ktl_ceil(width, size);
     const group *g = &m->group[task / blocks];
     const int64_t row0 = task % blocks * size, rows = width - row0 < size ? width - row0 : size;
+    const int64_t stride = size + SPREAD;
     const ktl_kernels *kernels = m->kernels[g->few];
     ktl_tile *tiles = ktl_pool_scratch(m->pool, worker, 0);
-    float *gate = (float *)(tiles + KTL_TILES), *up = gate + g->n * size;
-    memset(gate, 0, (size_t)(2 * g->n * size) * sizeof(float));
+    float *sums[2] = {(float *)(tiles + KTL_TILES), (float *)(tiles + KTL_TILES) + g->n * stride};
+    memset(sums[0], 0, (size_t)(2 * g->n * stride) * sizeof(float));
     for (int i = 0; i < 2; i++) {
-        const acts *a = &m->list[i ? m->up_acts[g->few] : m->gate_acts[g->few]];
-        ktl_job job = {NULL, a->by_slot ? NULL : m->token + g->first, i ? up : gate, size,
-                       NULL, g->n};
-        rows_times(kernels, g->fuse, i ? m->up : m->gate, g->expert, row0, rows, a,
-                   a->by_slot ? g->first : 0, &job, tiles);
+        const int list = m->inner_acts[g->few][i];
+        ktl_job job = {NULL, g->fuse ? m->token + g->first : NULL, sums[i], stride, NULL, g->n, {0}};
+        rows_times(kernels, g->fuse, i ? m->up : m->gate, g->expert, row0, rows,
+                   g->fuse ? &m->list[list] : &m->gathered[list], g->fuse ? 0 : g->first, &job, tiles);
     }
-    kernels->silu_mul(gate, up, g->n * size);
+    kernels->silu_mul(sums[0], sums[1], g->n * stride);
     for (int64_t i = 0; i < g->n; i++) {
         /* down is linear: the routing weight goes on its narrow side. */
         float *h = m->hidden + (g->first + i) * width + row0;
-        memcpy(h, gate + i * size, (size_t)rows * sizeof(float));
+        memcpy(h, sums[0] + i * stride, (size_t)rows * sizeof(float));
         kernels->scale_row(h, m->weight[g->first + i], rows);
     }
 }
@@ -333,19 +358,20 @@ static void moe_prepare_hidden(void *context, int64_t slot, int worker) {
 
 static void moe_down(void *context, int64_t task, int worker) {
     moe_work *m = context;
-    const int64_t size = m->outer_rows, row0 = task * size, hidden = m->down->rows;
+    const int64_t size = m->outer_rows, stride = size + SPREAD, row0 = task * size;
+    const int64_t hidden = m->down->rows;
     const int64_t rows = hidden - row0 < size ? hidden - row0 : size;
     ktl_tile *tiles = ktl_pool_scratch(m->pool, worker, 0);
     float *acc = (float *)(tiles + KTL_TILES);
-    memset(acc, 0, (size_t)(m->tokens * size) * sizeof(float));
+    memset(acc, 0, (size_t)(m->tokens * stride) * sizeof(float));
     for (int64_t i = 0; i < m->groups; i++) {
         const group *g = &m->group[i];
-        ktl_job job = {NULL, NULL, acc, size, m->token + g->first, g->n};
+        ktl_job job = {NULL, NULL, acc, stride, m->token + g->first, g->n, {0}};
         rows_times(m->kernels[g->few], g->fuse, m->down, g->expert, row0, rows,
                    &m->hidden_acts[g->few], g->first, &job, tiles);
     }
     for (int64_t t = 0; t < m->tokens; t++)
-        memcpy(m->y + t * m->y_stride + row0, acc + t * size, (size_t)rows * sizeof(float));
+        memcpy(m->y + t * m->y_stride + row0, acc + t * stride, (size_t)rows * sizeof(float));
 }
 
 static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64_t top_k, int isa,
@@ -359,27 +385,37 @@ static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64
     }
     for (int f = 0; f < 2; f++) {
         if (!most[f]) continue;
-        if ((m->gate_acts[f] = moe_acts(m, m->kernels[f], m->gate->format)) < 0)
-            return m->gate_acts[f];
-        if ((m->up_acts[f] = moe_acts(m, m->kernels[f], m->up->format)) < 0) return m->up_acts[f];
-        m->hidden_acts[f] = (acts){m->kernels[f]->act_key(m->down->format), m->kernels[f], 1, NULL, 0, 0};
+        for (int i = 0; i < 2; i++) {
+            error = moe_acts(m, m->kernels[f], i ? m->up->format : m->gate->format);
+            if (error < 0) return error;
+            m->inner_acts[f][i] = error;
+        }
+        m->hidden_acts[f] = (acts){m->kernels[f]->act_key(m->down->format), m->kernels[f], NULL, 0, 0};
         error = acts_alloc(m->pool, SLOT_HIDDEN_ACTS + f, &m->hidden_acts[f], m->slots, m->down->cols);
         if (error) return error;
     }
+    for (int64_t g = 0; g < m->groups; g++)
+        for (int i = 0; !m->group[g].fuse && i < 2; i++) {
+            const int list = m->inner_acts[m->group[g].few][i];
+            acts *a = &m->gathered[list];
+            m->gather = 1;
+            if (a->base) continue;
+            error = acts_alloc(m->pool, SLOT_GATHERED + list, a, m->slots, m->gate->cols);
+            if (error) return error;
+        }
     const int64_t width = m->gate->rows, largest = most[0] > most[1] ? most[0] : most[1];
     m->hidden = ktl_pool_scratch(m->pool, ktl_pool_threads(m->pool) + SLOT_HIDDEN,
                                  (size_t)(m->slots * width) * sizeof(float) + 64);
     if (!m->hidden) return KTL_ERR_MEMORY;
     m->inner_rows = task_rows(m->pool, width, m->groups);
     m->outer_rows = task_rows(m->pool, m->down->rows, 1);
-    const int64_t inner = 2 * largest * m->inner_rows, outer = m->tokens * m->outer_rows;
+    const int64_t inner = 2 * largest * (m->inner_rows + SPREAD);
+    const int64_t outer = m->tokens * (m->outer_rows + SPREAD);
     if ((error = worker_scratch(m->pool, inner > outer ? inner : outer))) return error;
 
     const int small = m->slots * width * m->gate->cols * 3 < SMALL_WORK * 4;
-    int64_t rows = m->tokens;
-    for (int i = 0; i < m->lists; i++)
-        if (m->list[i].by_slot && m->slots > rows) rows = m->slots;
-    run(m->pool, rows * m->gate->cols < SMALL_WORK / 4, moe_prepare, m, rows);
+    run(m->pool, m->tokens * m->gate->cols < SMALL_WORK / 4, moe_prepare, m, m->tokens);
+    if (m->gather) run(m->pool, small, moe_gather, m, m->slots);
     run(m->pool, small, moe_gate_up, m, m->groups * ktl_ceil(width, m->inner_rows));
     run(m->pool, m->slots * width < SMALL_WORK / 4, moe_prepare_hidden, m, m->slots);
     run(m->pool, small, moe_down, m, ktl_ceil(m->down->rows, m->outer_rows));
