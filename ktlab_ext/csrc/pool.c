@@ -70,6 +70,10 @@ struct ktl_pool {
 static _Thread_local const ktl_pool *in_pool;
 static _Thread_local int in_worker;
 
+static int owned(const ktl_pool *pool) {
+    return atomic_load(&pool->depth) > 0 && pthread_equal(atomic_load(&pool->owner), pthread_self());
+}
+
 /* ---- fork: the child has the caller's thread only ------------------------------------------------ */
 static pthread_mutex_t pools_lock = PTHREAD_MUTEX_INITIALIZER;
 static ktl_pool *pools;
@@ -84,8 +88,19 @@ static void reset(ktl_pool *pool) {
     pthread_mutex_init(&pool->turn, NULL);
 }
 
-static void before_fork(void) { pthread_mutex_lock(&pools_lock); }
-static void after_fork_parent(void) { pthread_mutex_unlock(&pools_lock); }
+/* A fork waits for the runs of other threads: the child would find their scratch half replaced. Not
+ * when it comes from inside a run, which would wait for itself. */
+static int takes_turn(ktl_pool *pool) { return !in_pool && !owned(pool); }
+static void before_fork(void) {
+    pthread_mutex_lock(&pools_lock);
+    for (ktl_pool *pool = pools; pool; pool = pool->next)
+        if (takes_turn(pool)) pthread_mutex_lock(&pool->turn);
+}
+static void after_fork_parent(void) {
+    for (ktl_pool *pool = pools; pool; pool = pool->next)
+        if (takes_turn(pool)) pthread_mutex_unlock(&pool->turn);
+    pthread_mutex_unlock(&pools_lock);
+}
 static void after_fork_child(void) {
     pthread_mutex_init(&pools_lock, NULL);
     for (ktl_pool *pool = pools; pool; pool = pool->next)
@@ -209,9 +224,6 @@ static void start(ktl_pool *pool) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-static int owned(const ktl_pool *pool) {
-    return atomic_load(&pool->depth) > 0 && pthread_equal(atomic_load(&pool->owner), pthread_self());
-}
 
 static void run_inline(ktl_task task, void *context, int64_t tasks, int worker) {
     for (int64_t i = 0; i < tasks; i++)

@@ -135,10 +135,26 @@ static void scratch(ktl_pool *pool) {
     ktl_pool_unlock(pool);
 }
 
-/* The child has no workers; it starts its own, also while another thread of the parent runs. */
+/* The child has no workers; it starts its own, also while another thread of the parent runs. That
+ * thread neither starts nor ends meanwhile: the sanitizers' own locks do not survive a fork then. */
+typedef struct {
+    ktl_pool *pool;
+    _Atomic int runs, stop;
+} busy_caller;
+
+static void *call_until_stopped(void *context) {
+    busy_caller *b = context;
+    for (; !b->stop; b->runs++)
+        run_and_check(b->pool, b->runs % MOST_TASKS, b->runs % 8 == 0);
+    return NULL;
+}
+
 static void forks(ktl_pool *pool) {
+    busy_caller caller = {.pool = pool};
     pthread_t busy;
-    CHECK(pthread_create(&busy, NULL, call_often, pool) == 0, "no thread");
+    CHECK(pthread_create(&busy, NULL, call_until_stopped, &caller) == 0, "no thread");
+    while (!caller.runs)
+        usleep(100);
     for (int i = 0; i < 10; i++) {
         pid_t child = fork();
         if (child == 0) {
@@ -152,6 +168,7 @@ static void forks(ktl_pool *pool) {
         CHECK(waitpid(child, &status, 0) == child && status == 0, "a child ended with %d", status);
         run_and_check(pool, 50, 0);
     }
+    caller.stop = 1;
     pthread_join(busy, NULL);
 }
 
