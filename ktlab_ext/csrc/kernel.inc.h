@@ -476,7 +476,7 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
 }
 
 /* ---- few tokens on packed data: codes go from memory to the sums without a tile in between ------------ */
-enum { FEW = 4 }; /* tokens a pass */
+enum { FEW = 4 /* tokens a pass */, FAR = 4096 };
 
 KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const uint8_t *p, int groups,
                                 const ktl_act *const *act, float *const *acc) {
@@ -486,6 +486,7 @@ KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const ui
     const uint8_t *scales = p + groups * group_bytes;
     const uint8_t *mins = scales + subs * KTL_PANEL;
     float d[KTL_PANEL] KTL_ALIGNED, dmin[KTL_PANEL] KTL_ALIGNED;
+    const int share = (int)(ktl_chunk_bytes(format, KTL_CHUNK / KTL_GROUP) * KTL_GROUP / KTL_CHUNK);
     VF sum[FEW][VN];
     VI dot[FEW][VN];
 #pragma GCC unroll 4
@@ -497,8 +498,8 @@ KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const ui
     }
     for (int g = 0; g < groups; g++) {
         VI w[8][VN];
-        /* The panel's next chunk: the memory must not idle while this one is computed. */
-        fetch(p + (groups + g) * group_bytes, (size_t)group_bytes);
+        /* What comes FAR bytes on: the memory must not idle while this is computed. */
+        fetch(p + FAR + g * share, (size_t)share);
         unpack_in_registers(format, p + g * group_bytes, w);
         if (!f->has_scale && f->d_cols && g * KTL_GROUP % f->d_cols == 0)
             F16X16(scales + 32 * (g * KTL_GROUP / f->d_cols), d);

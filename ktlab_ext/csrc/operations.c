@@ -89,14 +89,28 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
     const uint8_t *act = a->base + first_act * (int64_t)ktl_act_bytes(a->key.kind);
     const int packed = m->layout == KTL_PACKED;
     const int64_t row_bytes = ktl_row_bytes(m->format, m->cols);
-    if (fuse && !packed) {
-        for (int term = 0; term < a->key.terms; term++)
+    const int64_t panel_bytes = packed ? ktl_panel_bytes(m->format, m->cols) : 0;
+    const int64_t chunk_bytes = ktl_chunk_bytes(m->format, KTL_CHUNK / KTL_GROUP);
+    if (fuse) { /* the weights are read once, in the order of memory */
+        ktl_job part = *job;
+        for (int64_t r = 0; packed && r < rows; r += KTL_PANEL) {
+            const uint8_t *panel = data + (row0 + r) / KTL_PANEL * panel_bytes;
+            part.acc = job->acc + r;
+            for (int64_t c = 0; c < chunks_of(m->cols); c++)
+                for (int term = 0; term < a->key.terms; term++) {
+                    const int64_t groups = ktl_ceil(m->cols - c * KTL_CHUNK, KTL_GROUP);
+                    part.act = act + c * a->chunk_bytes + term * a->term_bytes;
+                    kernels->dot_packed(m->format, panel,
+                                        panel + ktl_head_bytes(m->format) + c * chunk_bytes,
+                                        groups < KTL_CHUNK / KTL_GROUP ? (int)groups : KTL_CHUNK / KTL_GROUP,
+                                        &part);
+                }
+        }
+        for (int term = 0; !packed && term < a->key.terms; term++)
             kernels->dot_blocks(m->format, data + row0 * row_bytes, row_bytes, (int)rows, m->cols,
                                 act + term * a->term_bytes, a->chunk_bytes, job);
         return;
     }
-    const int64_t panel_bytes = packed ? ktl_panel_bytes(m->format, m->cols) : 0;
-    const int64_t chunk_bytes = ktl_chunk_bytes(m->format, KTL_CHUNK / KTL_GROUP);
     for (int64_t c = 0; c < m->cols; c += KTL_CHUNK) {
         const int cols = (int)(m->cols - c < KTL_CHUNK ? m->cols - c : KTL_CHUNK);
         const int groups = (cols + KTL_GROUP - 1) / KTL_GROUP;
@@ -109,13 +123,7 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
                 const uint8_t *panel = data + (row0 + r) / KTL_PANEL * panel_bytes;
                 const uint8_t *chunk =
                     panel + ktl_head_bytes(m->format) + c / KTL_CHUNK * chunk_bytes;
-                part.acc = job->acc + r;
-                if (fuse) {
-                    for (int term = 0; term < a->key.terms; term++) {
-                        part.act = terms + term * a->term_bytes;
-                        kernels->dot_packed(m->format, panel, chunk, groups, &part);
-                    }
-                } else if (packed) {
+                if (packed) {
                     kernels->decode_packed(m->format, panel, chunk, groups, tile);
                 } else {
                     int here = (int)(rows - r < KTL_PANEL ? rows - r : KTL_PANEL);
@@ -123,7 +131,6 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
                                            here, c, cols, tile);
                 }
             }
-            if (fuse) continue;
             for (; used < KTL_TILES; used++) {
                 memset(&tiles[used], 0, sizeof(ktl_tile));
                 tiles[used].codes = tiles[used].code;
