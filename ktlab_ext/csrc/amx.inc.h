@@ -116,7 +116,7 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
             TILE_CONFIG(&config);
         }
         const int8_t *a0 = acts[t].q, *a1 = acts[two ? t + 16 : t].q;
-        ktl_fetch(&ahead, ktl_ceil(32 * ahead.lines, job->n));
+        ktl_fetch(&ahead, tokens, job->n);
         for (int64_t next = t + 32; next < t + 64 && next < job->n; next++)
             for (int c = 0; c < (int)sizeof(ktl_act); c += 64)
                 __builtin_prefetch((const uint8_t *)&acts[next] + c);
@@ -284,7 +284,7 @@ static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int gro
             TILE_CONFIG(&config);
         }
         const uint16_t *a0 = acts + t * KTL_CHUNK, *a1 = acts + (two ? t + 16 : t) * KTL_CHUNK;
-        ktl_fetch(&ahead, ktl_ceil(32 * ahead.lines, job->n));
+        ktl_fetch(&ahead, tokens, job->n);
         for (int64_t next = t + 32; next < t + 64 && next < job->n; next++)
             for (int g = 0; g < groups; g++)
                 __builtin_prefetch(acts + next * KTL_CHUNK + g * KTL_GROUP);

@@ -11,6 +11,8 @@
 #define KTL_INLINE static inline __attribute__((always_inline))
 #define KTL_ALIGNED __attribute__((aligned(64)))
 
+KTL_INLINE int64_t ktl_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 /* What kernels need to know of a format, in the words of packed.h. The table is in this header so
  * that a constant format leaves constants only. */
 typedef struct {
@@ -107,20 +109,24 @@ typedef struct KTL_ALIGNED {
     const uint8_t *codes; /* `code`, or the packed data itself where that is the same */
 } ktl_tile;
 
-/* Memory that will be read after this: KTL_TILES pieces, `stride` bytes apart. */
-typedef struct {
-    const uint8_t *data;
-    int64_t stride, lines; /* of 64 bytes, in all pieces; 0: none */
-    int64_t at;
-} ktl_ahead;
-
 enum { KTL_TILES = 4 }; /* tiles that are decoded at a time */
 
-/* Asks for the next `count` lines of it, into L2. */
-KTL_INLINE void ktl_fetch(ktl_ahead *a, int64_t count) {
-    const int64_t piece = a->lines / KTL_TILES;
-    for (const int64_t end = a->at + count; a->at < end && a->at < a->lines; a->at++)
-        __builtin_prefetch(a->data + a->at / piece * a->stride + a->at % piece * 64, 0, 2);
+/* Memory that will be read after this: KTL_TILES pieces of `lines` x 64 bytes, `stride` bytes apart. */
+typedef struct {
+    const uint8_t *data;
+    int64_t stride;
+    int lines, piece, line;
+} ktl_ahead;
+
+/* Asks for the share of it that falls on `part` of `whole`, into L2. */
+KTL_INLINE void ktl_fetch(ktl_ahead *a, int64_t part, int64_t whole) {
+    for (int64_t n = ktl_ceil(part * a->lines * KTL_TILES, whole); n > 0 && a->piece < KTL_TILES; n--) {
+        __builtin_prefetch(a->data + a->line * 64, 0, 2);
+        if (++a->line < a->lines) continue;
+        a->line = 0;
+        a->piece++;
+        a->data += a->stride;
+    }
 }
 
 /* Tokens against tiles: row i multiplies act row act_index[i] (i if NULL) into the sums at
@@ -172,7 +178,6 @@ extern const ktl_kernels ktl_kernels_serial, ktl_kernels_avx2, ktl_kernels_avx51
 const ktl_kernels *ktl_kernels_of(int isa, int few);
 
 /* ---- small shared arithmetic ----------------------------------------------------------------------- */
-KTL_INLINE int64_t ktl_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 KTL_INLINE uint16_t ktl_load16(const uint8_t *p) {
     uint16_t v;

@@ -407,9 +407,9 @@ static void multiply(int format, const ktl_tile *tiles, int panels, int groups, 
             acc[i] = ktl_sums(job, t + i);
             next[i] = ktl_sums(job, t + T + i < job->n ? t + T + i : t);
         }
-        ktl_fetch(&ahead, ktl_ceil(T * ahead.lines, job->n));
         const uint8_t *act = (const uint8_t *)job->act + (size_t)t * act_bytes;
         for (int p = 0; p < panels; p += step) {
+            ktl_fetch(&ahead, T * step, job->n * panels);
             loops[T - 1](tiles + p, groups, act, acc, next);
             for (int i = 0; i < T; i++) {
                 acc[i] += step * KTL_PANEL;

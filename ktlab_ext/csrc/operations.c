@@ -139,7 +139,7 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
             const int64_t next = first + KTL_TILES * KTL_PANEL < rows ? first + KTL_TILES * KTL_PANEL : 0;
             part.ahead = (ktl_ahead){data + (row0 + next) / KTL_PANEL * panel_bytes +
                                          ktl_head_bytes(m->format) + (c / KTL_CHUNK + !next) * chunk_bytes,
-                                     panel_bytes, packed ? KTL_TILES * (chunk_bytes / 64) : 0, 0};
+                                     panel_bytes, packed ? (int)(chunk_bytes / 64) : 0, 0, 0};
             part.acc = job->acc + first;
             for (int term = 0; term < a->key.terms; term++) {
                 part.act = terms + term * a->term_bytes;
