@@ -432,10 +432,11 @@ cdef int check_seconds(double seconds) except -1:
     return 0
 
 
-def peak_ops(Pool pool not None, str isa not None, double seconds=0.2):
+def peak_ops(Pool pool not None, str isa not None, double seconds=0.2, bint loading=False):
     """Operations per second (multiply and add are two) of the set's dot instruction on registers.
 
-    0.0 for an emulated set: it has no ceiling of its own.
+    `loading` (AMX): with the tile load a product that eight tiles demand, from L1. 0.0 where there
+    is no such ceiling: emulated sets, and `loading` without tiles.
     """
     cdef double found
     cdef int number = isa_of(isa)
@@ -443,7 +444,7 @@ def peak_ops(Pool pool not None, str isa not None, double seconds=0.2):
     if ktl_isa_reason(number)[0]:
         raise ValueError(f"peak_ops: {isa} cannot be used: {ktl_isa_reason(number).decode()}")
     with nogil:
-        found = ktl_peak_ops(pool.pool, number, seconds)
+        found = ktl_peak_ops(pool.pool, number, loading, seconds)
     return found
 
 

@@ -47,6 +47,6 @@ cdef extern from "ktl.h" nogil:
                        float *dst)
     int ktl_header_write(const ktl_header *h, uint8_t *dst)
     int ktl_header_read(const uint8_t *src, int64_t total_bytes, ktl_header *h, char *why)
-    double ktl_peak_ops(ktl_pool *pool, int isa, double seconds)
+    double ktl_peak_ops(ktl_pool *pool, int isa, int loading, double seconds)
     double ktl_peak_fma(ktl_pool *pool, double seconds)
     double ktl_peak_read(ktl_pool *pool, const uint8_t *buffer, int64_t bytes, double seconds)

@@ -16,9 +16,14 @@ def usable(isa: str) -> bool:
     return native.isas().get(isa, "absent") == ""
 
 
-def operations(isa: str, threads: int, seconds: float = SECONDS) -> float:
-    """Operations/s (a multiply and an add are two) of the set's dot instruction on registers."""
-    return float(native._native().peak_ops(native.pool(threads), isa, seconds))
+def operations(
+    isa: str, threads: int, seconds: float = SECONDS, *, loading: bool = False
+) -> float:
+    """Operations/s (a multiply and an add are two) of the set's dot instruction on registers.
+
+    `loading`: of AMX with a tile load a product, which eight tile registers demand; 0.0 for others.
+    """
+    return float(native._native().peak_ops(native.pool(threads), isa, seconds, loading))
 
 
 def float32(threads: int, seconds: float = SECONDS) -> float:

@@ -31,7 +31,7 @@ from ktlab.measurement import hardware
 from ktlab.measurement.contenders import Contender, OwnKernel, PeerKernel
 from ktlab.measurement.peers import client
 from ktlab.measurement.provenance import Provenance
-from ktlab.measurement.rounds import MOST_REPEATS, Progress, Rates, take_turns
+from ktlab.measurement.rounds import LOADING, MOST_REPEATS, Progress, Rates, take_turns
 from ktlab.measurement.synthetic import (
     Inputs,
     MoeShape,
@@ -229,6 +229,11 @@ def bench_experts(
             f"{rounds} rounds in turn, {threads} threads, median and quartiles; up to "
             f"{MOST_REPEATS} repeats a round after a warm-up; seed {seed}; load average before: "
             f"{load:.1f}"
+            + "".join(
+                f"; {name} {1e-9 * rate:,.0f} GFLOP/s"
+                for name, rate in rates.best.items()
+                if name.endswith(LOADING)
+            )
         ),
         provenance=Provenance.collect(model=f"{moe.name} widths, synthetic weights", seed=seed),
     )

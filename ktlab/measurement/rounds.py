@@ -20,6 +20,8 @@ HOPELESS = 1.5
 CACHES = 4
 """Reading is measured on a buffer of so many times the last-level cache."""
 LEAST_BUFFER, LARGEST_BUFFER = 256 << 20, 1 << 30
+LOADING = ", a tile load a product"
+"""Of a rate's name: what AMX can give at most in any product of matrices."""
 
 Progress = Callable[[str], None]
 
@@ -48,9 +50,13 @@ class Rates:
         for isa in sorted({c.peak_isa for c in contenders} - {""}):
             if ceilings.usable(isa):
                 self._note(isa, ceilings.operations(isa, self.threads))
+                self._note(
+                    f"{isa}{LOADING}", ceilings.operations(isa, self.threads, loading=True)
+                )
 
     def _note(self, name: str, rate: float) -> None:
-        self.best[name] = max(rate, self.best.get(name, 0.0))
+        if rate:
+            self.best[name] = max(rate, self.best.get(name, 0.0))
 
     def bound(self, nbytes: float, operations: float, isa: str) -> tuple[float, str]:
         """(least seconds, the ceiling in words) of so much work."""

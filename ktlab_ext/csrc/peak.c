@@ -64,14 +64,16 @@ LOOP(avx2_maddubs, "avx2", __m256i, _mm256_set1_epi8(1), 32)
 LOOP(vnni_dpbusd, "avx512f,avx512vnni", __m512i, _mm512_set1_epi8(1), 64)
 #undef PRODUCT
 
-/* Palette 1: eight tiles of 16 rows of 64 bytes. 0 to 3 are sums, 4 and 5 stand left, 6 and 7 right. */
+/* Palette 1: eight tiles of 16 rows of 64 bytes. 0 to 3 are sums, 4 and 5 stand left, 6 and 7 right.
+ * A product of matrices loads a tile a product: four of eight tiles as sums need two on each side for
+ * four products, and no other share of the eight needs less. `load` is that, from L1, or nothing. */
 typedef struct {
     uint8_t palette, start_row, zeros[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
 } tile_config;
 
-#define TILES(product)                                                                             \
+#define TILES(product, load)                                                                             \
     static const uint8_t zeros[1024] __attribute__((aligned(64))) = {0};                           \
     tile_config config = {.palette = 1};                                                           \
     for (int t = 0; t < 8; t++) {                                                                  \
@@ -88,22 +90,30 @@ typedef struct {
     _tile_loadd(6, zeros, 64);                                                                     \
     _tile_loadd(7, zeros, 64);                                                                     \
     for (int64_t i = 0; i < turns; i++) {                                                          \
+        load(4);                                                                                   \
+        load(6);                                                                                   \
         product(0, 4, 6);                                                                          \
+        load(7);                                                                                   \
         product(1, 4, 7);                                                                          \
+        load(5);                                                                                   \
         product(2, 5, 6);                                                                          \
         product(3, 5, 7);                                                                          \
     }                                                                                              \
     _tile_release()
 
-__attribute__((target("amx-tile,amx-int8"))) static double amx_int8(int64_t turns) {
-    TILES(_tile_dpbssd);
-    return (double)turns * 4 * 16 * 16 * 64 * 2;
-}
-
-__attribute__((target("amx-tile,amx-bf16"))) static double amx_bf16(int64_t turns) {
-    TILES(_tile_dpbf16ps);
-    return (double)turns * 4 * 16 * 16 * 32 * 2;
-}
+#define NO_LOAD(tile)
+#define LOAD(tile)                       \
+    __asm__ volatile("" : : : "memory"); \
+    _tile_loadd(tile, zeros, 64)
+#define TILE_LOOP(name, targets, product, load, columns)                    \
+    __attribute__((target(targets))) static double name(int64_t turns) {    \
+        TILES(product, load);                                               \
+        return (double)turns * 4 * 16 * 16 * (columns) * 2;                 \
+    }
+TILE_LOOP(amx_int8, "amx-tile,amx-int8", _tile_dpbssd, NO_LOAD, 64)
+TILE_LOOP(amx_bf16, "amx-tile,amx-bf16", _tile_dpbf16ps, NO_LOAD, 32)
+TILE_LOOP(amx_int8_loading, "amx-tile,amx-int8", _tile_dpbssd, LOAD, 64)
+TILE_LOOP(amx_bf16_loading, "amx-tile,amx-bf16", _tile_dpbf16ps, LOAD, 32)
 
 typedef struct {
     loop loop;
@@ -153,15 +163,20 @@ double ktl_peak_fma(ktl_pool *pool, double seconds) {
     return peak_of(pool, loop, seconds);
 }
 
-double ktl_peak_ops(ktl_pool *pool, int isa, double seconds) {
-    static const loop LOOPS[KTL_ISAS] = {
-        [KTL_SERIAL] = serial_fma,         [KTL_AVX2] = avx2_maddubs,
-        [KTL_AVX512_VNNI] = vnni_dpbusd,   [KTL_AMX_INT8] = amx_int8,
-        [KTL_AMX_BF16] = amx_bf16,
+double ktl_peak_ops(ktl_pool *pool, int isa, int loading, double seconds) {
+    static const loop LOOPS[2][KTL_ISAS] = {
+        {
+            [KTL_SERIAL] = serial_fma,
+            [KTL_AVX2] = avx2_maddubs,
+            [KTL_AVX512_VNNI] = vnni_dpbusd,
+            [KTL_AMX_INT8] = amx_int8,
+            [KTL_AMX_BF16] = amx_bf16,
+        },
+        {[KTL_AMX_INT8] = amx_int8_loading, [KTL_AMX_BF16] = amx_bf16_loading},
     };
-    if (isa < 0 || isa >= KTL_ISAS || !LOOPS[isa] || !usable(isa))
+    if (isa < 0 || isa >= KTL_ISAS || !LOOPS[!!loading][isa] || !usable(isa))
         return 0.0;
-    return peak_of(pool, LOOPS[isa], seconds);
+    return peak_of(pool, LOOPS[!!loading][isa], seconds);
 }
 
 /* ---- memory ---------------------------------------------------------------------------------------- */

@@ -349,7 +349,10 @@ def test_ceilings_are_plausible(native: ModuleType) -> None:
         elif "emulated" in isa:
             assert native.peak_ops(pool, isa, 0.05) == 0.0
         else:
-            assert native.peak_ops(pool, isa, 0.05) > 1e7
+            peak = native.peak_ops(pool, isa, 0.05)
+            assert peak > 1e7
+            loading = native.peak_ops(pool, isa, 0.05, True)
+            assert (loading > 1e7) == ("amx" in isa) and loading < 1.5 * peak
     assert 1e7 < native.peak_read(pool, np.ones(1 << 24, np.uint8), 0.05) < 1e13
     with pytest.raises(ValueError, match="at least 1 MiB, found 100"):
         native.peak_read(pool, np.ones(100, np.uint8))

@@ -1,0 +1,231 @@
+/* Many tokens against decoded tiles: the inner loops, in the words of kernel.inc.h. */
+enum { RV = PANELS * VN }; /* vectors of one column: PANELS x 16 rows */
+
+/* The integer sums start from 1.5 * 2^23, as the bits of that float: what they hold is then a float
+ * already, 1.5 * 2^23 + sum, as long as |sum| < 2^22 (32 columns of codes up to 255: 2^20). One FMA
+ * scales it and takes the start off again, exactly, because a float16 scale leaves bits to spare. */
+enum { FLOAT_START = 0x4b400000 };
+
+/* What the next pass reads lies beyond L1 and is fetched meanwhile: a line of its tokens' activations
+ * for every 32 columns, and the lines of its sums. */
+#define FETCH_ACTS(T, bytes, at)                                                                    \
+    _Pragma("GCC unroll 8") for (int t = 0; t < (T); t++)                                           \
+        __builtin_prefetch((const uint8_t *)act + ((T) + t) * (bytes) + (at))
+#define FETCH_SUMS(T, panels)                                                                       \
+    _Pragma("GCC unroll 8") for (int t = 0; t < (T); t++)                                           \
+        _Pragma("GCC unroll 4") for (int p = 0; p < (panels); p++)                                  \
+            __builtin_prefetch(next[t] + p * KTL_PANEL)
+
+/* Columns [at, at + columns) of R vectors of rows times T tokens. */
+#define STEP_OF(T, R, columns, is_wide)                                                             \
+    _Pragma("GCC unroll 8") for (int j = 0; j < (columns); j += 4) {                                \
+        VI w[R];                                                                                    \
+        _Pragma("GCC unroll 4") for (int r = 0; r < (R); r++)                                       \
+            w[r] = LOADI(codes[r / VN] + at * 16 + (j * 16 + r % VN * VB));                         \
+        _Pragma("GCC unroll 8") for (int t = 0; t < (T); t++) {                                     \
+            int32_t four;                                                                           \
+            memcpy(&four, act[t].q + at + j, 4);                                                    \
+            const VI xt = SET1I(four);                                                              \
+            _Pragma("GCC unroll 4") for (int r = 0; r < (R); r++)                                   \
+                dot[t][r] = (is_wide) ? DOT_WIDE(dot[t][r], w[r], xt) : DOT(dot[t][r], w[r], xt);   \
+        }                                                                                           \
+    }
+
+/* T tokens x PANELS tiles, a scale for every 16 or 32 columns: the float sums stay in registers. */
+KTL_INLINE void multiply_short(int T, int sub, int mins, int is_wide, const ktl_tile *tile,
+                               int groups, const ktl_act *act, float *const *acc,
+                               float *const *next) {
+    const uint8_t *codes[PANELS];
+    VF sum[8][RV];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc[t] + r * (VB / 4));
+#pragma GCC unroll 2
+    for (int p = 0; p < PANELS; p++) codes[p] = tile[p].codes;
+    FETCH_SUMS(T, PANELS);
+    for (int64_t g = 0; g < groups; g++) {
+        VF part[8][RV], start[RV];
+        const int64_t s0 = g * (KTL_GROUP / sub);
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) {
+            VF scales = LOADF(tile[r / VN].scale[s0] + r % VN * (VB / 4));
+            if (sub < KTL_GROUP)
+                scales = ADDF(scales, LOADF(tile[r / VN].scale[s0 + 1] + r % VN * (VB / 4)));
+            start[r] = MULF(scales, SET1F(-12582912.0f));
+        }
+        FETCH_ACTS(T, sizeof(ktl_act), 64 * g);
+#pragma GCC unroll 2
+        for (int h = 0; h < KTL_GROUP / sub; h++) {
+            VI dot[8][RV];
+            const int64_t s = s0 + h, at = g * KTL_GROUP + h * sub;
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                const VI init = mins ? SET1I(FLOAT_START) : ADDI(SET1I(act[t].init[s]), SET1I(FLOAT_START));
+#pragma GCC unroll 4
+                for (int r = 0; r < RV; r++) dot[t][r] = init;
+            }
+            STEP_OF(T, RV, sub, is_wide)
+#pragma GCC unroll 4
+            for (int r = 0; r < RV; r++) {
+                const VF scale = LOADF(tile[r / VN].scale[s] + r % VN * (VB / 4));
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++)
+                    part[t][r] = FMA(AS_FLOAT(dot[t][r]), scale, h ? part[t][r] : start[r]);
+                if (!mins) continue;
+                const VF offset = LOADF(tile[r / VN].offset[s] + r % VN * (VB / 4));
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++)
+                    sum[t][r] = FMA(offset, SET1F(act[t].sum[s]), sum[t][r]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            const VF scale = SET1F(act[t].scale[g]);
+#pragma GCC unroll 4
+            for (int r = 0; r < RV; r++) sum[t][r] = FMA(part[t][r], scale, sum[t][r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) STOREF(acc[t] + r * (VB / 4), sum[t][r]);
+}
+
+/* T tokens x LONG_PANELS tiles, a scale for 128 or 256 columns: the registers are worth more to the
+ * integer sums, the more of them the fewer loads a product. */
+enum { LV = LONG_PANELS * VN };
+KTL_INLINE void multiply_long(int T, int sub, int is_wide, const ktl_tile *tile, int groups,
+                              const ktl_act *act, float *const *acc, float *const *next) {
+    const int64_t cols = groups * KTL_GROUP;
+    const uint8_t *codes[LONG_PANELS];
+#pragma GCC unroll 4
+    for (int p = 0; p < LONG_PANELS; p++) codes[p] = tile[p].codes;
+    FETCH_SUMS(T, LONG_PANELS);
+    for (int64_t c = 0; c < cols; c += sub) {
+        const int64_t s = c / sub, end = c + sub < cols ? c + sub : cols;
+        VI dot[8][LV];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            const VI init = SET1I(act[t].init[s]);
+#pragma GCC unroll 4
+            for (int r = 0; r < LV; r++) dot[t][r] = init;
+        }
+        for (int64_t at = c; at < end; at += KTL_GROUP) {
+            FETCH_ACTS(T, sizeof(ktl_act), 2 * at);
+            STEP_OF(T, LV, KTL_GROUP, is_wide)
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < LV; r++) {
+            const VF scale = LOADF(tile[r / VN].scale[s] + r % VN * (VB / 4));
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                float *to = acc[t] + r * (VB / 4);
+                STOREF(to, FMA(MULF(TO_FLOAT(dot[t][r]), scale), SET1F(act[t].scale[s]), LOADF(to)));
+            }
+        }
+    }
+}
+
+KTL_INLINE void multiply_f32(int T, const ktl_tile *tile, int groups, const float *act,
+                             float *const *acc, float *const *next) {
+    VF sum[8][RV];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc[t] + r * (VB / 4));
+    FETCH_SUMS(T, PANELS);
+    for (int c = 0; c < groups * KTL_GROUP; c++) {
+        if (c % 16 == 0) FETCH_ACTS(T, KTL_CHUNK * sizeof(float), 4 * c);
+        VF w[RV];
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) w[r] = LOADF(tile[r / VN].f32 + c * KTL_PANEL + r % VN * (VB / 4));
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            VF x = SET1F(act[t * KTL_CHUNK + c]);
+#pragma GCC unroll 4
+            for (int r = 0; r < RV; r++) sum[t][r] = FMA(w[r], x, sum[t][r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+        for (int r = 0; r < RV; r++) STOREF(acc[t] + r * (VB / 4), sum[t][r]);
+}
+
+/* `next`: the sums of the pass after this one. */
+typedef void (*inner_loop)(const ktl_tile *, int, const void *act, float *const *acc,
+                           float *const *next);
+
+#define LOOP(name, call)                                                                            \
+    static void name(const ktl_tile *tile, int groups, const void *act, float *const *acc,          \
+                     float *const *next) {                                                          \
+        call;                                                                                       \
+    }
+#define SHORT_LOOP(T, sub, mins, is_wide)                                                           \
+    LOOP(int8_##sub##_##mins##is_wide##_##T,                                                        \
+         multiply_short(T, sub, mins, is_wide, tile, groups, act, acc, next))
+#define LONG_LOOP(T, sub, is_wide)                                                                  \
+    LOOP(int8_##sub##_0##is_wide##_##T, multiply_long(T, sub, is_wide, tile, groups, act, acc, next))
+#define F32_LOOP(T)                                                                                 \
+    LOOP(f32_##T, multiply_f32(T, tile, groups, act, acc, next))
+/* One copy for each number of tokens; those that one pass does not take are no copies. */
+#define UP_TO_3(L, ...) L(1, ##__VA_ARGS__) L(2, ##__VA_ARGS__) L(3, ##__VA_ARGS__)
+#define UP_TO_5(L, ...) UP_TO_3(L, ##__VA_ARGS__) L(4, ##__VA_ARGS__) L(5, ##__VA_ARGS__)
+#define UP_TO_6(L, ...) UP_TO_5(L, ##__VA_ARGS__) L(6, ##__VA_ARGS__)
+#define TABLE_3(name) {name##_1, name##_2, name##_3}
+#define TABLE_5(name) {name##_1, name##_2, name##_3, name##_4, name##_5}
+#define TABLE_6(name) {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 16, 0, 0)
+JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 16, 1, 0)
+JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 32, 0, 0)
+JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 32, 0, 1)
+JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 32, 1, 0)
+JOIN(UP_TO_, TOKENS)(F32_LOOP)
+JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 128, 0)
+JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 256, 1)
+
+static const inner_loop *loops_of(int format) {
+#define SHORTS JOIN(TABLE_, TOKENS)
+#define LONGS JOIN(TABLE_, LONG_TOKENS)
+    static const inner_loop f32[] = SHORTS(f32), s16[] = SHORTS(int8_16_00),
+                            s16m[] = SHORTS(int8_16_10), s32[] = SHORTS(int8_32_00),
+                            s32w[] = SHORTS(int8_32_01), s32m[] = SHORTS(int8_32_10),
+                            s128[] = LONGS(int8_128_00), s256[] = LONGS(int8_256_01);
+    const ktl_format_info *f = &ktl_formats[format];
+    if (ktl_is_float(format)) return f32;
+    if (f->sub == 16) return format == KTL_Q2_K ? s16m : s16;
+    if (f->sub == 32) return f->has_min ? s32m : wide(format) ? s32w : s32;
+    return f->sub == 128 ? s128 : s256;
+}
+
+static void multiply(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job) {
+    const inner_loop *loops = loops_of(format);
+    const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
+    const int is_long = ktl_formats[format].sub > KTL_GROUP;
+    const int most = is_long ? LONG_TOKENS : TOKENS, step = is_long ? LONG_PANELS : PANELS;
+    ktl_ahead ahead = job->ahead;
+    float *acc[8], *next[8];
+    for (int64_t t = 0; t < job->n;) {
+        /* Even shares: 7 tokens are 4 and 3, not 6 and 1. */
+        const int64_t left = job->n - t;
+        const int T = (int)ktl_ceil(left, ktl_ceil(left, most));
+        for (int i = 0; i < T; i++) {
+            acc[i] = ktl_sums(job, t + i);
+            next[i] = ktl_sums(job, t + T + i < job->n ? t + T + i : t);
+            __asm__("" : "+r"(acc[i])); /* one by one: as vectors this took 5 % of the time */
+        }
+        const uint8_t *act = (const uint8_t *)job->act + (size_t)t * act_bytes;
+        for (int p = 0; p < panels; p += step) {
+            ktl_fetch(&ahead, T * step, job->n * panels);
+            loops[T - 1](tiles + p, groups, act, acc, next);
+            for (int i = 0; i < T && p + step < panels; i++) {
+                acc[i] += step * KTL_PANEL;
+                next[i] += step * KTL_PANEL;
+            }
+        }
+        t += T;
+    }
+}
