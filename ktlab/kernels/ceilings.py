@@ -16,9 +16,7 @@ def usable(isa: str) -> bool:
     return native.isas().get(isa, "absent") == ""
 
 
-def operations(
-    isa: str, threads: int, seconds: float = SECONDS, *, loading: bool = False
-) -> float:
+def operations(isa: str, threads: int, seconds: float = SECONDS, *, loading: bool = False) -> float:
     """Operations/s (a multiply and an add are two) of the set's dot instruction on registers.
 
     `loading`: of AMX with a tile load a product, which eight tile registers demand; 0.0 for others.

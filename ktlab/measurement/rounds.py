@@ -50,9 +50,7 @@ class Rates:
         for isa in sorted({c.peak_isa for c in contenders} - {""}):
             if ceilings.usable(isa):
                 self._note(isa, ceilings.operations(isa, self.threads))
-                self._note(
-                    f"{isa}{LOADING}", ceilings.operations(isa, self.threads, loading=True)
-                )
+                self._note(f"{isa}{LOADING}", ceilings.operations(isa, self.threads, loading=True))
 
     def _note(self, name: str, rate: float) -> None:
         if rate:

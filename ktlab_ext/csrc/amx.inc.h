@@ -50,21 +50,20 @@ static void int8_prepare(ktl_act_key key, const float *x, int cols, void *act) {
     DECODE.prepare(key, x, cols, act);
 }
 
-/* The sums of up to 32 tokens x 2 panels, waiting to be added to the result: a few tokens of them
- * after every step of the tiles, which compute the next sums meanwhile. */
+/* The sums of up to 32 tokens x 2 panels, waiting to be added to the result while the tiles compute
+ * the next ones. */
 typedef struct KTL_ALIGNED {
     union {
         int32_t dot[2][2][16][16]; /* [A][B][token][row] */
         float sum[2][2][16][16];
     };
     int64_t t;
-    int tokens, done, p, s;
+    int tokens, p, s;
 } waiting;
 
 KTL_INLINE void take(waiting *w, int64_t t, int tokens, int p, int s) {
     w->t = t;
     w->tokens = tokens;
-    w->done = 0;
     w->p = p;
     w->s = s;
     TILE_STORE(0, w->dot[0][0], 64);
@@ -75,14 +74,12 @@ KTL_INLINE void take(waiting *w, int64_t t, int tokens, int p, int s) {
     }
 }
 
-KTL_INLINE void int8_add(int format, waiting *w, int count, const ktl_tile *tiles,
-                         const ktl_job *job) {
+KTL_INLINE void int8_add(int format, const waiting *w, const ktl_tile *tiles, const ktl_job *job) {
     const int sub = ktl_formats[format].sub, group = sub > KTL_GROUP ? sub : KTL_GROUP;
     const int has_offset = ktl_formats[format].has_min || format == KTL_Q2_K, s = w->s;
     const ktl_tile *tile = tiles + w->p;
     const rows_f scales[2] = {*(const rows_f *)tile[0].scale[s], *(const rows_f *)tile[1].scale[s]};
-    const int end = w->done + count < w->tokens ? w->done + count : w->tokens;
-    for (int i = w->done; i < end; i++) {
+    for (int i = 0; i < w->tokens; i++) {
         const ktl_act *a = (const ktl_act *)job->act + w->t + i;
         const int32_t init = a->init[s];
         const float scale = a->scale[s * sub / group], sum = a->sum[s];
@@ -95,20 +92,18 @@ KTL_INLINE void int8_add(int format, waiting *w, int count, const ktl_tile *tile
             to[b] = v;
         }
     }
-    w->done = end;
 }
 
 KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, int groups,
                                  const ktl_job *job) {
     const ktl_format_info *f = &ktl_formats[format];
     const int cols = groups * KTL_GROUP, sub = f->sub, k = sub < 64 ? sub : 64;
-    const int share = (int)ktl_ceil(32, sub / k); /* tokens added a step */
     ktl_ahead ahead = job->ahead;
     waiting sums[2];
     int turn = 0;
     uint8_t half[2][1024] KTL_ALIGNED; /* the last 32 columns, padded to 64 */
     const ktl_act *acts = job->act;
-    sums[1].tokens = sums[1].done = sums[1].p = sums[1].s = 0;
+    sums[1].tokens = sums[1].p = sums[1].s = 0; /* nothing to add yet */
     for (int64_t t = 0; t < job->n; t += 32) {
         const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
         if (t == 0 || tokens < 32) {
@@ -117,9 +112,6 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
         }
         const int8_t *a0 = acts[t].q, *a1 = acts[two ? t + 16 : t].q;
         ktl_fetch(&ahead, tokens, job->n);
-        for (int64_t next = t + 32; next < t + 64 && next < job->n; next++)
-            for (int c = 0; c < (int)sizeof(ktl_act); c += 64)
-                __builtin_prefetch((const uint8_t *)&acts[next] + c);
         for (int p = 0; p < panels; p += 2)
             for (int s = 0; s * sub < cols; s++) {
                 TILE_ZERO(0);
@@ -147,14 +139,13 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
                         TILE_DOT_S8U8(2, 5, 6);
                         TILE_DOT_S8U8(3, 5, 7);
                     }
-                    int8_add(format, &sums[!turn], share, tiles, job);
                 }
-                int8_add(format, &sums[!turn], 32, tiles, job);
+                int8_add(format, &sums[!turn], tiles, job);
                 take(&sums[turn], t, tokens, p, s);
                 turn ^= 1;
             }
     }
-    int8_add(format, &sums[!turn], 32, tiles, job);
+    int8_add(format, &sums[!turn], tiles, job);
     TILE_RELEASE();
 }
 
@@ -258,25 +249,22 @@ static void bf16_decode_blocks(int format, const uint8_t *row, int64_t row_bytes
     else bf16_from_tile(format, groups, &from, tile);
 }
 
-KTL_INLINE void bf16_add(waiting *w, int count, const ktl_job *job) {
-    const int end = w->done + count < w->tokens ? w->done + count : w->tokens;
-    for (int i = w->done; i < end; i++) {
+KTL_INLINE void bf16_add(const waiting *w, const ktl_job *job) {
+    for (int i = 0; i < w->tokens; i++) {
         rows_f *acc = (rows_f *)(ktl_sums(job, w->t + i) + w->p * KTL_PANEL);
         acc[0] += *(const rows_f *)w->sum[i / 16][0][i % 16];
         acc[1] += *(const rows_f *)w->sum[i / 16][1][i % 16];
     }
-    w->done = end;
 }
 
 static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int groups,
                           const ktl_job *job) {
     const uint16_t *acts = job->act;
-    const int share = (int)ktl_ceil(32, groups);
     ktl_ahead ahead = job->ahead;
     waiting sums[2];
     int turn = 0;
     (void)format;
-    sums[1].tokens = sums[1].done = 0;
+    sums[1].tokens = 0;
     for (int64_t t = 0; t < job->n; t += 32) {
         const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
         if (t == 0 || tokens < 32) {
@@ -285,9 +273,6 @@ static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int gro
         }
         const uint16_t *a0 = acts + t * KTL_CHUNK, *a1 = acts + (two ? t + 16 : t) * KTL_CHUNK;
         ktl_fetch(&ahead, tokens, job->n);
-        for (int64_t next = t + 32; next < t + 64 && next < job->n; next++)
-            for (int g = 0; g < groups; g++)
-                __builtin_prefetch(acts + next * KTL_CHUNK + g * KTL_GROUP);
         for (int p = 0; p < panels; p += 2) {
             TILE_ZERO(0);
             TILE_ZERO(1);
@@ -304,13 +289,13 @@ static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int gro
                     TILE_DOT_BF16(2, 5, 6);
                     TILE_DOT_BF16(3, 5, 7);
                 }
-                bf16_add(&sums[!turn], share, job);
             }
+            bf16_add(&sums[!turn], job);
             take(&sums[turn], t, tokens, p, 0);
             turn ^= 1;
         }
     }
-    bf16_add(&sums[!turn], 32, job);
+    bf16_add(&sums[!turn], job);
     TILE_RELEASE();
 }
 
