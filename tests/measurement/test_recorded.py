@@ -1,0 +1,30 @@
+"""The README's table of expert kernels is the recorded measurements, row by row."""
+
+from pathlib import Path
+
+import pytest
+
+from ktlab.measurement.recorded import recorded_runs
+from ktlab.measurement.synthetic import get_shape
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_readme_shows_what_was_recorded() -> None:
+    text = README.read_text(encoding="utf-8")
+    rows = [row for run in recorded_runs() for row in run.rows()]
+    shown = [line for line in text.splitlines() if line.startswith("| deepseek-")]
+    assert rows and shown == rows
+
+
+def test_recorded_runs_say_where_they_come_from() -> None:
+    for run in recorded_runs():
+        assert run.command.startswith("ktlab bench experts") and "--peers" in run.command
+        assert "revision" in run.machine and "seed 0" in run.machine
+        backends = {case.backend for case in run.cases}
+        assert "native" in backends and backends - {"native"}, "no peer took part"
+        for case in run.cases:
+            weights = get_shape(case.shape).expert_weights
+            operations = 2 * case.tokens * case.top_k * weights
+            assert case.gflops * case.median_s == pytest.approx(1e-9 * operations)
+            assert 0 < case.ceiling_share <= 1 and 0 < case.relative_error < 0.05
