@@ -50,7 +50,9 @@ class Rates:
         for isa in sorted({c.peak_isa for c in contenders} - {""}):
             if ceilings.usable(isa):
                 self._note(isa, ceilings.operations(isa, self.threads))
-                self._note(f"{isa}{LOADING}", ceilings.operations(isa, self.threads, loading=True))
+                if f"{isa}{LOADING}" not in self.best:  # said beside the ceiling: once will do
+                    rate = ceilings.operations(isa, self.threads, loading=True)
+                    self._note(f"{isa}{LOADING}", rate)
 
     def _note(self, name: str, rate: float) -> None:
         if rate:

@@ -1,4 +1,8 @@
-"""Compiles the C tests; .build/ keeps each object under the hash of what it was made of."""
+"""Compiles the C tests; .build/ keeps each object under the hash of what it was made of.
+
+Run as a program, it compiles the sanitized core, which takes longest, ahead of the tests: CI does
+so while it installs. Needs nothing but Python and gcc.
+"""
 
 import hashlib
 import shutil
@@ -48,12 +52,15 @@ def object_of(source: Path, flags: tuple[str, ...]) -> Path:
     return kept
 
 
+def objects_of(sources: list[Path], flags: tuple[str, ...]) -> list[Path]:
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda path: object_of(path, (*STRICT, *flags)), sources))
+
+
 def build(test: str, flags: tuple[str, ...], sources: list[Path], where: Path) -> Path:
     """The program of csrc/tests/<test>.c with `sources`, at `where`/<test>."""
     assert COMPILER is not None
-    every = [*sources, CSRC / "tests" / f"{test}.c"]
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda path: object_of(path, (*STRICT, *flags)), every))
+    objects = objects_of([*sources, CSRC / "tests" / f"{test}.c"], flags)
     program = where / test
     call(COMPILER, *STRICT, *flags, *objects, "-o", program, "-lm")
     return program
@@ -65,3 +72,7 @@ def run(program: Path, *arguments: object, timeout: float = 300) -> str:
     )
     assert done.returncode == 0, f"{program.name} ended with {done.returncode}\n{done.stderr}"
     return done.stdout
+
+
+if __name__ == "__main__" and COMPILER is not None:
+    objects_of(core(), ADDRESSES)
