@@ -22,7 +22,7 @@ from ktlab.kernels.threads import default_threads
 from ktlab.measurement.bench import SAMPLE_TOKENS, KernelCase, _case
 from ktlab.measurement.contenders import FLOAT_BYTES, Contender, OwnKernel, PeerKernel
 from ktlab.measurement.peers import client
-from ktlab.measurement.rounds import Progress, take_turns
+from ktlab.measurement.rounds import LOADING, Progress, take_turns
 from ktlab.measurement.synthetic import SyntheticExperts, expert_bytes, formats_of, get_shape
 from ktlab.measurement.twin import Cancelled, SmallRates
 from ktlab.record import Record
@@ -88,7 +88,11 @@ class KernelRoofline(Record):
                 for name, cases in names.items()
             },
             read=self.rates.get("read", 0.0) / 1e9,
-            peaks={k: v / 1e9 for k, v in self.rates.items() if k != "read"},
+            peaks={
+                name: rate / 1e9
+                for name, rate in self.rates.items()
+                if name != "read" and not name.endswith(LOADING)
+            },
             unit="GFLOP/s",
         )
 
