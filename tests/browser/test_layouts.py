@@ -13,8 +13,11 @@ NOTEBOOK = "06_layouts_and_kernels.ipynb"
 LONG_S = 300
 OUTLINED = """() => [...document.querySelectorAll('.kb-panel i')]
     .filter(cell => getComputedStyle(cell).outlineStyle === 'solid').length"""
-TRACES = """() => [...document.querySelectorAll('.js-plotly-plot')].some(plot =>
-    plot.data.filter(trace => trace.mode === 'lines+markers' && trace.x?.length > 1).length > 3)"""
+DRAWN = """() => [...document.querySelectorAll('.js-plotly-plot')].some(plot =>
+    plot.getBoundingClientRect().top > 0
+    && plot.data.filter(trace => trace.mode === 'lines+markers' && trace.x?.length > 1).length > 3
+    && [...plot.querySelectorAll('.annotation-text')].some(a => a.textContent.includes('avx')))"""
+"""The live roofline: more than the first points, and words at the flats."""
 
 
 def cell_of(lab: Lab, source: str) -> int:
@@ -62,7 +65,7 @@ def test_layouts_and_kernels(lab: Lab, theme: str, width: int) -> None:
     lab.screenshot(f"layouts-tiles-vnni-{name}")
 
     lab.show_cell(cell_of(lab, "roofline = "))
-    lab.wait_until(TRACES, LONG_S)
+    lab.wait_until(DRAWN, LONG_S)
     page.wait_for_timeout(800)
     lab.screenshot(f"layouts-roofline-{name}")
     lab.show_cell(cell_of(lab, "switch_figure(curve)"))
