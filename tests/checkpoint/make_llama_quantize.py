@@ -104,8 +104,11 @@ def write(path: Path, kind: str, layers: int, experts: int) -> None:
     """A GGUF of noise."""
     writer = gguf.GGUFWriter(path, kind.split()[0])
     for key, value in metadata(kind, layers, experts).items():
-        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-        add(f"{kind.split()[0]}.{key}", value)
+        key = f"{kind.split()[0]}.{key}"
+        if isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_float32(key, value)
     noise = np.random.default_rng(0)
     for name, shape in tensors(kind, layers, experts).items():
         writer.add_tensor(name, noise.standard_normal(shape, np.float32))
@@ -118,7 +121,11 @@ def write(path: Path, kind: str, layers: int, experts: int) -> None:
 class Parameters(ctypes.Structure):
     """The start of llama_model_quantize_params; the rest stays as the library fills it."""
 
-    _fields_ = [("threads", ctypes.c_int32), ("file_type", ctypes.c_int), ("rest", ctypes.c_char * 248)]  # fmt: skip
+    _fields_ = [
+        ("threads", ctypes.c_int32),
+        ("file_type", ctypes.c_int),
+        ("rest", ctypes.c_char * 248),
+    ]
 
 
 def by_part(formats: dict[str, str]) -> dict[str, str]:
