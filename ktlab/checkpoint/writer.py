@@ -11,7 +11,7 @@ from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 
 from ktlab.checkpoint.checkpoint import check_tensors, together
 from ktlab.checkpoint.config import ModelConfig
-from ktlab.checkpoint.metadata import ARCHITECTURE, Field, metadata_from_config
+from ktlab.checkpoint.metadata import Field, metadata_from_config
 from ktlab.checkpoint.names import expected_tensors
 from ktlab.checkpoint.tokenizer import UNUSED, Tokenizer
 from ktlab.errors import CheckpointError
@@ -42,7 +42,7 @@ def write_gguf(
         fields |= _tokenizer_fields(config, tokenizer)
     fields |= _extra_fields(path.name, metadata or {}, fields)
 
-    writer = GGUFWriter(None, ARCHITECTURE)
+    writer = GGUFWriter(None, config.architecture)
     for key, (value, kind) in fields.items():
         if key != "general.architecture":  # the writer has added it
             writer.add_key_value(key, value, kind)
