@@ -21,9 +21,7 @@ FORMS: tuple[Form, ...] = ("absorbed", "naive")
 
 def elements_per_token(config: ModelConfig, form: Form) -> int:
     """Cached numbers per token and layer: C + R absorbed, H (N + R + V) naive."""
-    if form == "absorbed":
-        return config.kv_lora_rank + config.qk_rope_dim
-    return config.num_heads * (config.qk_dim + config.v_dim)
+    return config.attention.cache_elements[form]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +91,11 @@ class Cache:
 def _allocate(config: ModelConfig, form: Form, batch: int, context: int) -> LayerCache:
     # Zeros, not empty: positions beyond a shorter sequence are multiplied by a weight of zero.
     if form == "absorbed":
-        width = config.kv_lora_rank + config.qk_rope_dim
+        width = elements_per_token(config, form)
         return LayerCache(form=form, keys=torch.zeros(batch, context, width))
     heads = (batch, config.num_heads, context)
     return LayerCache(
         form=form,
-        keys=torch.zeros(*heads, config.qk_dim),
-        values=torch.zeros(*heads, config.v_dim),
+        keys=torch.zeros(*heads, config.mla.qk_dim),
+        values=torch.zeros(*heads, config.mla.v_dim),
     )

@@ -51,6 +51,7 @@ class MLA:
 
     def __init__(self, config: ModelConfig, layer: int, weights: MLAWeights, rope: RoPE) -> None:
         self.config = config
+        self.sizes = config.mla
         self.layer = layer
         self.weights = weights
         self.form: Form = "absorbed"
@@ -73,15 +74,13 @@ class MLA:
                 f"layers.{self.layer}.attention has form {self.form!r}, the cache holds "
                 f"{cache.form!r}; make a new cache with new_cache() after changing the form"
             )
-        config, w = self.config, self.weights
+        sizes, w, eps = self.sizes, self.weights, self.config.rms_eps
         q_BTHd = self._queries(hidden_BTD)
-        q_nope, q_rope = q_BTHd.split((config.qk_nope_dim, config.qk_rope_dim), dim=-1)
+        q_nope, q_rope = q_BTHd.split((sizes.qk_nope_dim, sizes.qk_rope_dim), dim=-1)
         latent_BTC, k_rope_BTR = w.kv_a(hidden_BTD).split(
-            (config.kv_lora_rank, config.qk_rope_dim), dim=-1
+            (sizes.kv_lora_rank, sizes.qk_rope_dim), dim=-1
         )
-        latent_BTC = F.rms_norm(
-            latent_BTC, (config.kv_lora_rank,), w.kv_a_norm_C, eps=config.rms_eps
-        )
+        latent_BTC = F.rms_norm(latent_BTC, (sizes.kv_lora_rank,), w.kv_a_norm_C, eps=eps)
         cos, sin = self._rope.tables(positions_BT)
         q_rope = RoPE.rotate(q_rope, cos[:, :, None], sin[:, :, None])
         k_rope_BTR = RoPE.rotate(k_rope_BTR, cos, sin)
@@ -96,14 +95,14 @@ class MLA:
         return output_BTD
 
     def _queries(self, hidden_BTD: Tensor) -> Tensor:
-        config, w = self.config, self.weights
+        sizes, w = self.sizes, self.weights
         compressed = hidden_BTD
         if w.q_a is not None:
             compressed = w.q_a(hidden_BTD)
             compressed = F.rms_norm(
-                compressed, compressed.shape[-1:], w.q_a_norm_Q, eps=config.rms_eps
+                compressed, compressed.shape[-1:], w.q_a_norm_Q, eps=self.config.rms_eps
             )
-        return w.q_b(compressed).unflatten(-1, (config.num_heads, config.qk_dim))
+        return w.q_b(compressed).unflatten(-1, (sizes.num_heads, sizes.qk_dim))
 
     def _absorbed(
         self,
@@ -114,7 +113,7 @@ class MLA:
         cache: LayerCache,
         positions_BT: Tensor,
     ) -> Tensor:
-        rank = self.config.kv_lora_rank
+        rank = self.sizes.kv_lora_rank
         _write(cache.keys, torch.cat((latent_BTC, k_rope_BTR), dim=-1), positions_BT)
         seen = int(positions_BT[:, -1].max()) + 1
         keys_BSc = cache.keys[:, :seen]
@@ -140,7 +139,7 @@ class MLA:
         positions_BT: Tensor,
     ) -> Tensor:
         assert cache.values is not None
-        heads = self.config.num_heads
+        heads = self.sizes.num_heads
         k_nope_BHTN = latent_BTC[:, None] @ self.weights.k_b.weight_OI
         k_rope_BHTR = k_rope_BTR[:, None].expand(-1, heads, -1, -1)
         value_BHTV = latent_BTC[:, None] @ self.weights.v_b.weight_OI.transpose(-1, -2)
@@ -189,13 +188,9 @@ class MLA:
         return sum(linear.nbytes for linear in self.weights.linears.values())
 
     def __repr__(self) -> str:
-        config = self.config
-        queries = f"q_lora {config.q_lora_rank}, " if config.q_lora_rank else ""
         return (
-            f"MLA(layer {self.layer}: {self.form}, {config.num_heads} heads, {queries}"
-            f"kv_lora {config.kv_lora_rank}, nope {config.qk_nope_dim}, rope "
-            f"{config.qk_rope_dim}, v {config.v_dim}, {html.byte_size(self.nbytes)}, caches "
-            f"{self.cache_bytes_per_token()} bytes a token)"
+            f"MLA(layer {self.layer}: {self.form}, {str(self.sizes).removeprefix('MLA, ')}, "
+            f"{html.byte_size(self.nbytes)}, caches {self.cache_bytes_per_token()} bytes a token)"
         )
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
@@ -213,7 +208,7 @@ class MLA:
             ],
             ("form", "cache bytes a token"),
         )
-        title = f"layers[{self.layer}].attention: MLA, {self.config.num_heads} heads"
+        title = f"layers[{self.layer}].attention: MLA, {self.sizes.num_heads} heads"
         return html.mimebundle(repr(self), html.card(title, forms, matrices))
 
 

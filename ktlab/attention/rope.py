@@ -20,7 +20,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 def softmax_scale(config: ModelConfig) -> float:
     """What attention scores are multiplied by: qk_dim^-0.5, times mscale_all_dim's square."""
-    scale = config.qk_dim**-0.5
+    scale = config.attention.qk_dim**-0.5
     if config.yarn is not None and config.yarn.mscale_all_dim:
         scale *= yarn_mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
     return scale
@@ -28,7 +28,10 @@ def softmax_scale(config: ModelConfig) -> float:
 
 def frequencies(config: ModelConfig) -> Tensor:
     """(R/2,) float32 radians per position of each pair, stretched by YaRN where it is on."""
-    dims = torch.arange(0, config.qk_rope_dim, 2, dtype=torch.float32) / config.qk_rope_dim
+    dims = (
+        torch.arange(0, config.attention.rope_dim, 2, dtype=torch.float32)
+        / config.attention.rope_dim
+    )
     inverse = config.rope_theta**-dims
     if config.yarn is None:
         return inverse
@@ -43,10 +46,10 @@ def _correction_range(config: ModelConfig, yarn: YarnScaling) -> tuple[float, fl
 
     def pair_of(turns: float) -> float:
         ratio = yarn.original_context / (turns * 2 * math.pi)
-        return config.qk_rope_dim * math.log(ratio) / (2 * math.log(config.rope_theta))
+        return config.attention.rope_dim * math.log(ratio) / (2 * math.log(config.rope_theta))
 
     low = max(math.floor(pair_of(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_of(yarn.beta_slow)), config.qk_rope_dim - 1)
+    high = min(math.ceil(pair_of(yarn.beta_slow)), config.attention.rope_dim - 1)
     return low, high if high > low else low + 0.001
 
 

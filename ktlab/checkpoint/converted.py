@@ -1,7 +1,9 @@
 """A checkpoint seen in other formats: tensors are converted when they are asked for."""
 
+import hashlib
 import weakref
 from collections.abc import Mapping
+from functools import cached_property
 
 from ktlab.checkpoint.checkpoint import Checkpoint, CheckpointView
 from ktlab.checkpoint.names import is_quantizable
@@ -39,6 +41,12 @@ class ConvertedCheckpoint(CheckpointView):
     def metadata(self) -> Mapping[str, object]:
         """The source's."""
         return self.source.metadata
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The source's, hashed with the conversions; nothing is converted for it."""
+        changes = sorted((found.name, wanted.name) for found, wanted in self.convert.items())
+        return hashlib.sha256(f"{self.source.fingerprint} {changes}".encode()).hexdigest()[:16]
 
     def names(self) -> list[str]:
         """Canonical names of all tensors."""

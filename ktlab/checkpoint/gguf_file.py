@@ -9,9 +9,9 @@ import numpy as np
 from gguf import GGUFReader, GGUFValueType
 
 from ktlab.checkpoint.checkpoint import CheckpointView, check_tensors, unknown_tensor
-from ktlab.checkpoint.config import ModelConfig
+from ktlab.checkpoint.config import MLASizes, ModelConfig
 from ktlab.checkpoint.header import TensorEntry, check_header
-from ktlab.checkpoint.metadata import check_architecture, config_from_metadata
+from ktlab.checkpoint.metadata import config_from_metadata
 from ktlab.checkpoint.names import Shape, expected_tensors, fused_kv_b
 from ktlab.checkpoint.tokenizer import Tokenizer
 from ktlab.errors import CheckpointError
@@ -35,19 +35,24 @@ class GGUFCheckpoint(CheckpointView):
         self._reader = _open_reader(file)
         self.metadata: Mapping[str, object] = GGUFMetadata(self._where, self._reader)
         self._entries = {entry.name: entry for entry in entries}
+        parts = self.metadata.get("split.count", 1)
+        if isinstance(parts, int) and parts > 1:
+            raise CheckpointError(
+                f"{self._where}: one of {parts} files of a split checkpoint, which this kit does "
+                "not read; join them with llama.cpp's `llama-gguf-split --merge`"
+            )
         self.config = self._read_config()
         self._check()
 
     def _read_config(self) -> ModelConfig:
         where = self._where
-        embedding = self._entries.get("token_embd.weight")
-        check_architecture(where, self.metadata)
         config = config_from_metadata(
-            where, self.metadata, vocab_size=embedding.shape[0] if embedding else None
+            where, self.metadata, {name: entry.shape for name, entry in self._entries.items()}
         )
         if config.num_layers > len(self._entries):
+            key = f"{config.architecture}.block_count"
             raise CheckpointError(
-                f"{where}: deepseek2.block_count is {config.num_layers}, but the file has only "
+                f"{where}: {key} is {config.num_layers}, but the file has only "
                 f"{len(self._entries)} tensors; the file is damaged: download or convert it again"
             )
         return config
@@ -56,19 +61,18 @@ class GGUFCheckpoint(CheckpointView):
         """Names and shapes against the configuration; fused and shared tensors counted in."""
         shapes: dict[str, Shape] = {name: e.shape for name, e in self._entries.items()}
         problems = []
-        wanted = fused_kv_b(self.config)
         expected = expected_tensors(self.config)
-        for layer in range(self.config.num_layers):
-            fused = f"blk.{layer}.attn_kv_b.weight"
-            if fused not in shapes or f"blk.{layer}.attn_k_b.weight" in shapes:
-                continue
-            if shapes[fused] != wanted:
-                problems.append(f"{fused} has shape {shapes[fused]}, expected {wanted}")
-            for part in ("k", "v"):
-                split = f"blk.{layer}.attn_{part}_b.weight"
-                shapes[split] = expected[split]
-        if "token_embd.weight" in shapes:
-            shapes.setdefault("output.weight", shapes["token_embd.weight"])
+        if isinstance(self.config.attention, MLASizes):
+            wanted = fused_kv_b(self.config.attention)
+            for layer in range(self.config.num_layers):
+                fused = f"blk.{layer}.attn_kv_b.weight"
+                if fused not in shapes or f"blk.{layer}.attn_k_b.weight" in shapes:
+                    continue
+                if shapes[fused] != wanted:
+                    problems.append(f"{fused} has shape {shapes[fused]}, expected {wanted}")
+                for part in ("k", "v"):
+                    split = f"blk.{layer}.attn_{part}_b.weight"
+                    shapes[split] = expected[split]
         check_tensors(self._where, self.config, shapes, problems)
 
     @cached_property
@@ -100,14 +104,16 @@ class GGUFCheckpoint(CheckpointView):
         """The tensor of that canonical name; its bytes are a read-only view of the file."""
         if name in self._entries:
             return self._stored(self._entries[name])
-        if name == "output.weight":
-            return self._stored(self._entries["token_embd.weight"])
         for part in ("k_b", "v_b"):
             if name.endswith(f".attn_{part}.weight"):
                 fused = name.replace(f"attn_{part}", "attn_kv_b")
                 if fused in self._entries:
                     return self._split(name, self._stored(self._entries[fused]))
         raise unknown_tensor(self._where, name, self.names())
+
+    def stored(self) -> Iterator[QTensor]:
+        """The tensors of the file, under the names that they have there."""
+        return map(self._stored, self._entries.values())
 
     def _stored(self, entry: TensorEntry) -> QTensor:
         format = get_format(gguf.GGMLQuantizationType(entry.type_number))
@@ -123,15 +129,15 @@ class GGUFCheckpoint(CheckpointView):
 
     def _split(self, name: str, fused: QTensor) -> QTensor:
         """Keys (H, C, N) or values (H, V, C) out of fused (H * (N + V), C)."""
-        config = self.config
-        heads, keys = config.num_heads, config.qk_nope_dim
+        sizes = self.config.mla
+        heads, keys = sizes.num_heads, sizes.qk_nope_dim
         source = f"{self._where}, split from attn_kv_b"
-        by_head = fused.blocks.reshape(heads, keys + config.v_dim, -1)
+        by_head = fused.blocks.reshape(heads, keys + sizes.v_dim, -1)
         if "attn_v_b" in name:
             return QTensor(
                 name=name,
                 format=fused.format,
-                shape=(heads, config.v_dim, config.kv_lora_rank),
+                shape=(heads, sizes.v_dim, sizes.kv_lora_rank),
                 blocks=by_head[:, keys:],
                 source=source,
             )

@@ -14,7 +14,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType, GGUFWriter, LlamaFileTyp
 
 from ktlab.checkpoint.checkpoint import check_tensors, together
 from ktlab.checkpoint.config import ModelConfig
-from ktlab.checkpoint.metadata import ARCHITECTURE, Field, metadata_from_config
+from ktlab.checkpoint.metadata import Field, metadata_from_config
 from ktlab.checkpoint.names import Shape, expected_tensors
 from ktlab.checkpoint.tokenizer import UNUSED, Tokenizer
 from ktlab.errors import CheckpointError
@@ -101,7 +101,7 @@ def gguf_header(
         fields |= _tokenizer_fields(config, tokenizer)
     fields |= _extra_fields(where, metadata or {}, fields)
 
-    writer = GGUFWriter(None, ARCHITECTURE)
+    writer = GGUFWriter(None, config.architecture)
     for key, (value, kind) in fields.items():
         if key != "general.architecture":  # the writer has added it
             writer.add_key_value(key, value, kind)

@@ -35,7 +35,7 @@ def _build_block(checkpoint: Checkpoint, index: int, rope: RoPE) -> Layer:
     )
     if index < config.first_dense_layers:
         return DenseBlock(*common, mlp=_build_mlp(checkpoint, index, ""))
-    bias = vector(checkpoint, f"{prefix}.exp_probs_b.bias") if config.gating == "sigmoid" else None
+    bias = vector(checkpoint, f"{prefix}.exp_probs_b.bias") if config.score_correction else None
     bank = (checkpoint.tensor(f"{prefix}.ffn_{m}_exps.weight") for m in ("gate", "up", "down"))
     return MoEBlock(
         *common,
@@ -60,7 +60,7 @@ def _build_attention(checkpoint: Checkpoint, index: int, rope: RoPE) -> MLA:
     def linear(name: str) -> Linear:
         return Linear(checkpoint.tensor(f"{prefix}.{name}.weight"))
 
-    compressed = config.q_lora_rank > 0
+    compressed = config.mla.q_lora_rank > 0
     weights = MLAWeights(
         q_a=linear("attn_q_a") if compressed else None,
         q_a_norm_Q=vector(checkpoint, f"{prefix}.attn_q_a_norm.weight") if compressed else None,

@@ -4,7 +4,6 @@ B batch, T tokens, D hidden, V vocabulary.
 """
 
 import copy
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,8 +53,9 @@ class Model:
         self.config: ModelConfig = checkpoint.config
         self.embedding: QTensor = checkpoint.tensor("token_embd.weight")
         self.layers: list[Layer] = build_layers(checkpoint)
+        head = "token_embd.weight" if self.config.tied_output else "output.weight"
         self.output_norm_D = vector(checkpoint, "output_norm.weight")
-        self.output = Linear(checkpoint.tensor("output.weight"))
+        self.output = Linear(checkpoint.tensor(head))
         self.watch: Callable[[Probe], Probe] | None = None
         """Wraps the probe of everything this model does, e.g. to stop it; clones inherit it."""
 
@@ -97,16 +97,10 @@ class Model:
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """Which weights these are: name, shape of the routing, and a hash over samples of all
-        tensors."""
-        digest = hashlib.sha256(repr(self.config).encode())
-        for name in self.checkpoint.names():
-            blocks = self.checkpoint.tensor(name).blocks.reshape(-1)
-            digest.update(name.encode())
-            digest.update(blocks[:: max(1, len(blocks) // 256)].tobytes())
+        """Which weights these are: name, fingerprint of the checkpoint, shape of the routing."""
         return ModelIdentity(
             name=self.name,
-            fingerprint=digest.hexdigest()[:16],
+            fingerprint=self.checkpoint.fingerprint,
             num_experts=self.config.num_experts,
             top_k=self.config.top_k,
             moe_layers=tuple(self.config.moe_layers),

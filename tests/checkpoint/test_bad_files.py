@@ -188,7 +188,8 @@ def write(path: Path, architecture: str, fields: dict[str, object]) -> Path:
 
 def test_unknown_architecture(tmp_path: Path) -> None:
     path = write(tmp_path / "llama.gguf", "llama", {})
-    refused(path, "architecture 'llama', expected 'deepseek2'")
+    families = ("'deepseek2' (DeepSeek-V2", "'qwen3moe' (Qwen3-30B", "'olmoe' (OLMoE-1B-7B)")
+    refused(path, "architecture 'llama', expected one of", *families)
 
 
 def test_split_checkpoint(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from ktlab.checkpoint.synthesis import (
     synthesize,
 )
 from ktlab.errors import CheckpointError
+from ktlab.model.model import Model
 from tests.checkpoint.conftest import save
 
 CONFIGS = [TINY_TEST_CONFIG, TINY_V2_CONFIG, TINY_V2_GROUPS_CONFIG, TINY_YARN_CONFIG]
@@ -160,13 +161,13 @@ def test_fused_keys_and_values(tmp_path: Path, quantized: bool) -> None:
         keys_HCN = tensors.pop(f"blk.{layer}.attn_k_b.weight")
         values_HVC = tensors.pop(f"blk.{layer}.attn_v_b.weight")
         fused = np.concatenate([keys_HCN.transpose(0, 2, 1), values_HVC], axis=1)
-        fused = fused.reshape(-1, config.kv_lora_rank)
+        fused = fused.reshape(-1, config.mla.kv_lora_rank)
         if quantized:
             fused = gguf.quantize(fused, gguf.GGMLQuantizationType.Q8_0)
         tensors[f"blk.{layer}.attn_kv_b.weight"] = fused
     fields = metadata_from_config(config)
     u32 = gguf.GGUFValueType.UINT32
-    for key, value in (("key_length", config.qk_dim), ("value_length", config.v_dim)):
+    for key, value in (("key_length", config.mla.qk_dim), ("value_length", config.mla.v_dim)):
         del fields[f"deepseek2.attention.{key}_mla"]
         fields[f"deepseek2.attention.{key}"] = (value, u32)
     fields["deepseek2.attention.head_count_kv"] = (config.num_heads, u32)
@@ -194,9 +195,11 @@ def test_shared_embedding_and_unused_tensors(tmp_path: Path) -> None:
     for key in ("vocab_size", "expert_gating_func", "expert_group_count", "expert_weights_scale"):
         del fields[f"deepseek2.{key}"]
     read = open_checkpoint(write_raw(tmp_path / "old.gguf", fields, tensors))
-    assert read.config == replace(model.config, name="old"), "softmax, no groups, unscaled"
+    expected = replace(model.config, name="old", tied_output=True)
+    assert read.config == expected, "softmax, no groups, unscaled"
+    assert "output.weight" not in read.names()
     embedding = model.tensor("token_embd.weight").dequantize()
-    np.testing.assert_array_equal(read.tensor("output.weight").dequantize(), embedding)
+    np.testing.assert_array_equal(Model(read).output.weight.dequantize(), embedding)
     assert read.unused == ["rope_freqs.weight"]  # type: ignore[attr-defined]
 
 
@@ -237,9 +240,9 @@ def test_configuration_round_trip(
         n_group=groups,
         topk_group=used,
         top_k=data.draw(st.integers(1, used * per_group)),
-        q_lora_rank=q_lora,
-        qk_nope_dim=nope,
+        attention=replace(TINY_TEST_CONFIG.mla, q_lora_rank=q_lora, qk_nope_dim=nope),
         gating=gating,
+        score_correction=gating == "sigmoid",
         yarn=scaling,
     )
     config = replace(TINY_TEST_CONFIG, **changes)  # type: ignore[arg-type]

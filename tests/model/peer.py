@@ -60,11 +60,11 @@ def _settings(c: ModelConfig) -> dict[str, Any]:
         topk_group=c.topk_group,
         norm_topk_prob=c.norm_topk_prob,
         routed_scaling_factor=c.routed_scaling_factor,
-        q_lora_rank=c.q_lora_rank or None,
-        kv_lora_rank=c.kv_lora_rank,
-        qk_nope_head_dim=c.qk_nope_dim,
-        qk_rope_head_dim=c.qk_rope_dim,
-        v_head_dim=c.v_dim,
+        q_lora_rank=c.mla.q_lora_rank or None,
+        kv_lora_rank=c.mla.kv_lora_rank,
+        qk_nope_head_dim=c.mla.qk_nope_dim,
+        qk_rope_head_dim=c.mla.qk_rope_dim,
+        v_head_dim=c.mla.v_dim,
         rms_norm_eps=c.rms_eps,
         max_position_embeddings=c.context_length,
         rope_parameters=rope,
@@ -95,7 +95,7 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
         attention = theirs + "self_attn."
         weights[theirs + "input_layernorm.weight"] = get(ours + "attn_norm.weight")
         weights[theirs + "post_attention_layernorm.weight"] = get(ours + "ffn_norm.weight")
-        if c.q_lora_rank:
+        if c.mla.q_lora_rank:
             weights[attention + "q_a_proj.weight"] = get(ours + "attn_q_a.weight")
             weights[attention + "q_a_layernorm.weight"] = get(ours + "attn_q_a_norm.weight")
             weights[attention + "q_b_proj.weight"] = get(ours + "attn_q_b.weight")
@@ -114,7 +114,7 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
                 weights[f"{mlp}{m}_proj.weight"] = get(f"{ours}ffn_{m}.weight")
             continue
         weights[mlp + "gate.weight"] = get(ours + "ffn_gate_inp.weight")
-        if c.gating == "sigmoid":
+        if c.score_correction:
             weights[mlp + "gate.e_score_correction_bias"] = get(ours + "exp_probs_b.bias")
         gate_up = [get(f"{ours}ffn_{m}_exps.weight") for m in ("gate", "up")]
         weights[mlp + "experts.gate_up_proj"] = torch.cat(gate_up, dim=1)

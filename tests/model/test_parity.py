@@ -21,7 +21,9 @@ from tests.model.peer import transformers_model
 CONFIGS = {
     "v3": TINY_TEST_CONFIG,
     "v3 without groups": replace(TINY_TEST_CONFIG, n_group=1, topk_group=1),
-    "v3 without q_lora": replace(TINY_TEST_CONFIG, q_lora_rank=0),
+    "v3 without q_lora": replace(
+        TINY_TEST_CONFIG, attention=replace(TINY_TEST_CONFIG.mla, q_lora_rank=0)
+    ),
     "v3 not normalised": replace(TINY_TEST_CONFIG, norm_topk_prob=False),
     "v3 with yarn": TINY_YARN_CONFIG,
     # Both mscales, unequal. With mscale_all_dim = 0 transformers ignores mscale, DeepSeek does not.
