@@ -169,15 +169,11 @@ def _experts(block: MoEBlock, tokens: int) -> StageCost:
 def _attention(attention: MLA, layer: int, tokens: int, context: int) -> StageCost:
     """Projections, scores and mixing; `pairs` are causal (query, position) pairs."""
     config, sizes = attention.config, attention.sizes
-    heads = sizes.num_heads
     pairs = tokens * context - tokens * (tokens - 1) / 2
     # k_b and v_b work once a token in both forms: on the queries and outputs when absorbed, on the
     # new keys and values when naive.
     projections = sum(2 * linear.stack.size for linear in attention.weights.linears.values())
-    if attention.form == "absorbed":
-        per_pair = 2 * heads * (2 * sizes.kv_lora_rank + sizes.qk_rope_dim)
-    else:
-        per_pair = 2 * heads * (sizes.qk_dim + sizes.v_dim)
+    per_pair = sizes.flop_per_pair[attention.form]
     cached = 4 * elements_per_token(config, attention.form) * (context + tokens)
     flop = tokens * projections + pairs * per_pair
     return _stage(layer, "attention", flop, attention.nbytes, cached)
