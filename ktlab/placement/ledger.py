@@ -124,9 +124,7 @@ def cache_bytes(config: ModelConfig, form: str, context: int, element_bytes: int
     return config.num_layers * config.attention.cache_elements[form] * context * element_bytes
 
 
-def activation_bytes(
-    config: ModelConfig, form: str, tokens: int, context: int, device: str
-) -> int:
+def activation_bytes(config: ModelConfig, form: str, tokens: int, context: int, device: str) -> int:
     """The most that one layer holds at a time while T tokens pass at a context of S.
 
     On the CPU the scores of all heads lie in memory at once, before and after the softmax

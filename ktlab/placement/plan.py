@@ -259,9 +259,7 @@ def _caches(config: ModelConfig, form: str, context: int, device: str) -> list[P
             format=CACHE_FORMATS[device],
         )
         found.append(
-            Placed(
-                part=part, device=device, formats=part.formats, in_place=0, converted=part.bytes
-            )
+            Placed(part=part, device=device, formats=part.formats, in_place=0, converted=part.bytes)
         )
     return found
 
@@ -317,9 +315,7 @@ def _notes(facts: ModelFacts, machine: Machine, rows: list[Placed]) -> list[str]
         made = sorted(
             {m for row in rows if row.device == CPU for m in row.conversions if m.endswith("f32")}
         )
-        notes.append(
-            f"float32 copies in host memory, {size_text(floats)}: {', '.join(made)}"
-        )
+        notes.append(f"float32 copies in host memory, {size_text(floats)}: {', '.join(made)}")
     if len(machine.devices) > 1:
         notes.append("the GPU's part is made anew while loading; its file pages can be dropped")
     return notes
