@@ -5,6 +5,7 @@ stack. That copy is made at first use; whoever converts them takes matrix by mat
 it, so a model and its conversion need not be in memory together.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
@@ -42,7 +43,7 @@ class GatheredTensor(QTensor):
     _count: int
 
     @cached_property
-    def blocks(self) -> Bytes:  # type: ignore[override]
+    def blocks(self) -> Bytes:
         """The whole stack, in memory from the first look on."""
         row_bytes = self.format.row_bytes(self.shape[-1])
         stack = np.empty(self.shape[:-1] + (row_bytes,), np.uint8)
@@ -60,14 +61,14 @@ class GatheredTensor(QTensor):
 
     def matrices(self) -> Iterator[QTensor]:
         """One after the other, without putting them together first."""
-        if self.gathered or len(self.shape) != 3 or self._count != self.shape[0]:
+        if self.gathered or self._count != math.prod(self.shape[:-2]):
             yield from super().matrices()
             return
         for index, rows in enumerate(self._byte_rows()):
             yield QTensor(
-                name=f"{self.name}[{index}]",
+                name=f"{self.name}[{index}]" if self._count > 1 else self.name,
                 format=self.format,
-                shape=self.shape[1:],
+                shape=self.shape[-2:],
                 blocks=rows,
                 source=self.source,
             )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ktlab.checkpoint.checkpoint import together
 from ktlab.checkpoint.names import Shape
-from ktlab.errors import CheckpointError
+from ktlab.errors import CheckpointError, short
 
 LARGEST_HEADER = 100_000_000
 """Bytes of JSON; the library has the same limit."""
@@ -106,14 +106,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(name: str, entry: object, room: int) -> tuple[str, Shape, tuple[int, int]] | str:
     """dtype, shape and bytes of one tensor, or what is wrong with it."""
     if not isinstance(entry, Mapping) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        return f"{name} is described by {_short(entry)}, expected dtype, shape and data_offsets"
+        return f"{name} is described by {short(entry)}, expected dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        return f"{name} is of type {_short(dtype)}, expected one of {', '.join(DTYPE_BYTES)}"
+        return f"{name} is of type {short(dtype)}, expected one of {', '.join(DTYPE_BYTES)}"
     if not _counts(shape):
-        return f"{name} has shape {_short(shape)}, expected a list of whole numbers"
+        return f"{name} has shape {short(shape)}, expected a list of whole numbers"
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return f"{name} has data_offsets {_short(offsets)}, expected where it starts and ends"
+        return f"{name} has data_offsets {short(offsets)}, expected where it starts and ends"
     start, end = offsets
     if end > room:
         return (
@@ -176,8 +176,3 @@ class MappedFile:
                 f"{self.path} is not as it was when it was opened; load the model again"
             )
         return self._data[entry.offset : entry.offset + entry.nbytes]
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -19,9 +19,17 @@ _MORE = 3
 """Tensors named in one line of a message."""
 
 
-def is_safetensors_folder(folder: Path) -> bool:
-    """Whether it holds a model in Hugging Face form, as far as its file names say."""
-    return any(folder.glob("*.safetensors")) or (folder / INDEX).exists()
+def safetensors_folder(path: Path) -> Path | None:
+    """The folder of a model in Hugging Face form that `path` names: itself, or a file of its.
+
+    None where it names something else. Only file names are looked at.
+    """
+    if path.is_file():
+        named = path.suffix == ".safetensors" or path.name in (CONFIG, INDEX)
+        return path.parent if named else None
+    if not path.is_dir() or any(path.glob("*.gguf")):
+        return None
+    return path if any(path.glob("*.safetensors")) or (path / INDEX).exists() else None
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
@@ -84,7 +92,7 @@ def _by_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
     found: dict[str, dict[str, StoredTensor]] = {path.name: {} for path in paths}
     for name, entry in _all_headers(paths, problems):
         found[entry.path.name][name] = entry
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for file, inside in found.items():
         absent = [name for name in by_file[file] if name not in inside]
         if absent and inside:

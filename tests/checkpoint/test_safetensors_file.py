@@ -153,7 +153,7 @@ def test_a_file_that_changes_is_noticed(path: Path) -> None:
 
 
 def sharded(folder: Path, *, index: bool = True) -> Path:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate((("a", "b"), ("c",), ("d", "scalar")), start=1):
         file = f"model-{number:05}-of-00003.safetensors"
         save_file({name: TENSORS[name] for name in names}, folder / file)
