@@ -103,7 +103,7 @@ def stream(
         logits_V = model.next_logits(pending[None], cache)[0]
         logprobs_V = logits_V.log_softmax(-1)
         chosen = sample(logits_V, temperature=temperature, top_p=top_p, generator=generator)
-        if stop_at_eos and tokenizer is not None and chosen == tokenizer.eos_id:
+        if stop_at_eos and tokenizer is not None and chosen in tokenizer.stop_ids:
             return
         text = utf8.decode(tokenizer.decode_bytes([chosen])) if tokenizer is not None else ""
         now = perf_counter()
