@@ -19,6 +19,9 @@ from ktlab.model.words import EXAMPLES, settings
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    # Idle OpenMP threads sleep, as under make: on a busy 2-core machine the tiny model decoded 64
+    # tokens/s so and 5 with threads that spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parser().parse_args(arguments)
     try:
         code = options.run(options)

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ktlab.errors import KtlabError, SettingError, nearest
-from ktlab.routing.rules import CumulativeProbability, FixedK, RelativeThreshold
 
-RULES = {rule.__name__: rule for rule in (FixedK, RelativeThreshold, CumulativeProbability)}
+RULES = ("FixedK", "RelativeThreshold", "CumulativeProbability")
 EXAMPLES = (
     "such as top_k=6, top_k={3:6,4:4}, attention=naive, quantize=q4_0, "
     "rule=RelativeThreshold(0.2), mask={3:[0,1]}"
@@ -44,9 +43,11 @@ def _rule(name: str, call: ast.Call) -> Any:
             f"{name}={call.func.id}(...): unknown selection rule, expected one of "
             f"{', '.join(RULES)}{nearest(call.func.id, RULES)}"
         )
+    from ktlab.routing import rules  # here, so that `ktlab --help` need not wait for torch
+
     try:
         positional = [ast.literal_eval(argument) for argument in call.args]
         named = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-        return RULES[call.func.id](*positional, **named)
+        return getattr(rules, call.func.id)(*positional, **named)
     except (TypeError, ValueError) as error:
         raise SettingError(f"{name}={call.func.id}(...): {error}") from error
