@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ktlab
+from ktlab.cli import synthesize
 from ktlab.errors import KtlabError, SettingError, nearest
 from ktlab.model.words import EXAMPLES, settings
 
@@ -86,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--names", nargs="+", metavar="GLOB", help='such as "layers.3.*"')
     trace.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="in all")
 
+    synthesize.add_arguments(
+        command("synthesize", synthesize.run, "a model file of true size with synthetic weights")
+    )
     _add_bench(command("bench", _bench, "how fast the expert kernels are, beside the ceiling"))
     return parser
 
