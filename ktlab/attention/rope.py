@@ -1,7 +1,8 @@
-"""Rotary position embedding on interleaved pairs, with YaRN.
+"""Rotary position embedding, with YaRN.
 
-S positions, R rotated dimensions of a head. Pairs are (0, 1), (2, 3), ... as in DeepSeek's own
-code and in llama.cpp's deepseek2. Source: RoFormer (arXiv 2104.09864), YaRN (2309.00071),
+S positions, R rotated dimensions of a head. Pairs are interleaved, (0, 1), (2, 3), ..., in
+DeepSeek's own code and in llama.cpp's deepseek2; Qwen3 and OLMoE turn halves, (0, R/2), ...
+Source: RoFormer (arXiv 2104.09864), YaRN (2309.00071),
 DeepSeek-V2 (2405.04434) 3.1.4.
 """
 
@@ -58,6 +59,7 @@ class RoPE:
 
     def __init__(self, config: ModelConfig) -> None:
         self._frequencies = frequencies(config)
+        self._halves = config.attention.rope_pairs == "halves"
         yarn = config.yarn
         self._magnitude = (
             yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
@@ -76,8 +78,10 @@ class RoPE:
             self._latest = latest = (positions, tables)
         return latest[1]
 
-    @staticmethod
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (..., R), with cos and sin (..., R/2) broadcast against it."""
+        if self._halves:
+            first, second = x.chunk(2, dim=-1)
+            return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
         even, odd = x[..., 0::2], x[..., 1::2]
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

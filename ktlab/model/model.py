@@ -43,7 +43,7 @@ ROUTER_NAMES = ("layers.*.router.*",)
 
 
 class Model:
-    """A DeepSeek-architecture model on this machine.
+    """A mixture-of-experts model on this machine.
 
     Everything printed is an attribute: `layers[i].router`, `.experts`, `.shared`, `.attention`.
     """
@@ -376,7 +376,7 @@ class Model:
 
     @staticmethod
     def _line(block: Layer) -> str:
-        attention = f"MLA {block.attention.form}"
+        attention = f"{block.attention.kind} {block.attention.form}"
         if not isinstance(block, MoEBlock):
             return f"{attention}, dense, {html.byte_size(block.nbytes)}"
         bank = block.experts
@@ -389,7 +389,7 @@ class Model:
         config = self.config
         facts: Mapping[str, object] = {
             "architecture": f"{config.architecture}, hidden {config.hidden_size}, "
-            f"{config.num_heads} heads, vocabulary {config.vocab_size:,}, context "
+            f"{config.attention}, vocabulary {config.vocab_size:,}, context "
             f"{config.context_length:,}",
             "experts": f"{config.num_experts} routed (trained k = {config.top_k}) + "
             f"{config.num_shared_experts} shared, {config.topk_group} of {config.n_group} groups",
@@ -398,7 +398,8 @@ class Model:
         }
         rows = []
         for block in self.layers:
-            row = [f"layers[{block.index}]", f"MLA {block.attention.form}"]
+            attention = f"{block.attention.kind} {block.attention.form}"
+            row = [f"layers[{block.index}]", attention]
             if isinstance(block, MoEBlock):
                 bank = block.experts
                 row += [f"{bank.num_experts} experts {bank.format}", str(block.router.rule)]
