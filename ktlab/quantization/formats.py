@@ -177,14 +177,14 @@ _FALLBACKS = {
     "q4_k": "q5_0",
     "q5_k": "q5_1",
     "q6_k": "q8_0",
+    "q2_k": "q4_0",
+    "q3_k": "q4_0",
     "tq1_0": "q4_0",
     "tq2_0": "q4_0",
     "int4_group128": "int4_group32",
     "int4_group32": "int8_channel",
     "fp8_e4m3": "bf16",
-} | dict.fromkeys(
-    "q2_k q3_k iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq3_xxs iq3_s iq4_xs".split(), "iq4_nl"
-)
+} | dict.fromkeys("iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq3_xxs iq3_s iq4_xs".split(), "iq4_nl")
 
 
 def _by_gguf(ggml_type: GGMLQuantizationType) -> Quantizer:
