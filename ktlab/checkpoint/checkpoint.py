@@ -43,6 +43,8 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> QTensor: ...
 
+    def listing(self) -> list[tuple[str, str, Shape, int]]: ...
+
 
 class CheckpointView:
     """What every kind of checkpoint shows of itself: text, HTML, bytes by format."""

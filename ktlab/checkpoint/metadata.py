@@ -4,7 +4,6 @@ Keys are those that llama.cpp's convert_hf_to_gguf.py writes (`deepseek2.*`, `qw
 `olmoe.*`); defaults for keys that older files lack are llama.cpp's.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +13,12 @@ from gguf import GGUFValueType
 
 from ktlab.checkpoint.checkpoint import together
 from ktlab.checkpoint.config import GQASizes, MLASizes, ModelConfig, YarnScaling
+from ktlab.checkpoint.fields import FieldReader
 from ktlab.checkpoint.names import Shape
-from ktlab.errors import CheckpointError
+from ktlab.errors import CheckpointError, short
 
 SOFTMAX, SIGMOID = 1, 2
 """Values of expert_gating_func (gguf-py ExpertGatingFuncType); absent or 0 means softmax."""
-LARGEST = 2**31
-"""No count in a configuration is as large as this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,54 +46,13 @@ FAMILIES = {
 Field = tuple[Any, GGUFValueType]
 
 
-class _Reader:
-    """Takes typed values out of metadata and collects what is wrong with them."""
-
-    def __init__(self, metadata: Mapping[str, object], prefix: str) -> None:
-        self.metadata, self.prefix = metadata, prefix
-        self.problems: list[str] = []
-
-    def has(self, key: str) -> bool:
-        return self.prefix + key in self.metadata
-
-    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
-        value = self.metadata.get(self.prefix + key, default)
-        if value is None:
-            self.problems.append(f"{self.prefix}{key} is missing (expected a whole number)")
-        elif isinstance(value, bool) or not isinstance(value, int) or not least <= value < LARGEST:
-            self.problems.append(
-                f"{self.prefix}{key} is {_short(value)}, expected a whole number from {least}"
-            )
-        else:
-            return value
-        return least
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.metadata.get(self.prefix + key, default)
-        if value is None:
-            self.problems.append(f"{self.prefix}{key} is missing (expected a number)")
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            self.problems.append(f"{self.prefix}{key} is {_short(value)}, expected a number")
-        elif not math.isfinite(value) or value < 0:
-            self.problems.append(f"{self.prefix}{key} is {value}, expected a number >= 0")
-        else:
-            return float(value)
-        return 1.0
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.metadata.get(self.prefix + key, default)
-        if not isinstance(value, bool):
-            self.problems.append(f"{self.prefix}{key} is {_short(value)}, expected true or false")
-        return bool(value)
-
-
 def check_architecture(where: str, metadata: Mapping[str, object]) -> Family:
     """The family of a file; refuses what we do not have, before its keys are looked for."""
     found = metadata.get("general.architecture")
     if isinstance(found, str) and found in FAMILIES:
         return FAMILIES[found]
     known = ", ".join(f"{name!r} ({family.models})" for name, family in FAMILIES.items())
-    raise CheckpointError(f"{where}: architecture {_short(found)}, expected one of {known}")
+    raise CheckpointError(f"{where}: architecture {short(found)}, expected one of {known}")
 
 
 def config_from_metadata(
@@ -109,7 +66,7 @@ def config_from_metadata(
     """
     family = check_architecture(where, metadata)
     architecture = str(metadata["general.architecture"])
-    read = _Reader(metadata, architecture + ".")
+    read = FieldReader(metadata, architecture + ".")
     gating = read.count("expert_gating_func", 0, least=0) or SOFTMAX
     if gating not in (SOFTMAX, SIGMOID):
         read.problems.append(
@@ -175,7 +132,7 @@ def _seen(shapes: Mapping[str, Shape], layers: int) -> dict[str, object]:
     }
 
 
-def _latent(read: _Reader) -> MLASizes:
+def _latent(read: FieldReader) -> MLASizes:
     rope = read.count("rope.dimension_count")
     # Older files, made before MLA was absorbed, state the true head sizes in the plain keys.
     mla = "_mla" if read.has("attention.key_length_mla") else ""
@@ -195,7 +152,7 @@ def _latent(read: _Reader) -> MLASizes:
     )
 
 
-def _grouped(read: _Reader, qk_norm: Literal["head", "projection"]) -> GQASizes:
+def _grouped(read: FieldReader, qk_norm: Literal["head", "projection"]) -> GQASizes:
     heads = read.count("attention.head_count")
     share = read.count("embedding_length", 0, least=0) // heads
     head_dim = read.count("attention.key_length", share or None)
@@ -213,13 +170,13 @@ def _grouped(read: _Reader, qk_norm: Literal["head", "projection"]) -> GQASizes:
     )
 
 
-def _yarn(read: _Reader) -> YarnScaling | None:
+def _yarn(read: FieldReader) -> YarnScaling | None:
     kind = read.metadata.get(read.prefix + "rope.scaling.type", "none")
     if kind == "none":
         return None
     if kind != "yarn":
         read.problems.append(
-            f"{read.prefix}rope.scaling.type is {_short(kind)}, expected 'yarn' or 'none'"
+            f"{read.prefix}rope.scaling.type is {short(kind)}, expected 'yarn' or 'none'"
         )
         return None
     # The file holds 0.1 * mscale_all_dim (a factor that llama.cpp keeps for old files' sake), and
@@ -318,8 +275,3 @@ def _yarn_fields(where: str, yarn: YarnScaling) -> dict[str, Field]:
             )
         fields["rope.scaling.yarn_log_multiplier"] = (0.1 * yarn.mscale_all_dim, f32)
     return fields
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
