@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 
 from ktlab.checkpoint.checkpoint import Checkpoint
-from ktlab.checkpoint.config import MLASizes, ModelConfig
+from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
 from ktlab.checkpoint.gguf_file import check_entries
 from ktlab.checkpoint.metadata import config_from_metadata
@@ -20,7 +20,7 @@ from ktlab.checkpoint.names import Shape, expected_tensors
 from ktlab.checkpoint.opening import open_checkpoint
 from ktlab.checkpoint.published import published_model, published_models
 from ktlab.checkpoint.safetensors_folder import safetensors_folder
-from ktlab.checkpoint.shards import read_headers, shard_paths
+from ktlab.checkpoint.shards import SHARD, read_headers, shard_paths
 from ktlab.errors import CheckpointError, nearest
 from ktlab.quantization import get_format
 
@@ -106,7 +106,7 @@ def _from_gguf(path: Path, name: str) -> ModelFacts:
     files = tuple(header.path for header in headers)
     shards = f" and {len(files) - 1} more shards" if len(files) > 1 else ""
     return ModelFacts(
-        name=name,
+        name=SHARD.sub(".gguf", name),
         config=config,
         tensors=tensors,
         source=f"{where}{shards}, {size:,} bytes",
@@ -173,8 +173,3 @@ def _in_format(config: ModelConfig, format: str) -> tuple[TensorFacts, ...]:
 def _guess(path: Path) -> str:
     siblings = (p.name for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else ()
     return nearest(path.name, siblings)
-
-
-def is_latent(config: ModelConfig) -> bool:
-    """Whether the model has multi-head latent attention."""
-    return isinstance(config.attention, MLASizes)
