@@ -246,10 +246,11 @@ def pareto_front(speed: ArrayLike, kl: ArrayLike) -> NDArray[np.bool_]:
 
 
 def stage_bars(
-    stages: Mapping[str, Mapping[str, float]], *, title: str = "", unit: str = "ms/token"
-) -> "Figure":
+    stages: Mapping[str, Mapping[str, float]], *, title: str = "", unit: str = "ms/token",
+    what: str = "time",
+) -> "Figure":  # fmt: skip
     """Time by stage, one stacked bar for each setting: {setting: {stage: time}}."""
-    fig = figure(title, x=f"time, {unit}", height=90 + 44 * max(1, len(stages)))
+    fig = figure(title, x=f"{what}, {unit}", height=90 + 44 * max(1, len(stages)))
     names = list(dict.fromkeys(stage for times in stages.values() for stage in times))
     for number, name in enumerate(names):
         fig.add_bar(
@@ -260,6 +261,32 @@ def stage_bars(
         )  # fmt: skip
     fig.update_yaxes(autorange="reversed")
     return fig.update_layout(barmode="stack", legend_traceorder="normal")
+
+
+def memory_bars(
+    devices: Mapping[str, Mapping[str, float]],
+    limits: Mapping[str, float | None],
+    *,
+    title: str = "",
+) -> "Figure":
+    """Bytes of each device by what they are for, in GB: {device: {kind: bytes}}; a line where the
+    device ends, as far as `limits` says."""
+    scaled = {d: {kind: n / 1e9 for kind, n in kinds.items()} for d, kinds in devices.items()}
+    fig = stage_bars(scaled, title=title, unit="GB", what="memory")
+    ends = {d: limit / 1e9 for d, limit in limits.items() if limit is not None and d in devices}
+    for device, end in ends.items():
+        row = list(devices).index(device)
+        fig.add_shape(
+            type="line", x0=end, x1=end, y0=row - 0.45, y1=row + 0.45,
+            line={"color": VERMILION, "width": 2, "dash": "dash"},
+        )  # fmt: skip
+    if ends:
+        fig.add_scatter(
+            x=list(ends.values()), y=list(ends), mode="markers", name="capacity",
+            marker={"symbol": "line-ns", "size": 22, "line": {"color": VERMILION, "width": 2}},
+            hovertemplate="capacity: %{x:,.4g} GB<extra></extra>",
+        )  # fmt: skip
+    return fig.update_layout(height=120 + 60 * max(1, len(devices)))
 
 
 def size_quality(

@@ -59,6 +59,14 @@ class MLASizes:
             "naive": self.num_heads * (self.qk_dim + self.v_dim),
         }
 
+    @property
+    def flop_per_pair(self) -> dict[str, int]:
+        """{form: FLOP of a layer for one query and one cached position}: scores, then mixing."""
+        return {
+            "absorbed": 2 * self.num_heads * (2 * self.kv_lora_rank + self.qk_rope_dim),
+            "naive": 2 * self.num_heads * (self.qk_dim + self.v_dim),
+        }
+
     def problems(self) -> list[str]:
         """What cannot be; empty if nothing is wrong."""
         odd = self.qk_rope_dim % 2
@@ -100,6 +108,11 @@ class GQASizes:
     def cache_elements(self) -> dict[str, int]:
         """{form: numbers cached per token and layer}: the key heads' keys and values."""
         return {"grouped": 2 * self.num_kv_heads * self.head_dim}
+
+    @property
+    def flop_per_pair(self) -> dict[str, int]:
+        """{form: FLOP of a layer for one query and one cached position}: scores, then mixing."""
+        return {"grouped": 4 * self.num_heads * self.head_dim}
 
     def problems(self) -> list[str]:
         """What cannot be; empty if nothing is wrong."""

@@ -42,7 +42,9 @@ class GGUFCheckpoint(CheckpointView):
                 "not read; join them with llama.cpp's `llama-gguf-split --merge`"
             )
         self.config = self._read_config()
-        self._check()
+        check_entries(
+            self._where, self.config, {name: e.shape for name, e in self._entries.items()}
+        )
 
     def _read_config(self) -> ModelConfig:
         where = self._where
@@ -56,24 +58,6 @@ class GGUFCheckpoint(CheckpointView):
                 f"{len(self._entries)} tensors; the file is damaged: download or convert it again"
             )
         return config
-
-    def _check(self) -> None:
-        """Names and shapes against the configuration; fused and shared tensors counted in."""
-        shapes: dict[str, Shape] = {name: e.shape for name, e in self._entries.items()}
-        problems = []
-        expected = expected_tensors(self.config)
-        if isinstance(self.config.attention, MLASizes):
-            wanted = fused_kv_b(self.config.attention)
-            for layer in range(self.config.num_layers):
-                fused = f"blk.{layer}.attn_kv_b.weight"
-                if fused not in shapes or f"blk.{layer}.attn_k_b.weight" in shapes:
-                    continue
-                if shapes[fused] != wanted:
-                    problems.append(f"{fused} has shape {shapes[fused]}, expected {wanted}")
-                for part in ("k", "v"):
-                    split = f"blk.{layer}.attn_{part}_b.weight"
-                    shapes[split] = expected[split]
-        check_tensors(self._where, self.config, shapes, problems)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -153,6 +137,25 @@ class GGUFCheckpoint(CheckpointView):
             (e.name, gguf.GGMLQuantizationType(e.type_number).name.lower(), e.shape, e.nbytes)
             for e in self._entries.values()
         ]
+
+
+def check_entries(where: str, config: ModelConfig, stored: Mapping[str, Shape]) -> None:
+    """Names and shapes of a file against its configuration; fused tensors count for their parts."""
+    shapes = dict(stored)
+    problems = []
+    expected = expected_tensors(config)
+    if isinstance(config.attention, MLASizes):
+        wanted = fused_kv_b(config.attention)
+        for layer in range(config.num_layers):
+            fused = f"blk.{layer}.attn_kv_b.weight"
+            if fused not in shapes or f"blk.{layer}.attn_k_b.weight" in shapes:
+                continue
+            if shapes[fused] != wanted:
+                problems.append(f"{fused} has shape {shapes[fused]}, expected {wanted}")
+            for part in ("k", "v"):
+                split = f"blk.{layer}.attn_{part}_b.weight"
+                shapes[split] = expected[split]
+    check_tensors(where, config, shapes, problems)
 
 
 class GGUFMetadata(Mapping[str, object]):

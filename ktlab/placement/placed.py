@@ -1,0 +1,147 @@
+"""Which device each component goes to, and in which format it is computed there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from ktlab.checkpoint.config import ModelConfig
+from ktlab.checkpoint.facts import ModelFacts, TensorFacts
+from ktlab.checkpoint.names import is_quantizable
+from ktlab.kernels import codings, native
+from ktlab.placement.machine import CPU, DISK, GPU, Machine
+from ktlab.placement.parts import Part, grouped, part
+from ktlab.quantization import fallback_format, get_format
+from ktlab.record import Record
+
+ON_CPU = ("embedding", "experts")
+"""Stay in host memory where there is a GPU: of their numbers a token uses least (`Part.use`)."""
+GPU_FORMAT, GPU_PER_HEAD_FORMAT = "int4_group128", "bf16"
+"""Matrices on a GPU have 4 bits; keys and values out of the latent, one matrix a head that the
+absorbed form multiplies in place, have 16, as KTransformers leaves kv_b_proj out of its 4 bits."""
+PER_HEAD = ("attn_k_b", "attn_v_b", "attn_kv_b")
+
+Conversions = Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed(Record):
+    """A part on a device."""
+
+    part: Part
+    device: str
+    formats: tuple[str, ...]
+    """As it is computed there, the largest first."""
+    in_place: int
+    """Bytes that are used as they lie in the file: mapped, not copied."""
+    converted: int
+    """Bytes that are made while loading: another format, or a copy in another memory."""
+    conversions: tuple[str, ...] = ()
+    """What is made of what, e.g. "q4_k -> int4_group128"."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on the device."""
+        return self.in_place + self.converted
+
+
+def place(
+    facts: ModelFacts,
+    machine: Machine,
+    *,
+    convert: Conversions | None = None,
+    gpu_formats: Conversions | None = None,
+) -> list[Placed]:
+    """The parts on their devices, by KTransformers' rule: what a token uses most on the GPU, routed
+    experts and embedding in host memory. Without a GPU everything is there.
+
+    `convert` is that of `ktlab.load`, {format in the file: format}; `gpu_formats` overrides the 4
+    bits, {component: format}.
+    """
+    groups = grouped(facts)
+    # llama.cpp and this kit keep one tensor for both; a GPU that computes the output has a copy.
+    if GPU in machine and facts.config.tied_output:
+        groups[None, "output"] = groups[None, "embedding"]
+    return [
+        _placed(facts.config, layer, component, tensors, machine, convert, gpu_formats)
+        for (layer, component), tensors in groups.items()
+    ]
+
+
+def device_of(component: str, machine: Machine) -> str:
+    """Where the rule puts a component."""
+    if component == "nextn":
+        return DISK
+    return CPU if component in ON_CPU or GPU not in machine else GPU
+
+
+def _placed(
+    config: ModelConfig,
+    layer: int | None,
+    component: str,
+    tensors: list[TensorFacts],
+    machine: Machine,
+    convert: Conversions | None,
+    gpu_formats: Conversions | None,
+) -> Placed:
+    device = device_of(component, machine)
+    stored = part(config, layer, component, tensors)
+    sizes: dict[str, int] = {}
+    in_place = converted = 0
+    changes: dict[str, None] = {}
+    for tensor in tensors:
+        wanted = _format(tensor, component, device, convert or {}, gpu_formats or {})
+        nbytes = _nbytes(tensor, wanted)
+        sizes[wanted] = sizes.get(wanted, 0) + nbytes
+        if wanted == tensor.format and device != GPU:
+            in_place += nbytes
+        else:
+            converted += nbytes
+        if wanted != tensor.format:
+            changes[f"{tensor.format} -> {wanted}"] = None
+    # What a token reads is read in the format that is there.
+    scale = (in_place + converted) / stored.bytes if stored.bytes else 1.0
+    return Placed(
+        part=replace(stored, bytes_per_token=stored.bytes_per_token * scale),
+        device=device,
+        formats=tuple(sorted(sizes, key=lambda name: -sizes[name])),
+        in_place=in_place if device != DISK else 0,
+        converted=converted if device != DISK else 0,
+        conversions=tuple(changes),
+    )
+
+
+def _format(
+    tensor: TensorFacts,
+    component: str,
+    device: str,
+    convert: Conversions,
+    gpu_formats: Conversions,
+) -> str:
+    """The format in which a tensor is computed on a device."""
+    if not is_quantizable(tensor.name, tensor.shape) or device == DISK:
+        return tensor.format
+    per_head = any(part in tensor.name for part in PER_HEAD)
+    row = tensor.shape[-1]
+    if device == GPU:
+        wanted = gpu_formats.get(component)
+        if wanted is None:
+            wanted = GPU_PER_HEAD_FORMAT if per_head else GPU_FORMAT
+        return fallback_format(wanted, row).name
+    found = convert.get(tensor.format)
+    format = fallback_format(found, row).name if found else tensor.format
+    if component == "embedding":
+        return format  # single rows are decoded when they are looked up
+    # Matrices of single heads are multiplied by torch on a float32 copy, and so is what no kernel
+    # computes on its encoded values.
+    return "f32" if per_head or format not in computed_formats() else format
+
+
+def computed_formats() -> frozenset[str]:
+    """Formats that some kernel computes without making a float32 copy."""
+    return codings.FORMATS | frozenset(native.formats())
+
+
+def _nbytes(tensor: TensorFacts, format: str) -> int:
+    if format == tensor.format:
+        return tensor.nbytes
+    return prod(tensor.shape[:-1]) * get_format(format).row_bytes(tensor.shape[-1])
