@@ -20,7 +20,6 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ktlab.checkpoint.checkpoint import together
 from ktlab.errors import CheckpointError
-from ktlab.quantization import FORMATS
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -50,12 +49,23 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ArrayPlace:
+    """An array in the metadata that was stepped over: its items begin at byte `start`."""
+
+    kind: int
+    count: int
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Header:
     """Everything before the weights of one GGUF file."""
 
     path: Path
     fields: dict[str, Any]
     """Metadata as plain Python values; of an array of texts or a long one only the length."""
+    arrays: "dict[str, ArrayPlace]"
+    """Where those arrays are, for `read_array`."""
     entries: list[TensorEntry]
     size: int
     """Bytes of the whole file."""
@@ -66,6 +76,7 @@ class _Cursor:
 
     def __init__(self, data: mmap.mmap, where: str) -> None:
         self.data, self.where, self.position = data, where, 0
+        self.arrays: dict[str, ArrayPlace] = {}
 
     def skip(self, count: int, what: str) -> int:
         """Move over `count` bytes; the position before them."""
@@ -128,7 +139,7 @@ def read_header(path: Path) -> Header:
         raw = [_read_entry(cursor, index) for index in range(tensor_count)]
         data_start = -(-cursor.position // alignment) * alignment
         entries = _check_entries(where, raw, data_start, size, alignment)
-        return Header(path=path, fields=fields, entries=entries, size=size)
+        return Header(path=path, fields=fields, arrays=cursor.arrays, entries=entries, size=size)
 
 
 def check_header(path: Path) -> list[TensorEntry]:
@@ -149,7 +160,10 @@ def _check_start(cursor: _Cursor) -> None:
         return
     if version & 0xFFFF == 0:
         raise CheckpointError(f"{cursor.where}: big-endian GGUF; only little-endian is read here")
-    raise CheckpointError(f"{cursor.where}: GGUF version {version}, expected one of {VERSIONS}")
+    newer = "; it was made for a later reader" if VERSIONS[-1] < version < 100 else ""
+    raise CheckpointError(
+        f"{cursor.where}: GGUF version {version}, expected one of {VERSIONS}{newer}"
+    )
 
 
 def _read_fields(cursor: _Cursor, count: int) -> tuple[dict[str, Any], int]:
@@ -180,19 +194,46 @@ def _read_value(cursor: _Cursor, kind: int, key: str) -> Any:
     if kind == _ARRAY:
         item = cursor.number("I", key)
         if item == _STRING:
-            return _skip_strings(cursor, cursor.count(8, f"the length of {key}"), key)
+            count = cursor.count(8, f"the length of {key}")
+            cursor.arrays[key] = ArrayPlace(kind=item, count=count, start=cursor.position)
+            return _skip_strings(cursor, count, key)
         if item in _CODES:
             width = _SCALAR_BYTES[item]
             count = cursor.count(width, f"the length of {key}")
             start = cursor.skip(width * count, key)
-            if count > LONG:
-                return count
-            values = struct.unpack_from(f"<{count}{_CODES[item]}", cursor.data, start)
-            return [_plain(value, item) for value in values]
+            place = ArrayPlace(kind=item, count=count, start=start)
+            if count <= LONG:
+                return _items(cursor.data, place)
+            cursor.arrays[key] = place
+            return count
         raise CheckpointError(f"{cursor.where}: {key} is an array of unknown type {item}")
     raise CheckpointError(
         f"{cursor.where}: metadata field {key!r} has unknown type {kind}; the file is corrupt"
     )
+
+
+def read_array(header: Header, key: str) -> list[Any]:
+    """The items of an array that `header` gives the length of; texts must be UTF-8."""
+    place = header.arrays[key]
+    with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as d:
+        if place.kind != _STRING:
+            return _items(d, place)
+        texts, position = [], place.start
+        try:
+            for _ in range(place.count):
+                start = position + 8
+                position = start + _LENGTH.unpack_from(d, position)[0]
+                texts.append(d[start:position].decode("utf-8"))
+        except UnicodeDecodeError:
+            raise CheckpointError(
+                f"{header.path.name}: {key} has text that is no UTF-8; the file is corrupt"
+            ) from None
+        return texts
+
+
+def _items(data: mmap.mmap, place: ArrayPlace) -> list[Any]:
+    values = struct.unpack_from(f"<{place.count}{_CODES[place.kind]}", data, place.start)
+    return [_plain(value, place.kind) for value in values]
 
 
 def _plain(value: Any, kind: int) -> Any:
@@ -232,23 +273,21 @@ def _check_entries(
     where: str, raw: list[TensorEntry], data_start: int, size: int, alignment: int
 ) -> list[TensorEntry]:
     """Sizes from types and shapes; each tensor inside the file, right after the one before."""
-    usable = ", ".join(name.upper() for name, f in FORMATS.items() if f.ggml_type is not None)
     problems = [f"{n} appears {k} times" for n, k in Counter(e.name for e in raw).items() if k > 1]
     entries: list[TensorEntry] = []
-    unusable: dict[str, list[str]] = {}
     beyond: list[tuple[str, int]] = []
     next_offset: int | None = 0
     for entry in raw:
         shape = "×".join(str(n) for n in entry.shape)
-        type_name = _type_name(entry.type_number)
-        if type_name.lower() not in FORMATS:
-            unusable.setdefault(type_name, []).append(entry.name)
+        kind = type_name(entry.type_number)
+        if kind.startswith("unknown"):
+            problems.append(f"{entry.name}: {kind}, which no kernel here computes")
             next_offset = None
             continue
-        block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+        block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
         if min(entry.shape) < 1 or entry.shape[-1] % block_size:
             problems.append(
-                f"{entry.name} is {type_name} {shape}: a row must be a multiple of {block_size}"
+                f"{entry.name} is {kind} {shape}: a row must be a multiple of {block_size}"
             )
             next_offset = None
             continue
@@ -271,11 +310,6 @@ def _check_entries(
                 nbytes=nbytes,
             )
         )
-    for type_name, names in unusable.items():
-        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-        problems.append(
-            f"{names[0]}{more}: {type_name}, which no kernel here computes; usable: {usable}"
-        )
     if beyond:
         name, end = max(beyond, key=lambda item: item[1])
         problems.append(
@@ -288,7 +322,8 @@ def _check_entries(
     return entries
 
 
-def _type_name(number: int) -> str:
+def type_name(number: int) -> str:
+    """The name of a ggml type, e.g. "Q4_K"; "unknown type 99" for one that gguf does not know."""
     try:
         return GGMLQuantizationType(number).name
     except ValueError:
