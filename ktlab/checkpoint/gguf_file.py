@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ktlab.checkpoint import kv_b
 from ktlab.checkpoint.checkpoint import CheckpointView, check_tensors, unknown_tensor
 from ktlab.checkpoint.config import MLASizes, ModelConfig
-from ktlab.checkpoint.header import Header, TensorEntry, read_array, type_name
+from ktlab.checkpoint.header import Header, TensorEntry, type_name
 from ktlab.checkpoint.metadata import config_from_metadata
 from ktlab.checkpoint.names import Shape, expected_tensors, fused_kv_b
 from ktlab.checkpoint.shards import SHARD, read_headers, shard_paths
@@ -41,7 +41,6 @@ class GGUFCheckpoint(CheckpointView):
         self.path = self.files[0]
         self._where = self.path.name
         self.name = name or SHARD.sub(".gguf", self._where)
-        self.metadata: Mapping[str, object] = GGUFMetadata(self._headers[0])
         self.config = read_config(self._where, self._headers)
         expected = expected_tensors(self.config)
         self._entries = {
@@ -53,6 +52,9 @@ class GGUFCheckpoint(CheckpointView):
             for entry in header.entries
         }
         self._maps = [_Mapped(header.path, header.size) for header in self._headers]
+        self.metadata: Mapping[str, object] = GGUFMetadata(
+            self._where, self._headers[0], self._maps[0].data
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -168,7 +170,7 @@ def read_config(where: str, headers: Sequence[Header]) -> ModelConfig:
             f"{where}: {key} is {config.num_layers}, but the file has only "
             f"{len(entries)} tensors; the file is damaged: download or convert it again"
         )
-    tokens = headers[0].arrays.get("tokenizer.ggml.tokens")
+    tokens = headers[0].long_arrays.get("tokenizer.ggml.tokens")
     problems = []
     if tokens is not None and tokens.count > config.vocab_size:
         problems.append(
@@ -229,14 +231,15 @@ def _unusable(entries: Sequence[TensorEntry]) -> list[str]:
 
 
 class GGUFMetadata(Mapping[str, object]):
-    """A GGUF's metadata as plain Python values; long arrays are read on access."""
+    """A GGUF's metadata as plain Python values; long arrays are read when asked for."""
 
-    def __init__(self, header: Header) -> None:
-        self._header = header
+    def __init__(self, where: str, header: Header, data: NDArray[np.uint8]) -> None:
+        self._where, self._header, self._data = where, header, data
 
     def __getitem__(self, key: str) -> object:
-        if key in self._header.arrays:
-            return read_array(self._header, key)
+        long = self._header.long_arrays.get(key)
+        if long is not None:
+            return long.read(self._data, f"{self._where}: {key}")
         return self._header.fields[key]
 
     def __contains__(self, key: object) -> bool:

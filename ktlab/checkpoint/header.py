@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
 
 from ktlab.checkpoint.checkpoint import together
 from ktlab.errors import CheckpointError
@@ -49,12 +50,34 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArrayPlace:
-    """An array in the metadata that was stepped over: its items begin at byte `start`."""
+class LongArray:
+    """Where an array lies that was stepped over: `count` items of a GGUF type from byte `start`."""
 
-    kind: int
-    count: int
     start: int
+    count: int
+    item: int
+
+    def read(self, data: NDArray[np.uint8], what: str) -> list[Any]:
+        """Its items; `data` is the whole file that the header came from."""
+        if self.item != _STRING:
+            code = _CODES[self.item]
+            end = self.start + self.count * struct.calcsize(code)
+            return [
+                _plain(v, self.item)
+                for v in struct.unpack(f"<{self.count}{code}", data[self.start : end].tobytes())
+            ]
+        items, position, read = [], self.start, _LENGTH.unpack_from
+        view = data.data
+        for index in range(self.count):
+            length = read(view, position)[0]
+            position += 8 + length
+            try:
+                items.append(str(view[position - length : position], "utf-8"))
+            except UnicodeDecodeError:
+                raise CheckpointError(
+                    f"{what} cannot be read: item {index} is no UTF-8; the file is corrupt"
+                ) from None
+        return items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +87,8 @@ class Header:
     path: Path
     fields: dict[str, Any]
     """Metadata as plain Python values; of an array of texts or a long one only the length."""
-    arrays: "dict[str, ArrayPlace]"
-    """Where those arrays are, for `read_array`."""
+    long_arrays: dict[str, LongArray]
+    """Those arrays, to be read when they are asked for."""
     entries: list[TensorEntry]
     size: int
     """Bytes of the whole file."""
@@ -76,7 +99,6 @@ class _Cursor:
 
     def __init__(self, data: mmap.mmap, where: str) -> None:
         self.data, self.where, self.position = data, where, 0
-        self.arrays: dict[str, ArrayPlace] = {}
 
     def skip(self, count: int, what: str) -> int:
         """Move over `count` bytes; the position before them."""
@@ -135,16 +157,11 @@ def read_header(path: Path) -> Header:
         _check_start(cursor)
         tensor_count = cursor.count(_SMALLEST_TENSOR, "the number of tensors")
         field_count = cursor.count(_SMALLEST_FIELD, "the number of metadata fields")
-        fields, alignment = _read_fields(cursor, field_count)
+        fields, long_arrays, alignment = _read_fields(cursor, field_count)
         raw = [_read_entry(cursor, index) for index in range(tensor_count)]
         data_start = -(-cursor.position // alignment) * alignment
         entries = _check_entries(where, raw, data_start, size, alignment)
-        return Header(path=path, fields=fields, arrays=cursor.arrays, entries=entries, size=size)
-
-
-def check_header(path: Path) -> list[TensorEntry]:
-    """The table of tensors, all of which lie inside the file; CheckpointError otherwise."""
-    return read_header(path).entries
+        return Header(path=path, fields=fields, long_arrays=long_arrays, entries=entries, size=size)
 
 
 def _check_start(cursor: _Cursor) -> None:
@@ -166,21 +183,25 @@ def _check_start(cursor: _Cursor) -> None:
     )
 
 
-def _read_fields(cursor: _Cursor, count: int) -> tuple[dict[str, Any], int]:
-    """The metadata, and the alignment of the tensor data."""
+def _read_fields(cursor: _Cursor, count: int) -> tuple[dict[str, Any], dict[str, LongArray], int]:
+    """The metadata, the arrays in it that were stepped over, and the alignment of the tensors."""
     fields: dict[str, Any] = {}
+    long_arrays: dict[str, LongArray] = {}
     alignment = DEFAULT_ALIGNMENT
     for index in range(count):
         key = cursor.string(f"the name of metadata field {index}")
         kind = cursor.number("I", key)
-        fields[key] = _read_value(cursor, kind, key)
+        value = _read_value(cursor, kind, key)
+        if isinstance(value, LongArray):
+            long_arrays[key], value = value, value.count
+        fields[key] = value
         if key == "general.alignment":
             alignment = fields[key] if kind == 4 else 0
             if alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
                 raise CheckpointError(
                     f"{cursor.where}: general.alignment is not a power of two up to 2**20"
                 )
-    return fields, alignment
+    return fields, long_arrays, alignment
 
 
 def _read_value(cursor: _Cursor, kind: int, key: str) -> Any:
@@ -195,45 +216,21 @@ def _read_value(cursor: _Cursor, kind: int, key: str) -> Any:
         item = cursor.number("I", key)
         if item == _STRING:
             count = cursor.count(8, f"the length of {key}")
-            cursor.arrays[key] = ArrayPlace(kind=item, count=count, start=cursor.position)
-            return _skip_strings(cursor, count, key)
+            start = cursor.position
+            _skip_strings(cursor, count, key)
+            return LongArray(start=start, count=count, item=item)
         if item in _CODES:
             width = _SCALAR_BYTES[item]
             count = cursor.count(width, f"the length of {key}")
             start = cursor.skip(width * count, key)
-            place = ArrayPlace(kind=item, count=count, start=start)
-            if count <= LONG:
-                return _items(cursor.data, place)
-            cursor.arrays[key] = place
-            return count
+            if count > LONG:
+                return LongArray(start=start, count=count, item=item)
+            values = struct.unpack_from(f"<{count}{_CODES[item]}", cursor.data, start)
+            return [_plain(value, item) for value in values]
         raise CheckpointError(f"{cursor.where}: {key} is an array of unknown type {item}")
     raise CheckpointError(
         f"{cursor.where}: metadata field {key!r} has unknown type {kind}; the file is corrupt"
     )
-
-
-def read_array(header: Header, key: str) -> list[Any]:
-    """The items of an array that `header` gives the length of; texts must be UTF-8."""
-    place = header.arrays[key]
-    with header.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as d:
-        if place.kind != _STRING:
-            return _items(d, place)
-        texts, position = [], place.start
-        try:
-            for _ in range(place.count):
-                start = position + 8
-                position = start + _LENGTH.unpack_from(d, position)[0]
-                texts.append(d[start:position].decode("utf-8"))
-        except UnicodeDecodeError:
-            raise CheckpointError(
-                f"{header.path.name}: {key} has text that is no UTF-8; the file is corrupt"
-            ) from None
-        return texts
-
-
-def _items(data: mmap.mmap, place: ArrayPlace) -> list[Any]:
-    values = struct.unpack_from(f"<{place.count}{_CODES[place.kind]}", data, place.start)
-    return [_plain(value, place.kind) for value in values]
 
 
 def _plain(value: Any, kind: int) -> Any:
@@ -241,7 +238,7 @@ def _plain(value: Any, kind: int) -> Any:
     return float(str(np.float32(value))) if kind == 6 else value
 
 
-def _skip_strings(cursor: _Cursor, count: int, key: str) -> int:
+def _skip_strings(cursor: _Cursor, count: int, key: str) -> None:
     """Step over `count` texts; the loop of all others, for vocabularies have 10^5."""
     data, position, read = cursor.data, cursor.position, _LENGTH.unpack_from
     size = len(data)
@@ -251,7 +248,7 @@ def _skip_strings(cursor: _Cursor, count: int, key: str) -> int:
         position += 8 + read(data, position)[0]
     else:
         cursor.skip(position - cursor.position, key)
-        return count
+        return
     cursor.skip(position + 8 - cursor.position, key)  # raises: it lies past the end
     raise AssertionError("unreachable")
 

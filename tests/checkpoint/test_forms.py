@@ -35,17 +35,15 @@ def write_raw(
     tensors: Mapping[str, np.ndarray],
     *,
     shard_size: int = 0,
-    types: Mapping[str, gguf.GGMLQuantizationType] | None = None,
 ) -> Path:
-    """A file as another program would write it; uint8 tensors are Q8_0 unless `types` says else."""
+    """A file, or shards of so many tensors, as another program would write them; uint8 is Q8_0."""
     writer = gguf.GGUFWriter(path, "deepseek2", split_max_tensors=shard_size)
     for key, (value, kind) in fields.items():
         writer.add_key_value(key, value, kind)
     for name, values in tensors.items():
-        kind = (types or {}).get(name)
-        if values.dtype == np.uint8:
-            kind = kind or gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(name, values, raw_dtype=kind)
+        is_bytes = values.dtype == np.uint8
+        raw_dtype = gguf.GGMLQuantizationType.Q8_0 if is_bytes else None
+        writer.add_tensor(name, values, raw_dtype=raw_dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
