@@ -8,19 +8,17 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
-
 from ktlab.checkpoint.checkpoint import Checkpoint
-from ktlab.checkpoint.config import MLASizes, ModelConfig
+from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
-from ktlab.checkpoint.gguf_file import check_entries
-from ktlab.checkpoint.metadata import config_from_metadata
+from ktlab.checkpoint.gguf_file import read_config
+from ktlab.checkpoint.header import type_name
 from ktlab.checkpoint.mixtures import mixture
 from ktlab.checkpoint.names import Shape, expected_tensors
 from ktlab.checkpoint.opening import open_checkpoint
 from ktlab.checkpoint.published import published_model, published_models
 from ktlab.checkpoint.safetensors_folder import safetensors_folder
-from ktlab.checkpoint.shards import read_headers, shard_paths
+from ktlab.checkpoint.shards import SHARD, read_headers, shard_paths
 from ktlab.errors import CheckpointError, nearest
 from ktlab.quantization import get_format
 
@@ -90,13 +88,11 @@ def _from_gguf(path: Path, name: str) -> ModelFacts:
     headers = read_headers(shard_paths(path))
     where = headers[0].path.name
     entries = {entry.name: entry for header in headers for entry in header.entries}
-    shapes = {entry.name: entry.shape for entry in entries.values()}
-    config = config_from_metadata(where, headers[0].fields, shapes)
-    check_entries(where, config, shapes)
+    config = read_config(where, headers)
     tensors = tuple(
         TensorFacts(
             name=entry.name,
-            format=gguf.GGMLQuantizationType(entry.type_number).name.lower(),
+            format=type_name(entry.type_number).lower(),
             shape=entry.shape,
             nbytes=entry.nbytes,
         )
@@ -106,7 +102,7 @@ def _from_gguf(path: Path, name: str) -> ModelFacts:
     files = tuple(header.path for header in headers)
     shards = f" and {len(files) - 1} more shards" if len(files) > 1 else ""
     return ModelFacts(
-        name=name,
+        name=SHARD.sub(".gguf", name),
         config=config,
         tensors=tensors,
         source=f"{where}{shards}, {size:,} bytes",
@@ -173,8 +169,3 @@ def _in_format(config: ModelConfig, format: str) -> tuple[TensorFacts, ...]:
 def _guess(path: Path) -> str:
     siblings = (p.name for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else ()
     return nearest(path.name, siblings)
-
-
-def is_latent(config: ModelConfig) -> bool:
-    """Whether the model has multi-head latent attention."""
-    return isinstance(config.attention, MLASizes)

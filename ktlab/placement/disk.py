@@ -1,4 +1,4 @@
-"""Decode when host memory cannot hold a mapped model: what the page cache misses comes from disk."""
+"""Decode where memory cannot hold a mapped model: what the page cache misses comes from disk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

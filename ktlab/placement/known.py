@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -50,8 +50,7 @@ def known(
     formats = {format for p in experts for format in p.formats}
     has_gpu = len(ledgers) > 1
     for entry in _table()["memory"]:
-        model = replace(published_model(entry["model"]).config, name=config.name)
-        same = model == replace(config, num_nextn_layers=model.num_nextn_layers)
+        same = _shape(published_model(entry["model"]).config) == _shape(config)
         if not same or formats != set(entry["experts"]) or copies != entry["numa_copies"]:
             continue
         for one in ledgers:
@@ -64,6 +63,19 @@ def known(
                     includes=entry["includes"],
                     source=entry["source"],
                 )
+
+
+def _shape(config: ModelConfig) -> tuple[object, ...]:
+    """What makes two models of the same size, whatever a file says of names and RoPE."""
+    return (
+        config.architecture,
+        config.attention,
+        config.num_layers,
+        config.hidden_size,
+        config.num_experts,
+        config.expert_size,
+        config.vocab_size,
+    )
 
 
 @lru_cache(maxsize=1)

@@ -86,7 +86,7 @@ def get_machine(
 
 
 def this_machine() -> Machine:
-    """Memory that is available now, under a container's limit, and the first GPU that torch sees."""
+    """Memory available now, under a container's limit, and the first GPU that torch sees."""
     found = memory()
     sizes = [size for size in (found.available, found.limit) if size is not None]
     about = "available now" if found.limit is None else "available now, container's limit"

@@ -84,6 +84,7 @@ def part(
         sizes[tensor.format] = sizes.get(tensor.format, 0) + tensor.nbytes
     parameters, stored = sum(t.size for t in tensors), sum(t.nbytes for t in tensors)
     share = _share_of_a_token(config, component)
+    matrices = sum(t.size for t in tensors if len(t.shape) > 1)
     computes = component not in ("embedding", "nextn")
     return Part(
         layer=layer,
@@ -91,7 +92,7 @@ def part(
         formats=tuple(sorted(sizes, key=lambda name: -sizes[name])),
         parameters=parameters,
         bytes=stored,
-        flop_per_token=2.0 * parameters * share * computes,
+        flop_per_token=2.0 * matrices * share * computes,
         bytes_per_token=stored * share,
     )
 

@@ -16,9 +16,10 @@ from ktlab.placement import view
 from ktlab.placement.disk import FromDisk, from_disk
 from ktlab.placement.known import Known, known
 from ktlab.placement.ledger import CACHE_FORMATS, ELEMENT_BYTES, Ledger, cache_bytes, ledger
-from ktlab.placement.machine import CPU, Machine, Size, get_machine
+from ktlab.placement.machine import CPU, GPU, Machine, Size, get_machine
 from ktlab.placement.parts import COMPONENTS, cache_part
 from ktlab.placement.placed import Placed, device_of, place
+from ktlab.placement.sizes import size_text
 from ktlab.quantization import get_format
 from ktlab.record import Record
 
@@ -197,7 +198,7 @@ def plan(
         ledgers=tuple(ledgers),
         known=tuple(known(config, weights, ledgers, numa_copies)),
         disk=_disk(facts, ledgers, rows),
-        notes=tuple(_notes(facts, where, rows)),
+        notes=tuple(_notes(facts, where, rows, ledgers)),
     )
 
 
@@ -298,7 +299,9 @@ def _disk(facts: ModelFacts, ledgers: list[Ledger], rows: list[Placed]) -> FromD
     )
 
 
-def _notes(facts: ModelFacts, machine: Machine, rows: list[Placed]) -> list[str]:
+def _notes(
+    facts: ModelFacts, machine: Machine, rows: list[Placed], ledgers: list[Ledger]
+) -> list[str]:
     notes = []
     nextn = sum(row.part.bytes for row in rows if row.part.component == "nextn")
     if nextn:
@@ -310,12 +313,15 @@ def _notes(facts: ModelFacts, machine: Machine, rows: list[Placed]) -> list[str]
         if row.device == CPU and any(made.endswith("-> f32") for made in row.conversions)
     )
     if floats:
-        from ktlab.placement.sizes import size_text
-
         made = sorted(
             {m for row in rows if row.device == CPU for m in row.conversions if m.endswith("f32")}
         )
         notes.append(f"float32 copies in host memory, {size_text(floats)}: {', '.join(made)}")
-    if len(machine.devices) > 1:
+    if GPU in machine:
         notes.append("the GPU's part is made anew while loading; its file pages can be dropped")
+        spare = sum(one.headroom or 0 for one in ledgers if one.device == GPU)
+        layer = max((r.bytes for r in rows if r.part.component == "experts"), default=0)
+        if layer and spare >= layer:
+            layers = min(len(facts.config.moe_layers), spare // layer)
+            notes.append(f"the GPU's headroom would hold the experts of {layers} layers as stored")
     return notes

@@ -21,8 +21,8 @@ WORDS = {True: "fits", False: "does not fit", None: "no limit given"}
 _COLORS = {"cpu": figures.BLUE, "cuda:0": figures.ORANGE, "disk": figures.INK}
 _GRID = (
     "<style>.ktlab .grid{overflow-x:auto}"
-    "div.ktlab.ktlab.ktlab .grid table td,div.ktlab.ktlab.ktlab .grid table th{padding:1px 2px 1px 0;"
-    "border:0;font-size:11px;font-weight:400}"
+    "div.ktlab.ktlab.ktlab .grid table td,div.ktlab.ktlab.ktlab .grid table th{"
+    "padding:1px 2px 1px 0;border:0;font-size:11px;font-weight:400}"
     ".ktlab .grid i{display:block;width:10px;height:14px;border-radius:2px;opacity:.85}"
     ".ktlab .k{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 5px 0 12px}"
     "</style>"
@@ -118,7 +118,7 @@ HEADERS = (
 
 
 def _component_lines(plan: "Plan") -> list[tuple[str, ...]]:
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for name, total in plan.by_component().items():
         stored, formats = "+".join(total.stored), "+".join(total.formats)
         lines.append(
