@@ -124,7 +124,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--shape",
         default="deepseek-v3",
         metavar="NAME",
-        help="deepseek-v3, deepseek-v2, deepseek-v2-lite or HIDDENxWIDTHxEXPERTSxTOP_K",
+        help="deepseek-v3, kimi-k2, qwen3-30b-a3b, ... or HIDDENxWIDTHxEXPERTSxTOP_K",
     )
     parser.add_argument("--experts", type=int, metavar="N", help="in memory; default: 1 GB of them")
     parser.add_argument("--format", default="q4_k_m", metavar="NAME", help="such as q8_0, q4_k_m")
