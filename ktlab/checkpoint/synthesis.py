@@ -128,20 +128,27 @@ def synthesize(
         wanted: str | Format = "f32"
         if is_quantizable(name, shape):
             wanted = next((f for glob, f in globs.items() if fnmatchcase(name, glob)), "f32")
-        values = _random(generator, name, shape)
+        values = random_values(generator, name, shape, fan_in(name, shape))
         tensors[name] = QTensor.from_array(name, values, fallback_format(wanted, shape[-1]))
     tokenizer = byte_tokenizer(config.vocab_size) if config.vocab_size >= 258 else None
     return MemoryCheckpoint(config, tensors, tokenizer)
 
 
-def _random(generator: np.random.Generator, name: str, shape: Shape) -> NDArray[np.float32]:
+def random_values(
+    generator: np.random.Generator, name: str, shape: Shape, inputs: int
+) -> NDArray[np.float32]:
+    """Values for a tensor of that name, or a part of it, whose outputs have so many inputs."""
     noise = generator.standard_normal(shape, dtype=np.float32)
     if name.endswith("norm.weight"):
         return 1 + np.float32(0.1) * noise
     if name.endswith("exp_probs_b.bias"):
         return np.float32(0.1) * noise
+    return noise / np.float32(np.sqrt(inputs))
+
+
+def fan_in(name: str, shape: Shape) -> int:
+    """How many inputs each output of a matrix sums; 1 for the embedding, whose rows are taken."""
     if name == "token_embd.weight":
-        return noise
+        return 1
     # Stored (H, C, N), but it maps C to N: the fan-in is the middle axis.
-    fan_in = shape[-2] if name.endswith("attn_k_b.weight") else shape[-1]
-    return noise / np.float32(np.sqrt(fan_in))
+    return shape[-2] if name.endswith("attn_k_b.weight") else shape[-1]
