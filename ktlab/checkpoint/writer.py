@@ -16,6 +16,7 @@ from ktlab.checkpoint.checkpoint import check_tensors, together
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.metadata import Field, metadata_from_config
 from ktlab.checkpoint.names import Shape, expected_tensors
+from ktlab.checkpoint.pretokenizers import PRE_TOKENIZERS
 from ktlab.checkpoint.tokenizer import UNUSED, Tokenizer
 from ktlab.errors import CheckpointError
 from ktlab.quantization import Format, QTensor
@@ -157,6 +158,11 @@ def _tokenizer_fields(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Fi
             f"{config.name}: the tokenizer has {tokenizer.vocab_size} tokens, "
             f"the embedding only {config.vocab_size} rows"
         )
+    if tokenizer.pre not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{config.name}: its {tokenizer.pre} cuts texts in a way that GGUF has no name for; "
+            f"there are {', '.join(PRE_TOKENIZERS)}"
+        )
     padding = [f"[PAD{tokenizer.vocab_size + i}]" for i in range(missing)]
     array, string, u32 = GGUFValueType.ARRAY, GGUFValueType.STRING, GGUFValueType.UINT32
     fields: dict[str, Field] = {
@@ -171,6 +177,8 @@ def _tokenizer_fields(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Fi
     for key, token in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
         if token is not None:
             fields[f"tokenizer.ggml.{key}_token_id"] = (token, u32)
+    if tokenizer.chat_template:
+        fields["tokenizer.chat_template"] = (tokenizer.chat_template, string)
     return fields
 
 

@@ -5,7 +5,6 @@ can put right, 130 after Ctrl-C, 0 when the reader of a pipe has had enough.
 """
 
 import argparse
-import ast
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import ktlab
+from ktlab.cli.plan import add_plan, run_plan
 from ktlab.errors import KtlabError, SettingError, nearest
-
-RULES = ("FixedK", "RelativeThreshold", "CumulativeProbability")
+from ktlab.model.words import EXAMPLES, settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    # Idle OpenMP threads sleep, as under make: on a busy 2-core machine the tiny model decoded 64
+    # tokens/s so and 5 with threads that spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parser().parse_args(arguments)
     try:
         code = options.run(options)
@@ -56,13 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     info = command("info", _info, "what a model is and what a token costs")
     _add_model(info)
 
-    _add_plan(command("plan", _plan, "will it fit, and where would it go? from the header alone"))
+    add_plan(command("plan", run_plan, "will it fit, and where would it go? from the header alone"))
 
     generate = command("generate", _generate, "write text, token by token")
     _add_model(generate)
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--top-k", type=int, metavar="K", help="routed experts a token")
-    generate.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=_SETTINGS)
+    generate.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=EXAMPLES)
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="X")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
@@ -72,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(compare)
     for side in ("a", "b"):
         compare.add_argument(
-            f"--{side}", nargs="+", default=[], metavar="NAME=VALUE", help=_SETTINGS
+            f"--{side}", nargs="+", default=[], metavar="NAME=VALUE", help=EXAMPLES
         )
     _add_text(compare)
     compare.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="in all")
@@ -89,33 +91,6 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_bench(command("bench", _bench, "how fast the expert kernels are, beside the ceiling"))
     return parser
-
-
-_SETTINGS = (
-    "such as top_k=6, top_k={3:6,4:4}, attention=naive, quantize=q4_0, "
-    "rule=RelativeThreshold(0.2), mask={3:[0,1]}"
-)
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        help='a .gguf file, any shard, a folder, "tiny", or a shape such as deepseek-v3',
-    )
-    parser.add_argument("--format", metavar="NAME", help="such as q4_k_m; of a shape, or made anew")
-    parser.add_argument("--ram", metavar="SIZE", help="such as 382GB or 128GiB")
-    parser.add_argument("--vram", metavar="SIZE", help="such as 14GB; experts then stay on the CPU")
-    parser.add_argument("--machine", metavar="NAME", help='"this": what is available here, now')
-    parser.add_argument("--context", type=int, metavar="N", help="tokens; default: 8192")
-    parser.add_argument("--attention", metavar="FORM", help="whose cache: absorbed, naive, grouped")
-    parser.add_argument(
-        "--convert", nargs="+", default=[], metavar="FROM=TO", help="as load, bf16=int8_channel"
-    )
-    parser.add_argument(
-        "--gpu-formats", nargs="+", default=[], metavar="PART=FORMAT", help="as attention=bf16"
-    )
-    parser.add_argument("--numa-copies", type=int, default=1, metavar="N", help="of the experts")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -168,23 +143,6 @@ def _info(options: argparse.Namespace) -> int:
     print(model.cost(1, context))
     print(model.cost(context, context))
     return 0
-
-
-def _plan(options: argparse.Namespace) -> int:
-    plan = ktlab.plan(
-        options.model,
-        format=options.format,
-        ram=options.ram,
-        vram=options.vram,
-        machine=options.machine,
-        context=options.context,
-        attention=options.attention,
-        convert=settings(options.convert),
-        gpu_formats=settings(options.gpu_formats),
-        numa_copies=options.numa_copies,
-    )
-    print(plan.to_json() if options.json else plan)
-    return 0 if plan.fits is not False else 1
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -285,44 +243,6 @@ def _remark(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def settings(words: Sequence[str]) -> dict[str, Any]:
-    """Overrides from NAME=VALUE words: Python literals, names, or a selection rule."""
-    changes: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = word.strip().rstrip(",").partition("=")
-        if not equals or not name.isidentifier():
-            raise SettingError(f"{word!r}: expected NAME=VALUE, {_SETTINGS}")
-        changes[name] = _value(name, value)
-    return changes
-
-
-def _value(name: str, text: str) -> Any:
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
-            return _rule(name, tree)
-        return ast.literal_eval(tree)
-    except (SyntaxError, ValueError) as error:
-        if isinstance(error, KtlabError):
-            raise
-        return text  # a bare word such as naive or q4_0
-
-
-def _rule(name: str, call: ast.Call) -> Any:
-    assert isinstance(call.func, ast.Name)
-    if call.func.id not in RULES:
-        raise SettingError(
-            f"{name}={call.func.id}(...): unknown selection rule, expected one of "
-            f"{', '.join(RULES)}{nearest(call.func.id, RULES)}"
-        )
-    try:
-        positional = [ast.literal_eval(argument) for argument in call.args]
-        named = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-        return getattr(ktlab, call.func.id)(*positional, **named)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"{name}={call.func.id}(...): {error}") from error
-
-
 def _texts(options: argparse.Namespace) -> Mapping[str, str]:
     """Text by name: a file, a domain, or every domain that comes with ktlab."""
     if options.text == "-":
@@ -350,7 +270,3 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
-
-
-if __name__ == "__main__":
-    sys.exit(main())
