@@ -6,11 +6,11 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf import GGUFReader, GGUFValueType
+from numpy.typing import NDArray
 
 from ktlab.checkpoint.checkpoint import CheckpointView, check_tensors, unknown_tensor
 from ktlab.checkpoint.config import MLASizes, ModelConfig
-from ktlab.checkpoint.header import TensorEntry, check_header
+from ktlab.checkpoint.header import Header, TensorEntry, read_header
 from ktlab.checkpoint.metadata import config_from_metadata
 from ktlab.checkpoint.names import Shape, expected_tensors, fused_kv_b
 from ktlab.checkpoint.tokenizer import Tokenizer
@@ -31,10 +31,10 @@ class GGUFCheckpoint(CheckpointView):
         self.path = file
         self.name = name or file.name
         self._where = file.name
-        entries = check_header(file)
-        self._reader = _open_reader(file)
-        self.metadata: Mapping[str, object] = GGUFMetadata(self._where, self._reader)
-        self._entries = {entry.name: entry for entry in entries}
+        header = read_header(file)
+        self._data: NDArray[np.uint8] = np.memmap(file, np.uint8, mode="r")
+        self.metadata: Mapping[str, object] = GGUFMetadata(self._where, header, self._data)
+        self._entries = {entry.name: entry for entry in header.entries}
         parts = self.metadata.get("split.count", 1)
         if isinstance(parts, int) and parts > 1:
             raise CheckpointError(
@@ -101,7 +101,7 @@ class GGUFCheckpoint(CheckpointView):
 
     def _stored(self, entry: TensorEntry) -> QTensor:
         format = get_format(gguf.GGMLQuantizationType(entry.type_number))
-        raw = np.asarray(self._reader.data)[entry.offset : entry.offset + entry.nbytes]
+        raw = np.asarray(self._data)[entry.offset : entry.offset + entry.nbytes]
         blocks = raw.reshape(entry.shape[:-1] + (format.row_bytes(entry.shape[-1]),))
         return QTensor(
             name=entry.name,
@@ -159,41 +159,25 @@ def check_entries(where: str, config: ModelConfig, stored: Mapping[str, Shape]) 
 
 
 class GGUFMetadata(Mapping[str, object]):
-    """A GGUF's metadata as plain Python values, decoded on access (vocabularies are long)."""
+    """A GGUF's metadata as plain Python values; long arrays are read when asked for."""
 
-    def __init__(self, where: str, reader: GGUFReader) -> None:
-        self._where = where
-        self._fields = {k: f for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    def __init__(self, where: str, header: Header, data: NDArray[np.uint8]) -> None:
+        self._where, self._header, self._data = where, header, data
 
     def __getitem__(self, key: str) -> object:
-        field = self._fields[key]
-        try:
-            value = field.contents()
-        except ValueError as error:
-            raise CheckpointError(f"{self._where}: {key} cannot be read: {error}") from error
-        if field.types == [GGUFValueType.FLOAT32]:
-            # The shortest decimal of that float32: 1e-06, not 9.999999974752427e-07.
-            return float(str(np.float32(value)))
-        return value
+        long = self._header.long_arrays.get(key)
+        if long is not None:
+            return long.read(self._data, f"{self._where}: {key}")
+        return self._header.fields[key]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._fields
+        return key in self._header.fields
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._fields)
+        return iter(self._header.fields)
 
     def __len__(self) -> int:
-        return len(self._fields)
+        return len(self._header.fields)
 
     def __repr__(self) -> str:
         return f"GGUFMetadata({len(self)} fields: {', '.join(list(self)[:6])}, ...)"
-
-
-def _open_reader(path: Path) -> GGUFReader:
-    """The `gguf` package's reader. Sizes are checked already; what is left is odd content."""
-    try:
-        return GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OverflowError, TypeError) as error:
-        raise CheckpointError(
-            f"{path.name}: the header cannot be read: {error}; download or convert it again"
-        ) from error

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
 
 from ktlab.checkpoint.checkpoint import together
 from ktlab.errors import CheckpointError
@@ -50,12 +51,45 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LongArray:
+    """Where an array lies that was stepped over: `count` items of a GGUF type from byte `start`."""
+
+    start: int
+    count: int
+    item: int
+
+    def read(self, data: NDArray[np.uint8], what: str) -> list[Any]:
+        """Its items; `data` is the whole file that the header came from."""
+        if self.item != _STRING:
+            code = _CODES[self.item]
+            end = self.start + self.count * struct.calcsize(code)
+            return [
+                _plain(v, self.item)
+                for v in struct.unpack(f"<{self.count}{code}", data[self.start : end].tobytes())
+            ]
+        items, position, read = [], self.start, _LENGTH.unpack_from
+        view = data.data
+        for index in range(self.count):
+            length = read(view, position)[0]
+            position += 8 + length
+            try:
+                items.append(str(view[position - length : position], "utf-8"))
+            except UnicodeDecodeError:
+                raise CheckpointError(
+                    f"{what} cannot be read: item {index} is no UTF-8; the file is corrupt"
+                ) from None
+        return items
+
+
+@dataclass(frozen=True, kw_only=True)
 class Header:
     """Everything before the weights of one GGUF file."""
 
     path: Path
     fields: dict[str, Any]
     """Metadata as plain Python values; of an array of texts or a long one only the length."""
+    long_arrays: dict[str, LongArray]
+    """Those arrays, to be read when they are asked for."""
     entries: list[TensorEntry]
     size: int
     """Bytes of the whole file."""
@@ -124,16 +158,11 @@ def read_header(path: Path) -> Header:
         _check_start(cursor)
         tensor_count = cursor.count(_SMALLEST_TENSOR, "the number of tensors")
         field_count = cursor.count(_SMALLEST_FIELD, "the number of metadata fields")
-        fields, alignment = _read_fields(cursor, field_count)
+        fields, long_arrays, alignment = _read_fields(cursor, field_count)
         raw = [_read_entry(cursor, index) for index in range(tensor_count)]
         data_start = -(-cursor.position // alignment) * alignment
         entries = _check_entries(where, raw, data_start, size, alignment)
-        return Header(path=path, fields=fields, entries=entries, size=size)
-
-
-def check_header(path: Path) -> list[TensorEntry]:
-    """The table of tensors, all of which lie inside the file; CheckpointError otherwise."""
-    return read_header(path).entries
+        return Header(path=path, fields=fields, long_arrays=long_arrays, entries=entries, size=size)
 
 
 def _check_start(cursor: _Cursor) -> None:
@@ -152,21 +181,25 @@ def _check_start(cursor: _Cursor) -> None:
     raise CheckpointError(f"{cursor.where}: GGUF version {version}, expected one of {VERSIONS}")
 
 
-def _read_fields(cursor: _Cursor, count: int) -> tuple[dict[str, Any], int]:
-    """The metadata, and the alignment of the tensor data."""
+def _read_fields(cursor: _Cursor, count: int) -> tuple[dict[str, Any], dict[str, LongArray], int]:
+    """The metadata, the arrays in it that were stepped over, and the alignment of the tensors."""
     fields: dict[str, Any] = {}
+    long_arrays: dict[str, LongArray] = {}
     alignment = DEFAULT_ALIGNMENT
     for index in range(count):
         key = cursor.string(f"the name of metadata field {index}")
         kind = cursor.number("I", key)
-        fields[key] = _read_value(cursor, kind, key)
+        value = _read_value(cursor, kind, key)
+        if isinstance(value, LongArray):
+            long_arrays[key], value = value, value.count
+        fields[key] = value
         if key == "general.alignment":
             alignment = fields[key] if kind == 4 else 0
             if alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
                 raise CheckpointError(
                     f"{cursor.where}: general.alignment is not a power of two up to 2**20"
                 )
-    return fields, alignment
+    return fields, long_arrays, alignment
 
 
 def _read_value(cursor: _Cursor, kind: int, key: str) -> Any:
@@ -180,13 +213,16 @@ def _read_value(cursor: _Cursor, kind: int, key: str) -> Any:
     if kind == _ARRAY:
         item = cursor.number("I", key)
         if item == _STRING:
-            return _skip_strings(cursor, cursor.count(8, f"the length of {key}"), key)
+            count = cursor.count(8, f"the length of {key}")
+            start = cursor.position
+            _skip_strings(cursor, count, key)
+            return LongArray(start=start, count=count, item=item)
         if item in _CODES:
             width = _SCALAR_BYTES[item]
             count = cursor.count(width, f"the length of {key}")
             start = cursor.skip(width * count, key)
             if count > LONG:
-                return count
+                return LongArray(start=start, count=count, item=item)
             values = struct.unpack_from(f"<{count}{_CODES[item]}", cursor.data, start)
             return [_plain(value, item) for value in values]
         raise CheckpointError(f"{cursor.where}: {key} is an array of unknown type {item}")
@@ -200,7 +236,7 @@ def _plain(value: Any, kind: int) -> Any:
     return float(str(np.float32(value))) if kind == 6 else value
 
 
-def _skip_strings(cursor: _Cursor, count: int, key: str) -> int:
+def _skip_strings(cursor: _Cursor, count: int, key: str) -> None:
     """Step over `count` texts; the loop of all others, for vocabularies have 10^5."""
     data, position, read = cursor.data, cursor.position, _LENGTH.unpack_from
     size = len(data)
@@ -210,7 +246,7 @@ def _skip_strings(cursor: _Cursor, count: int, key: str) -> int:
         position += 8 + read(data, position)[0]
     else:
         cursor.skip(position - cursor.position, key)
-        return count
+        return
     cursor.skip(position + 8 - cursor.position, key)  # raises: it lies past the end
     raise AssertionError("unreachable")
 

@@ -109,8 +109,9 @@ def gguf_header(
     for spec in tensors:
         rows = (*spec.shape[:-1], spec.row_bytes)
         # A dtype of uint8 makes the writer take the shape for that of the bytes.
-        kind = np.dtype(np.uint8)
-        writer.add_tensor_info(spec.name, rows, kind, spec.nbytes, raw_dtype=spec.format.ggml_type)
+        writer.add_tensor_info(
+            spec.name, rows, np.dtype(np.uint8), spec.nbytes, raw_dtype=spec.format.ggml_type
+        )
     with tempfile.TemporaryDirectory(prefix="ktlab-header-") as folder:
         file = Path(folder, "header")
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ktlab
-from ktlab.cli.plan import add_plan, run_plan
+from ktlab.cli import plan, synthesize
 from ktlab.errors import KtlabError, SettingError, nearest
 from ktlab.model.words import EXAMPLES, settings
 
@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     info = command("info", _info, "what a model is and what a token costs")
     _add_model(info)
 
-    add_plan(command("plan", run_plan, "will it fit, and where would it go? from the header alone"))
+    plan.add_arguments(
+        command("plan", plan.run, "will it fit, and where would it go? from the header alone")
+    )
 
     generate = command("generate", _generate, "write text, token by token")
     _add_model(generate)
@@ -89,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--names", nargs="+", metavar="GLOB", help='such as "layers.3.*"')
     trace.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="in all")
 
+    synthesize.add_arguments(
+        command("synthesize", synthesize.run, "a model file of true size with synthetic weights")
+    )
     _add_bench(command("bench", _bench, "how fast the expert kernels are, beside the ceiling"))
     return parser
 

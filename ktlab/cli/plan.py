@@ -6,7 +6,7 @@ import ktlab
 from ktlab.model.words import settings
 
 
-def add_plan(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its arguments."""
     add = parser.add_argument
     add("model", help='a .gguf file, any shard, a folder, "tiny", or a shape such as deepseek-v3')
@@ -23,7 +23,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print JSON")
 
 
-def run_plan(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print the plan; exit code 1 where the model does not fit."""
     plan = ktlab.plan(
         options.model,

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ktlab.checkpoint import open_checkpoint
-from ktlab.checkpoint.header import check_header
+from ktlab.checkpoint.header import read_header
 from ktlab.errors import CheckpointError
 
 Damage = Callable[[Callable[[bytearray], object]], Path]
@@ -159,7 +159,7 @@ def test_duplicate_tensor(damaged: Damage) -> None:
 def test_random_damage_to_the_header(gguf_path: Path, tmp_path: Path, data: st.DataObject) -> None:
     """Opens and answers, or raises CheckpointError; nothing else."""
     content = bytearray(gguf_path.read_bytes())
-    end = min(entry.offset for entry in check_header(gguf_path))
+    end = min(entry.offset for entry in read_header(gguf_path).entries)
     for _ in range(data.draw(st.integers(1, 3))):
         position = data.draw(st.integers(0, end - 1))
         content[position] = data.draw(st.integers(0, 255))
