@@ -19,7 +19,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--shape",
         default="deepseek-v3",
         metavar="NAME",
-        help="deepseek-v3, deepseek-v2, deepseek-v2-lite or HIDDENxWIDTHxEXPERTSxTOP_K",
+        help="deepseek-v3, kimi-k2, qwen3-30b-a3b, ... or HIDDENxWIDTHxEXPERTSxTOP_K",
     )
     experts.add_argument(
         "--experts", type=int, metavar="N", help="in memory; default: 1 GB of them"
