@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from torch import Tensor
 
 from ktlab.kernels import packing, products
@@ -9,11 +10,15 @@ from ktlab.kernels.computed import Computed
 from ktlab.kernels.stack import Stack
 from ktlab.quantization import QTensor, fallback_format
 
+SMALL = 1 << 17
+"""Matrices by head with no more weights than this are multiplied by torch: calls would weigh more
+than reading a float32 copy from the cache."""
+
 
 class Linear(Computed):
     """y = x W^T with W (out, in); `weight` is the QTensor, `request` the live switch.
 
-    A weight with leading axes (one matrix a head) is not called but read as `weight_OI`.
+    A weight with leading axes (one matrix a head) is applied by `by_head`.
     """
 
     def __init__(self, weight: QTensor) -> None:
@@ -33,11 +38,6 @@ class Linear(Computed):
         return self.stack.floats
 
     @property
-    def computes(self) -> bool:
-        """Whether this is one matrix, to be multiplied; one a head is read by its owner."""
-        return len(self.stack.shape) == 2
-
-    @property
     def stack(self) -> Stack:
         """The matrix, with what kernels have made of it."""
         return self.stacks[0]
@@ -52,6 +52,12 @@ class Linear(Computed):
             return products.linear(self.kernel, self.stack, x)
         y = products.linear(self.kernel, self.stack, x.reshape(-1, x.shape[-1]))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def by_head(self, x_THK: Tensor) -> Tensor:
+        """Each head's vectors through its own matrix: (T, H, K) -> (T, H, N), W (H, N, K)."""
+        if self.stack.size > SMALL and self.kernel.backend == "native":
+            return products.linear_by_head(self.kernel, self.stack, x_THK)
+        return torch.einsum("thk,hnk->thn", x_THK, self.weight_OI)
 
     def clone(self) -> "Linear":
         """The same weights and operands under a switch of its own."""
