@@ -104,8 +104,11 @@ class MLA(Attention):
         # All heads share the keys, so heads and tokens are rows of one product: the cache is read
         # once, which is where absorption gets its arithmetic intensity.
         heads_tokens = q_BHTc.shape[1:3]
-        scores_BHTS = q_BHTc.flatten(1, 2) @ keys_BSc.transpose(-1, -2)
-        weights_BHTS = self.softmax(scores_BHTS.unflatten(1, heads_tokens), new.positions_BT)
+        # Positions as the product's rows: with one token's 16 queries of 576 and 512 positions it
+        # took 0.38 ms so and 0.69 ms the other way round.
+        scores_BSr = keys_BSc @ q_BHTc.flatten(1, 2).transpose(-1, -2)
+        scores_BHTS = scores_BSr.transpose(-1, -2).unflatten(1, heads_tokens)
+        weights_BHTS = self.softmax(scores_BHTS, new.positions_BT)
         mixed_BHTC = weights_BHTS.flatten(1, 2) @ keys_BSc[..., : self.sizes.kv_lora_rank]
         mixed_BTHC = mixed_BHTC.unflatten(1, heads_tokens).transpose(1, 2)
         out_THV = self.weights.v_b.by_head(mixed_BTHC.flatten(0, 1))
