@@ -55,11 +55,7 @@ class SafetensorsCheckpoint(CheckpointView):
         config = config_from_json(where, self.name, content)
         self._scale_block = _scale_block(where, content)
         self._stored = read_folder(folder)
-        if config.num_layers > len(self._stored):
-            raise CheckpointError(
-                f"{where}: num_hidden_layers is {config.num_layers}, but the files hold only "
-                f"{len(self._stored)} tensors; one of the two belongs to another model"
-            )
+        self._check_counts(where, config)
         further = {n for n in map(_layer, self._stored) if n is not None and n >= config.num_layers}
         self.config: ModelConfig = replace(config, num_nextn_layers=len(further))
         self._origins = {
@@ -71,6 +67,20 @@ class SafetensorsCheckpoint(CheckpointView):
         self._kept: weakref.WeakValueDictionary[str, QTensor] = weakref.WeakValueDictionary()
 
     # What must be there ----------------------------------------------------------------------
+
+    def _check_counts(self, where: str, config: ModelConfig) -> None:
+        """Refuse counts far beyond the files' tensors before that many names are made."""
+        counts = {"num_hidden_layers": config.num_layers}
+        if any(".experts.0." in name for name in self._stored):  # one by one, three matrices each
+            counts["layers with experts, experts and 3"] = (
+                3 * len(config.moe_layers) * config.num_experts
+            )
+        for what, count in counts.items():
+            if count > 2 * len(self._stored) + 1000:
+                raise CheckpointError(
+                    f"{where}: {what} make {count}, but the files hold only {len(self._stored)} "
+                    "tensors; one of the two belongs to another model"
+                )
 
     def _check(self) -> None:
         """Names, shapes, types, scales; and nothing left over that would silently be ignored."""

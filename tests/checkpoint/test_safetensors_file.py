@@ -122,7 +122,7 @@ def test_truncated_anywhere(share: float, tmp_path: Path) -> None:
     refused(path)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_to_the_header_is_refused_or_harmless(
     data: st.DataObject, tmp_path: Path

@@ -28,7 +28,18 @@ from ktlab.quantization import get_format
 from tests.model.peer import transformers_model
 from tests.model.test_parity import CONFIGS, some_ids
 
-NAMES = ("v3", "v3 without q_lora", "v3 with yarn, two mscales", "v2-lite", "v2 with groups")
+NAMES = (
+    "v3",
+    "v3 without q_lora",
+    "v3 with yarn, two mscales",
+    "v3 with tied output",
+    "v2-lite",
+    "v2 with groups",
+    "qwen3-moe",
+    "qwen3-moe with yarn",
+    "olmoe",
+    "olmoe, keys shared",
+)
 
 
 @cache
@@ -42,6 +53,11 @@ def saved(name: str, folder: Path, dtype: torch.dtype, **options: object) -> Pat
     weights = {k: v.to(dtype) for k, v in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=weights, **options)
     return folder
+
+
+def without_unused(config: ModelConfig) -> ModelConfig:
+    """Where no layer is dense, the width of dense layers means nothing."""
+    return config if config.first_dense_layers else replace(config, intermediate_size=1)
 
 
 def mean_kl(expected: torch.Tensor, found: torch.Tensor) -> float:
@@ -74,7 +90,7 @@ def test_logits_of_a_saved_model(name: str, layout: str, tmp_path: Path) -> None
     files = len(list(folder.glob("*.safetensors")))
     assert files > 3 if layout == "shards" else files == 1
     model = ktlab.load(folder)
-    assert model.config == replace(CONFIGS[name], name="model")
+    assert without_unused(model.config) == without_unused(replace(CONFIGS[name], name="model"))
     assert isinstance(model.checkpoint, SafetensorsCheckpoint)
     formats = set(model.checkpoint.formats)
     assert formats == {"f32"} if dtype == torch.float32 else formats >= {"bf16"}
@@ -265,16 +281,19 @@ def random_folder(folder: Path, like: Path, config: ModelConfig) -> Path:
         hidden_size=config.hidden_size,
         moe_intermediate_size=config.expert_size,
         n_routed_experts=config.num_experts,
+        num_hidden_layers=config.num_layers,
     )
     return folder
 
 
-LARGE_CONFIG = replace(CONFIGS["v3"], hidden_size=512, expert_size=512, num_experts=64)
+LARGE_CONFIG = replace(
+    CONFIGS["v3"], num_layers=2, hidden_size=512, expert_size=512, num_experts=64
+)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """100 million weights, 200 MB."""
+    """50 million weights, 100 MB."""
     folder = tmp_path_factory.mktemp("large")
     return random_folder(folder / "large", saved("v3", folder / "v3", torch.float32), LARGE_CONFIG)
 
@@ -290,9 +309,9 @@ def test_never_two_copies_of_a_model(wanted: str, large: Path) -> None:
         large, quantize=wanted, progress=lambda done, total: seen.append(process.memory_info().rss)
     )
     grown = max(seen) - before
-    assert stored > 200e6 and model.nbytes < 0.52 * stored
+    assert stored > 100e6 and model.nbytes < 0.52 * stored
     # The result, and no more of the files' pages than a few experts have.
-    assert grown < model.nbytes + 0.12 * stored
+    assert grown < model.nbytes + 0.2 * stored
     assert model.experts[0].format == wanted
 
 
@@ -303,7 +322,7 @@ def test_a_folder_is_open_before_anything_is_read(large: Path) -> None:
     model = ktlab.load(large)
     assert perf_counter() - start < 1
     assert process.memory_info().rss - before < 20e6
-    assert model.nbytes > 200e6
+    assert model.nbytes > 100e6
 
 
 def test_quantized_by_name_with_progress(tmp_path: Path) -> None:
