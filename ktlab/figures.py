@@ -246,11 +246,10 @@ def pareto_front(speed: ArrayLike, kl: ArrayLike) -> NDArray[np.bool_]:
 
 
 def stage_bars(
-    stages: Mapping[str, Mapping[str, float]], *, title: str = "", unit: str = "ms/token",
-    what: str = "time",
-) -> "Figure":  # fmt: skip
+    stages: Mapping[str, Mapping[str, float]], *, title: str = "", unit: str = "ms/token"
+) -> "Figure":
     """Time by stage, one stacked bar for each setting: {setting: {stage: time}}."""
-    fig = figure(title, x=f"{what}, {unit}", height=90 + 44 * max(1, len(stages)))
+    fig = figure(title, x=f"time, {unit}", height=90 + 44 * max(1, len(stages)))
     names = list(dict.fromkeys(stage for times in stages.values() for stage in times))
     for number, name in enumerate(names):
         fig.add_bar(
@@ -269,24 +268,48 @@ def memory_bars(
     *,
     title: str = "",
 ) -> "Figure":
-    """Bytes of each device by what they are for, in GB: {device: {kind: bytes}}; a line where the
-    device ends, as far as `limits` says."""
-    scaled = {d: {kind: n / 1e9 for kind, n in kinds.items()} for d, kinds in devices.items()}
-    fig = stage_bars(scaled, title=title, unit="GB", what="memory")
-    ends = {d: limit / 1e9 for d, limit in limits.items() if limit is not None and d in devices}
-    for device, end in ends.items():
-        row = list(devices).index(device)
-        fig.add_shape(
-            type="line", x0=end, x1=end, y0=row - 0.45, y1=row + 0.45,
-            line={"color": VERMILION, "width": 2, "dash": "dash"},
-        )  # fmt: skip
-    if ends:
-        fig.add_scatter(
-            x=list(ends.values()), y=list(ends), mode="markers", name="capacity",
-            marker={"symbol": "line-ns", "size": 22, "line": {"color": VERMILION, "width": 2}},
-            hovertemplate="capacity: %{x:,.4g} GB<extra></extra>",
-        )  # fmt: skip
-    return fig.update_layout(height=120 + 60 * max(1, len(devices)))
+    """Bytes of each device by what they are for, {device: {kind: bytes}}, and a line where the
+    device ends, as far as `limits` says. Each device has an axis of its own: host memory is often
+    thirty times a GPU's."""
+    count = max(1, len(devices))
+    fig = figure(title, height=110 + 105 * count)
+    names = list(dict.fromkeys(kind for kinds in devices.values() for kind in kinds))
+    shown: set[str] = set()
+    style = fig.layout.xaxis.to_plotly_json()
+    for row, (device, kinds) in enumerate(devices.items()):
+        number = "" if row == 0 else str(row + 1)
+        top = 1 - row / count
+        place = {"xaxis": f"x{number}", "yaxis": f"y{number}"}
+        end = max(sum(kinds.values()), limits.get(device) or 0) / 1e9
+        fig.layout[f"xaxis{number}"] = {
+            **style, "anchor": f"y{number}", "range": [0, 1.03 * end],
+            "title": {"text": "GB" if row == count - 1 else ""},
+        }  # fmt: skip
+        fig.layout[f"yaxis{number}"] = {
+            **style, "anchor": f"x{number}", "domain": [top - 0.6 / count, top], "showgrid": False,
+            "title": {"text": ""},
+        }  # fmt: skip
+        for kind, size in kinds.items():
+            index = names.index(kind)
+            fig.add_bar(
+                y=[device], x=[size / 1e9], name=kind, orientation="h", legendgroup=kind,
+                showlegend=kind not in shown, **place,
+                hovertemplate=f"{kind}: %{{x:,.4g}} GB<extra>{device}</extra>",
+                marker={"color": COLORS[index % len(COLORS)], "line": {"color": INK, "width": 0.5},
+                        "pattern": {"shape": "/" if index >= len(COLORS) else ""}},
+            )  # fmt: skip
+            shown.add(kind)
+        limit = limits.get(device)
+        if limit is not None:
+            fig.add_scatter(
+                x=[limit / 1e9], y=[device], mode="markers", name="capacity", **place,
+                legendgroup="capacity", showlegend="capacity" not in shown,
+                marker={"symbol": "line-ns", "size": 46, "line": {"color": INK, "width": 3}},
+                hovertemplate="capacity: %{x:,.4g} GB<extra></extra>",
+            )  # fmt: skip
+            shown.add("capacity")
+    below = {"orientation": "h", "y": -0.55 / count, "yanchor": "top", "x": 0, "xanchor": "left"}
+    return fig.update_layout(barmode="stack", legend=below, legend_traceorder="normal")
 
 
 def size_quality(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ktlab
-from ktlab.cli import synthesize
+from ktlab.cli import plan, synthesize
 from ktlab.errors import KtlabError, SettingError, nearest
 from ktlab.model.words import EXAMPLES, settings
 
@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     info = command("info", _info, "what a model is and what a token costs")
     _add_model(info)
 
-    _add_plan(command("plan", _plan, "will it fit, and where would it go? from the header alone"))
+    plan.add_arguments(
+        command("plan", plan.run, "will it fit, and where would it go? from the header alone")
+    )
 
     generate = command("generate", _generate, "write text, token by token")
     _add_model(generate)
@@ -96,34 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        help='a .gguf file, any shard, a folder, "tiny", or a shape such as deepseek-v3',
-    )
-    parser.add_argument("--format", metavar="NAME", help="such as q4_k_m; of a shape, or made anew")
-    parser.add_argument("--ram", metavar="SIZE", help="such as 382GB or 128GiB")
-    parser.add_argument("--vram", metavar="SIZE", help="such as 14GB; experts then stay on the CPU")
-    parser.add_argument("--machine", metavar="NAME", help='"this": what is available here, now')
-    parser.add_argument("--context", type=int, metavar="N", help="tokens; default: 8192")
-    parser.add_argument("--attention", metavar="FORM", help="whose cache: absorbed, naive, grouped")
-    parser.add_argument(
-        "--convert", nargs="+", default=[], metavar="FROM=TO", help="as load, bf16=int8_channel"
-    )
-    parser.add_argument(
-        "--gpu-formats", nargs="+", default=[], metavar="PART=FORMAT", help="as attention=bf16"
-    )
-    parser.add_argument("--numa-copies", type=int, default=1, metavar="N", help="of the experts")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["experts"], help="one MoE layer, synthetic weights")
     parser.add_argument(
         "--shape",
         default="deepseek-v3",
         metavar="NAME",
-        help="deepseek-v3, deepseek-v2, deepseek-v2-lite or HIDDENxWIDTHxEXPERTSxTOP_K",
+        help="deepseek-v3, kimi-k2, qwen3-30b-a3b, ... or HIDDENxWIDTHxEXPERTSxTOP_K",
     )
     parser.add_argument("--experts", type=int, metavar="N", help="in memory; default: 1 GB of them")
     parser.add_argument("--format", default="q4_k_m", metavar="NAME", help="such as q8_0, q4_k_m")
@@ -167,23 +148,6 @@ def _info(options: argparse.Namespace) -> int:
     print(model.cost(1, context))
     print(model.cost(context, context))
     return 0
-
-
-def _plan(options: argparse.Namespace) -> int:
-    plan = ktlab.plan(
-        options.model,
-        format=options.format,
-        ram=options.ram,
-        vram=options.vram,
-        machine=options.machine,
-        context=options.context,
-        attention=options.attention,
-        convert=settings(options.convert),
-        gpu_formats=settings(options.gpu_formats),
-        numa_copies=options.numa_copies,
-    )
-    print(plan.to_json() if options.json else plan)
-    return 0 if plan.fits is not False else 1
 
 
 def _generate(options: argparse.Namespace) -> int:

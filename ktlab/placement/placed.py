@@ -1,16 +1,17 @@
 """Which device each component goes to, and in which format it is computed there."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
 from ktlab.checkpoint.config import ModelConfig
+from ktlab.checkpoint.converted import wanted_format
 from ktlab.checkpoint.facts import ModelFacts, TensorFacts
 from ktlab.checkpoint.names import is_quantizable
 from ktlab.kernels import codings, native
 from ktlab.placement.machine import CPU, DISK, GPU, Machine
 from ktlab.placement.parts import Part, grouped, part
-from ktlab.quantization import fallback_format, get_format
+from ktlab.quantization import Format, fallback_format, get_format
 from ktlab.record import Record
 
 ON_CPU = ("embedding", "experts")
@@ -48,21 +49,33 @@ def place(
     facts: ModelFacts,
     machine: Machine,
     *,
-    convert: Conversions | None = None,
-    gpu_formats: Conversions | None = None,
+    convert: Mapping[Format, Format],
+    quantize: Mapping[str, Format],
+    gpu_formats: Conversions,
 ) -> list[Placed]:
     """The parts on their devices, by KTransformers' rule: what a token uses most on the GPU, routed
     experts and embedding in host memory. Without a GPU everything is there.
 
-    `convert` is that of `ktlab.load`, {format in the file: format}; `gpu_formats` overrides the 4
-    bits, {component: format}.
+    `convert` and `quantize` are those of `ktlab.load`, by format and by a glob over names;
+    `gpu_formats` overrides the 4 bits, {component: format}.
     """
     groups = grouped(facts)
     # llama.cpp and this kit keep one tensor for both; a GPU that computes the output has a copy.
     if GPU in machine and facts.config.tied_output:
         groups[None, "output"] = groups[None, "embedding"]
+
+    def format_of(tensor: TensorFacts, component: str, device: str) -> str:
+        if device == GPU:
+            return _gpu_format(tensor, component, gpu_formats)
+        if device == DISK:
+            return tensor.format
+        stored = get_format(tensor.format)
+        return _cpu_format(
+            tensor, component, wanted_format(tensor.name, tensor.shape, stored, convert, quantize)
+        )
+
     return [
-        _placed(facts.config, layer, component, tensors, machine, convert, gpu_formats)
+        _placed(facts.config, layer, component, tensors, device_of(component, machine), format_of)
         for (layer, component), tensors in groups.items()
     ]
 
@@ -79,17 +92,15 @@ def _placed(
     layer: int | None,
     component: str,
     tensors: list[TensorFacts],
-    machine: Machine,
-    convert: Conversions | None,
-    gpu_formats: Conversions | None,
+    device: str,
+    format_of: Callable[[TensorFacts, str, str], str],
 ) -> Placed:
-    device = device_of(component, machine)
     stored = part(config, layer, component, tensors)
     sizes: dict[str, int] = {}
     in_place = converted = 0
     changes: dict[str, None] = {}
     for tensor in tensors:
-        wanted = _format(tensor, component, device, convert or {}, gpu_formats or {})
+        wanted = format_of(tensor, component, device)
         nbytes = _nbytes(tensor, wanted)
         sizes[wanted] = sizes.get(wanted, 0) + nbytes
         if wanted == tensor.format and device != GPU:
@@ -110,30 +121,26 @@ def _placed(
     )
 
 
-def _format(
-    tensor: TensorFacts,
-    component: str,
-    device: str,
-    convert: Conversions,
-    gpu_formats: Conversions,
-) -> str:
-    """The format in which a tensor is computed on a device."""
-    if not is_quantizable(tensor.name, tensor.shape) or device == DISK:
+def _gpu_format(tensor: TensorFacts, component: str, gpu_formats: Conversions) -> str:
+    if not is_quantizable(tensor.name, tensor.shape):
         return tensor.format
-    per_head = any(part in tensor.name for part in PER_HEAD)
-    row = tensor.shape[-1]
-    if device == GPU:
-        wanted = gpu_formats.get(component)
-        if wanted is None:
-            wanted = GPU_PER_HEAD_FORMAT if per_head else GPU_FORMAT
-        return fallback_format(wanted, row).name
-    found = convert.get(tensor.format)
-    format = fallback_format(found, row).name if found else tensor.format
-    if component == "embedding":
-        return format  # single rows are decoded when they are looked up
-    # Matrices of single heads are multiplied by torch on a float32 copy, and so is what no kernel
-    # computes on its encoded values.
-    return "f32" if per_head or format not in computed_formats() else format
+    wanted = gpu_formats.get(component)
+    if wanted is None:
+        wanted = GPU_PER_HEAD_FORMAT if _is_per_head(tensor) else GPU_FORMAT
+    return fallback_format(wanted, tensor.shape[-1]).name
+
+
+def _cpu_format(tensor: TensorFacts, component: str, loaded: Format) -> str:
+    """What is in memory of a tensor that was loaded as `loaded`. Single rows of the embedding are
+    decoded when they are looked up. Matrices of single heads are multiplied by torch on a float32
+    copy, and so is what no kernel computes on its encoded values."""
+    if not is_quantizable(tensor.name, tensor.shape) or component == "embedding":
+        return loaded.name
+    return "f32" if _is_per_head(tensor) or loaded.name not in computed_formats() else loaded.name
+
+
+def _is_per_head(tensor: TensorFacts) -> bool:
+    return any(part in tensor.name for part in PER_HEAD)
 
 
 def computed_formats() -> frozenset[str]:

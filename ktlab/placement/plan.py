@@ -10,6 +10,7 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from ktlab.checkpoint.config import ModelConfig
+from ktlab.checkpoint.converted import Quantization
 from ktlab.checkpoint.facts import ModelFacts, read_facts
 from ktlab.errors import SettingError, nearest
 from ktlab.placement import view
@@ -144,6 +145,7 @@ def plan(
     context: int | None = None,
     attention: str | None = None,
     convert: Mapping[str, str] | None = None,
+    quantize: Quantization | None = None,
     gpu_formats: Mapping[str, str] | None = None,
     numa_copies: int = 1,
     chunk: int = CHUNK,
@@ -153,17 +155,25 @@ def plan(
     `path_or_name` is a .gguf file, any shard, a folder, "tiny", or a published model such as
     "deepseek-v3" with `format="q4_k_m"`. `ram` and `vram` are sizes ("382GB", "24GiB", bytes);
     `machine="this"` measures. `context` in tokens, by default 8,192 or what the model has.
-    `attention` is the form whose cache counts. `convert` is that of `load`; `gpu_formats` overrides
-    the 4 bits of a GPU by component, {"attention": "bf16"}. `numa_copies` copies of the experts
-    exist in host memory. Raises CheckpointError for a bad file, SettingError for a bad argument.
+    `attention` is the form whose cache counts. `convert` and `quantize` are those of `load`;
+    `gpu_formats` overrides the 4 bits of a GPU by component, {"attention": "bf16"}. `numa_copies`
+    copies of the experts exist in host memory. Raises CheckpointError for a bad file, SettingError
+    or FormatError for a bad argument.
     """
     facts = read_facts(fspath(path_or_name), format=format)
     config = facts.config
     where = get_machine(machine, ram=ram, vram=vram)
     positions = _context(config, context)
     form = _form(config, attention)
-    _check(config, numa_copies, chunk, convert, gpu_formats)
-    weights = place(facts, where, convert=convert, gpu_formats=gpu_formats)
+    _check(config, numa_copies, chunk, gpu_formats or {})
+    globs = {"*": quantize} if isinstance(quantize, str) else quantize or {}
+    weights = place(
+        facts,
+        where,
+        convert={get_format(found): get_format(made) for found, made in (convert or {}).items()},
+        quantize={glob: get_format(made) for glob, made in globs.items()},
+        gpu_formats=gpu_formats or {},
+    )
     cache_device = device_of("cache", where)
     rows = [*weights, *_caches(config, form, positions, cache_device)]
     ledgers = [
@@ -228,15 +238,14 @@ def _check(
     config: ModelConfig,
     numa_copies: int,
     chunk: int,
-    convert: Mapping[str, str] | None,
-    gpu_formats: Mapping[str, str] | None,
+    gpu_formats: Mapping[str, str],
 ) -> None:
     """Arguments whose faults can be told together."""
     problems = []
     for word, value in (("numa_copies", numa_copies), ("chunk", chunk)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             problems.append(f"{word}={value!r}, expected a whole number from 1")
-    for name in gpu_formats or {}:
+    for name in gpu_formats:
         if name not in COMPONENTS:
             problems.append(
                 f"gpu_formats has no component {name!r}{nearest(name, COMPONENTS)}; there are "
@@ -244,7 +253,7 @@ def _check(
             )
     if problems:
         raise SettingError(f"plan of {config.name}: " + "; ".join(problems))
-    for format in [*(gpu_formats or {}).values(), *(convert or {}), *(convert or {}).values()]:
+    for format in gpu_formats.values():
         get_format(format)  # FormatError with the nearest name
 
 

@@ -23,6 +23,8 @@ _GRID = (
     "<style>.ktlab .grid{overflow-x:auto}"
     "div.ktlab.ktlab.ktlab .grid table td,div.ktlab.ktlab.ktlab .grid table th{"
     "padding:1px 2px 1px 0;border:0;font-size:11px;font-weight:400}"
+    ".ktlab .grid th b{display:block;width:10px;overflow:visible;white-space:nowrap;"
+    "font-weight:400}"
     ".ktlab .grid i{display:block;width:10px;height:14px;border-radius:2px;opacity:.85}"
     ".ktlab .k{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 5px 0 12px}"
     "</style>"
@@ -213,7 +215,7 @@ def grid(plan: "Plan") -> html.Raw:
         (row.part.component, row.part.layer): row for row in plan.rows if row.part.layer is not None
     }
     present = [c for c in COMPONENTS if any((c, layer) in cells for layer in layers)]
-    head = "".join(f"<th>{layer if layer % 5 == 0 else ''}</th>" for layer in layers)
+    head = "".join(f"<th><b>{layer if layer % 5 == 0 else ''}</b></th>" for layer in layers)
     body = ""
     for component in present:
         marks = "".join(_cell(cells.get((component, layer))) for layer in layers)

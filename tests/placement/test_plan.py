@@ -78,7 +78,8 @@ def test_deepseek_v3_with_experts_on_the_cpu() -> None:
 
 
 def test_deepseek_v3_as_int8_from_bf16() -> None:
-    found = plan("deepseek-v3", convert={"bf16": "int8_channel"}, vram="24GB")
+    found = plan("deepseek-v3", quantize="int8_channel", vram="24GB")
+    assert found.rows == plan("deepseek-v3", convert={"bf16": "int8_channel"}, vram="24GB").rows
     assert found["cpu"].needed == pytest.approx(644e9, rel=0.05)
     assert found["cpu"].weights == 0, "nothing is used as it lies in the file"
     (known,) = [k for k in found.known if k.device == "cpu"]
