@@ -1,4 +1,4 @@
-"""The command line: doctor, info, generate, compare, trace, chat, eval, bench.
+"""The command line: doctor, info, plan, generate, chat, compare, eval, trace, synthesize, bench.
 
 Results go to standard output, remarks to standard error. Exit code 2 and one line for what a user
 can put right, 130 after Ctrl-C, 0 when the reader of a pipe has had enough.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ktlab
-from ktlab.cli import chat, eval
+from ktlab.cli import chat, eval, plan, synthesize
 from ktlab.cli.arguments import add_model, add_text, texts_of
 from ktlab.errors import KtlabError, SettingError
 from ktlab.model.words import EXAMPLES, settings
@@ -59,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     info = command("info", _info, "what a model is and what a token costs")
     add_model(info)
 
+    plan.add_arguments(
+        command("plan", plan.run, "will it fit, and where would it go? from the header alone")
+    )
+
     generate = command("generate", _generate, "write text, token by token")
     add_model(generate)
     generate.add_argument("--prompt", required=True, metavar="TEXT")
@@ -90,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
 
     chat.add_arguments(command("chat", chat.run, "talk to a model; /help lists commands"))
     eval.add_arguments(command("eval", eval.run, "perplexity of a text, and KL against a baseline"))
+    synthesize.add_arguments(
+        command("synthesize", synthesize.run, "a model file of true size with synthetic weights")
+    )
     _add_bench(command("bench", _bench, "how fast the expert kernels are, beside the ceiling"))
     return parser
 
@@ -100,7 +107,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--shape",
         default="deepseek-v3",
         metavar="NAME",
-        help="deepseek-v3, deepseek-v2, deepseek-v2-lite or HIDDENxWIDTHxEXPERTSxTOP_K",
+        help="deepseek-v3, kimi-k2, qwen3-30b-a3b, ... or HIDDENxWIDTHxEXPERTSxTOP_K",
     )
     parser.add_argument("--experts", type=int, metavar="N", help="in memory; default: 1 GB of them")
     parser.add_argument("--format", default="q4_k_m", metavar="NAME", help="such as q8_0, q4_k_m")

@@ -4,7 +4,6 @@ B batch, T tokens, D hidden, V vocabulary.
 """
 
 import copy
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,7 +43,7 @@ ROUTER_NAMES = ("layers.*.router.*",)
 
 
 class Model:
-    """A DeepSeek-architecture model on this machine.
+    """A mixture-of-experts model on this machine.
 
     Everything printed is an attribute: `layers[i].router`, `.experts`, `.shared`, `.attention`.
     """
@@ -54,8 +53,9 @@ class Model:
         self.config: ModelConfig = checkpoint.config
         self.embedding: QTensor = checkpoint.tensor("token_embd.weight")
         self.layers: list[Layer] = build_layers(checkpoint)
+        head = "token_embd.weight" if self.config.tied_output else "output.weight"
         self.output_norm_D = vector(checkpoint, "output_norm.weight")
-        self.output = Linear(checkpoint.tensor("output.weight"))
+        self.output = Linear(checkpoint.tensor(head))
         self.watch: Callable[[Probe], Probe] | None = None
         """Wraps the probe of everything this model does, e.g. to stop it; clones inherit it."""
 
@@ -97,16 +97,10 @@ class Model:
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """Which weights these are: name, shape of the routing, and a hash over samples of all
-        tensors."""
-        digest = hashlib.sha256(repr(self.config).encode())
-        for name in self.checkpoint.names():
-            blocks = self.checkpoint.tensor(name).blocks.reshape(-1)
-            digest.update(name.encode())
-            digest.update(blocks[:: max(1, len(blocks) // 256)].tobytes())
+        """Which weights these are: name, fingerprint of the checkpoint, shape of the routing."""
         return ModelIdentity(
             name=self.name,
-            fingerprint=digest.hexdigest()[:16],
+            fingerprint=self.checkpoint.fingerprint,
             num_experts=self.config.num_experts,
             top_k=self.config.top_k,
             moe_layers=tuple(self.config.moe_layers),
@@ -190,6 +184,7 @@ class Model:
         probe: Probe,
         chunk: int,
     ) -> Tensor:
+        self.checkpoint.check_unchanged()
         probe = self.watch(probe) if self.watch is not None else probe
         tokens = ids_BT.shape[1]
         positions_BT = cache.positions(tokens)  # refuses before anything is written
@@ -382,7 +377,7 @@ class Model:
 
     @staticmethod
     def _line(block: Layer) -> str:
-        attention = f"MLA {block.attention.form}"
+        attention = f"{block.attention.kind} {block.attention.form}"
         if not isinstance(block, MoEBlock):
             return f"{attention}, dense, {html.byte_size(block.nbytes)}"
         bank = block.experts
@@ -395,7 +390,7 @@ class Model:
         config = self.config
         facts: Mapping[str, object] = {
             "architecture": f"{config.architecture}, hidden {config.hidden_size}, "
-            f"{config.num_heads} heads, vocabulary {config.vocab_size:,}, context "
+            f"{config.attention}, vocabulary {config.vocab_size:,}, context "
             f"{config.context_length:,}",
             "experts": f"{config.num_experts} routed (trained k = {config.top_k}) + "
             f"{config.num_shared_experts} shared, {config.topk_group} of {config.n_group} groups",
@@ -404,7 +399,8 @@ class Model:
         }
         rows = []
         for block in self.layers:
-            row = [f"layers[{block.index}]", f"MLA {block.attention.form}"]
+            attention = f"{block.attention.kind} {block.attention.form}"
+            row = [f"layers[{block.index}]", attention]
             if isinstance(block, MoEBlock):
                 bank = block.experts
                 row += [f"{bank.num_experts} experts {bank.format}", str(block.router.rule)]
