@@ -405,6 +405,9 @@ static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64
             m->inner_acts[f][i] = error;
         }
         ktl_act_key key = m->kernels[f]->act_key(m->down->format);
+        /* A second term in `down` is lost behind what gate and up round away with one. */
+        for (int i = 0; i < 2; i++)
+            if (m->list[m->inner_acts[f][i]].key.terms < key.terms) key.terms = 1;
         /* SwiGLU's tails are heavy: over two chunks rounding would cost 12 % more of the error. */
         if (key.group > KTL_CHUNK) key.group = KTL_CHUNK;
         m->hidden_acts[f] = (acts){key, m->kernels[f], NULL, 0, 0};
