@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ktlab.checkpoint.config import MLASizes, ModelConfig
+from ktlab.html import decimal_bytes
 from ktlab.placement.machine import CPU, GPU, Device
 from ktlab.placement.placed import Placed
-from ktlab.placement.sizes import size_text
 from ktlab.record import Record
 
 ELEMENT_BYTES = {CPU: 4, GPU: 2}
@@ -62,16 +62,16 @@ class Ledger(Record):
     @property
     def verdict(self) -> str:
         """One line."""
-        needs = f"{self.device} needs {size_text(self.needed)}"
+        needs = f"{self.device} needs {decimal_bytes(self.needed)}"
         if self.capacity is None or self.headroom is None:
             return f"{needs}; no limit given"
-        of = f"{needs} of {size_text(self.capacity)}"
+        of = f"{needs} of {decimal_bytes(self.capacity)}"
         longest = f"the largest context that fits is {self.largest_context:,} tokens"
         if self.headroom >= 0:
-            return f"fits: {of}, {size_text(self.headroom)} are left; {longest}"
+            return f"fits: {of}, {decimal_bytes(self.headroom)} are left; {longest}"
         if self.largest_context:
-            return f"does not fit: {of}, {size_text(-self.headroom)} too much; {longest}"
-        return f"does not fit: {of}, {size_text(-self.headroom)} too much at any context"
+            return f"does not fit: {of}, {decimal_bytes(-self.headroom)} too much; {longest}"
+        return f"does not fit: {of}, {decimal_bytes(-self.headroom)} too much at any context"
 
 
 def ledger(
