@@ -25,6 +25,18 @@ class YarnScaling:
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
 
+    def problems(self) -> list[str]:
+        """What cannot be; empty if nothing is wrong."""
+        found = []
+        if not self.factor > 0:
+            found.append(f"yarn stretches by {self.factor}, expected more than 0")
+        if not self.beta_fast >= self.beta_slow > 0:
+            found.append(
+                f"yarn blends between {self.beta_fast} and {self.beta_slow} turns, expected "
+                "beta_fast >= beta_slow > 0"
+            )
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class MLASizes:
@@ -184,7 +196,11 @@ class ModelConfig:
             problems.append(
                 f"{self.first_dense_layers} leading dense layers of {self.num_layers} layers"
             )
+        if not self.rope_theta > 1:
+            problems.append(f"rope_theta is {self.rope_theta}, expected more than 1")
         problems += self.attention.problems()
+        if self.yarn is not None:
+            problems += self.yarn.problems()
         if problems:
             raise CheckpointError(f"{self.name}: impossible configuration: " + "; ".join(problems))
 

@@ -98,6 +98,10 @@ class ConvertedCheckpoint(CheckpointView):
         """The source's."""
         return self.source.metadata
 
+    def check_unchanged(self) -> None:
+        """Of the source."""
+        self.source.check_unchanged()
+
     def names(self) -> list[str]:
         """Canonical names of all tensors."""
         return self.source.names()

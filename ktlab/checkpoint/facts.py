@@ -8,13 +8,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
-
 from ktlab.checkpoint.checkpoint import Checkpoint
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
-from ktlab.checkpoint.gguf_file import check_entries
-from ktlab.checkpoint.metadata import config_from_metadata
+from ktlab.checkpoint.gguf_file import read_config
+from ktlab.checkpoint.header import type_name
 from ktlab.checkpoint.mixtures import mixture
 from ktlab.checkpoint.names import Shape, expected_tensors
 from ktlab.checkpoint.opening import open_checkpoint
@@ -96,13 +94,11 @@ def _from_gguf(path: Path, name: str) -> ModelFacts:
     headers = read_headers(shard_paths(path))
     where = headers[0].path.name
     entries = {entry.name: entry for header in headers for entry in header.entries}
-    shapes = {entry.name: entry.shape for entry in entries.values()}
-    config = config_from_metadata(where, headers[0].fields, shapes)
-    check_entries(where, config, shapes)
+    config = read_config(where, headers)
     tensors = tuple(
         TensorFacts(
             name=entry.name,
-            format=gguf.GGMLQuantizationType(entry.type_number).name.lower(),
+            format=type_name(entry.type_number).lower(),
             shape=entry.shape,
             nbytes=entry.nbytes,
         )

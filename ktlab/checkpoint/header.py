@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from ktlab.checkpoint.checkpoint import together
 from ktlab.errors import CheckpointError
-from ktlab.quantization import FORMATS
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -178,7 +177,10 @@ def _check_start(cursor: _Cursor) -> None:
         return
     if version & 0xFFFF == 0:
         raise CheckpointError(f"{cursor.where}: big-endian GGUF; only little-endian is read here")
-    raise CheckpointError(f"{cursor.where}: GGUF version {version}, expected one of {VERSIONS}")
+    newer = "; it was made for a later reader" if VERSIONS[-1] < version < 100 else ""
+    raise CheckpointError(
+        f"{cursor.where}: GGUF version {version}, expected one of {VERSIONS}{newer}"
+    )
 
 
 def _read_fields(cursor: _Cursor, count: int) -> tuple[dict[str, Any], dict[str, LongArray], int]:
@@ -268,23 +270,21 @@ def _check_entries(
     where: str, raw: list[TensorEntry], data_start: int, size: int, alignment: int
 ) -> list[TensorEntry]:
     """Sizes from types and shapes; each tensor inside the file, right after the one before."""
-    usable = ", ".join(name.upper() for name, f in FORMATS.items() if f.ggml_type is not None)
     problems = [f"{n} appears {k} times" for n, k in Counter(e.name for e in raw).items() if k > 1]
     entries: list[TensorEntry] = []
-    unusable: dict[str, list[str]] = {}
     beyond: list[tuple[str, int]] = []
     next_offset: int | None = 0
     for entry in raw:
         shape = "×".join(str(n) for n in entry.shape)
-        type_name = _type_name(entry.type_number)
-        if type_name.lower() not in FORMATS:
-            unusable.setdefault(type_name, []).append(entry.name)
+        kind = type_name(entry.type_number)
+        if kind.startswith("unknown"):
+            problems.append(f"{entry.name}: {kind}, which no kernel here computes")
             next_offset = None
             continue
-        block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+        block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
         if min(entry.shape) < 1 or entry.shape[-1] % block_size:
             problems.append(
-                f"{entry.name} is {type_name} {shape}: a row must be a multiple of {block_size}"
+                f"{entry.name} is {kind} {shape}: a row must be a multiple of {block_size}"
             )
             next_offset = None
             continue
@@ -307,11 +307,6 @@ def _check_entries(
                 nbytes=nbytes,
             )
         )
-    for type_name, names in unusable.items():
-        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-        problems.append(
-            f"{names[0]}{more}: {type_name}, which no kernel here computes; usable: {usable}"
-        )
     if beyond:
         name, end = max(beyond, key=lambda item: item[1])
         problems.append(
@@ -324,7 +319,8 @@ def _check_entries(
     return entries
 
 
-def _type_name(number: int) -> str:
+def type_name(number: int) -> str:
+    """The name of a ggml type, e.g. "Q4_K"; "unknown type 99" for one that gguf does not know."""
     try:
         return GGMLQuantizationType(number).name
     except ValueError:

@@ -38,6 +38,12 @@ def shard_paths(path: Path) -> list[Path]:
     return paths
 
 
+def siblings_of(path: Path) -> list[Path]:
+    """The shards that are there of the model that `path`, there or not, is a shard of."""
+    found = SHARD.search(path.name)
+    return sorted(path.parent.glob(f"{path.name[: found.start()]}-*-of-*.gguf")) if found else []
+
+
 def _the_one_model(folder: Path) -> Path:
     """The GGUF file in a folder, or the first shard; several models are refused by name."""
     files = sorted(folder.glob("*.gguf"))
@@ -62,7 +68,12 @@ def read_headers(paths: Iterable[Path]) -> list[Header]:
     problems = []
     for number, header in enumerate(headers):
         parts, part = header.fields.get("split.count", 1), header.fields.get("split.no", 0)
-        if (parts or 1, part) != (count, number):
+        if count == 1 and isinstance(parts, int) and parts > 1:
+            problems.append(
+                f"one of {parts} shards, but its name does not end in -00001-of-{parts:05}.gguf or "
+                "the like, so the others cannot be found"
+            )
+        elif (parts or 1, part) != (count, number):
             problems.append(
                 f"{header.path.name} says it is shard {part + 1 if isinstance(part, int) else part}"
                 f" of {parts}, expected {number + 1} of {count}"
