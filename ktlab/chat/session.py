@@ -33,6 +33,8 @@ WHY: Mapping[Stopped, str] = {
 CONTEXT = 8192
 """Tokens of history by default, where the model has as many: the cache is allocated at once."""
 THINK = "<think>\n"
+CHUNK = 512
+"""`Model.forward` reads a prompt in pieces of so many tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +210,9 @@ class ChatSession:
     def _prompt(self, messages: list[dict[str, str]]) -> str:
         system = [{"role": "system", "content": self.system}] if self.system else []
         if self.template is None:
-            return "\n".join(message["content"] for message in system + messages)
-        text = self.template.render(system + messages, **self.extra)
+            text = "\n".join(message["content"] for message in system + messages)
+        else:
+            text = self.template.render(system + messages, **self.extra)
         return text + THINK if self.force_think and not text.endswith(THINK) else text
 
     def _encode(self, prompt: str) -> list[int]:
@@ -305,13 +308,12 @@ class _Prefill(Stopping):
         total: int,
         tell: Callable[[int, int], None] | None,
         counter: _Counter,
-        chunk: int = 512,
     ) -> None:
         super().__init__(_Counting(inner, counter), cancel)
-        self._done, self._total, self._tell, self._chunk = 0, total, tell, chunk
+        self._done, self._total, self._tell = 0, total, tell
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        if name == "embedding" and self._tell is not None and self._total > self._chunk:
+        if name == "embedding" and self._tell is not None and self._total > CHUNK:
             self._tell(self._done, self._total)
-            self._done = min(self._done + self._chunk, self._total)
+            self._done = min(self._done + CHUNK, self._total)
         return super().stage(name)
