@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 import ktlab
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
@@ -15,7 +14,7 @@ from tests.model.peer import transformers_model
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("folder") / "model"
-    transformers_model(synthesize(TINY_TEST_CONFIG)).to(torch.bfloat16).save_pretrained(path)
+    transformers_model(synthesize(TINY_TEST_CONFIG)).bfloat16().save_pretrained(path)
     return path
 
 
