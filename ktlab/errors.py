@@ -43,3 +43,9 @@ def nearest(found: str, known: Iterable[str]) -> str:
     """'; did you mean "x"?' if a known name is close to `found`, else ''."""
     matches = get_close_matches(str(found), list(known), n=1)
     return f'; did you mean "{matches[0]}"?' if matches else ""
+
+
+def short(value: object, limit: int = 60) -> str:
+    """`repr(value)` for a message, cut where it is long."""
+    shown = repr(value)
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -205,8 +205,7 @@ def page(model: Model, card: dict[str, Any]) -> str:
         f"top {c.top_k}, and {c.num_shared_experts} shared; {c.topk_group} of {c.n_group} expert "
         f"groups; {c.gating} gate with `e_score_correction_bias`, normalised weights times "
         f"{c.routed_scaling_factor:g}.",
-        f"- MLA: hidden {c.hidden_size}, {c.num_heads} heads, q_lora {c.q_lora_rank}, kv_lora "
-        f"{c.kv_lora_rank}, nope {c.qk_nope_dim}, rope {c.qk_rope_dim}, v {c.v_dim}; vocabulary "
+        f"- MLA: hidden {c.hidden_size}, {str(c.mla).removeprefix('MLA, ')}; vocabulary "
         f"{c.vocab_size}, byte-level BPE with DeepSeek-V3's pre-tokenizer.",
         f"- {parameters / 1e6:.1f} M parameters, {size / 1e6:.1f} MB in the file's formats.",
         "- Trained from scratch by `data/recipe/train.py`; texts and licences: `SOURCES.md`. "

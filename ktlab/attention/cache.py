@@ -1,6 +1,7 @@
-"""What attention remembers: the latent (absorbed form) or decompressed keys and values (naive).
+"""What attention remembers: the latent (absorbed form), decompressed keys and values (naive), or
+the shared keys and values of grouped queries (grouped).
 
-B batch, S positions, C kv_lora_rank, R rope, N nope, H heads, V value dimensions.
+B batch, S positions, C kv_lora_rank, R rope, N nope, H heads, V value dimensions, G key heads.
 Source: DeepSeek-V2 (arXiv 2405.04434) 2.1 and table 1.
 """
 
@@ -12,24 +13,23 @@ import torch
 from torch import Tensor
 
 from ktlab import html
-from ktlab.checkpoint.config import ModelConfig
+from ktlab.checkpoint.config import MLASizes, ModelConfig
 from ktlab.errors import ContextError
 
-Form = Literal["absorbed", "naive"]
+Form = Literal["absorbed", "naive", "grouped"]
 FORMS: tuple[Form, ...] = ("absorbed", "naive")
+"""The forms of latent attention; grouped-query attention has "grouped" alone."""
 
 
 def elements_per_token(config: ModelConfig, form: Form) -> int:
-    """Cached numbers per token and layer: C + R absorbed, H (N + R + V) naive."""
-    if form == "absorbed":
-        return config.kv_lora_rank + config.qk_rope_dim
-    return config.num_heads * (config.qk_dim + config.v_dim)
+    """Cached numbers per token and layer: C + R absorbed, H (N + R + V) naive, 2 G d grouped."""
+    return config.attention.cache_elements[form]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCache:
     """One layer's memory. Absorbed: `keys` is (B, S, C+R), the values are its first C columns.
-    Naive: `keys` (B, H, S, N+R) and `values` (B, H, S, V)."""
+    Naive: `keys` (B, H, S, N+R) and `values` (B, H, S, V). Grouped: both are (B, G, S, d)."""
 
     form: Form
     keys: Tensor
@@ -56,8 +56,12 @@ class Cache:
         if needed > available:
             raise ContextError(
                 f"a cache of {batch} x {context} tokens needs {html.byte_size(needed)}, "
-                f"{html.byte_size(available)} of memory are available; ask for a shorter context, "
-                "a smaller batch, or the absorbed form"
+                f"{html.byte_size(available)} of memory are available; ask for a shorter context"
+                + (
+                    ", a smaller batch, or the absorbed form"
+                    if "naive" in forms
+                    else " or a smaller batch"
+                )
             )
         self.batch, self.context = batch, context
         self.layers = [_allocate(config, form, batch, context) for form in forms]
@@ -78,6 +82,10 @@ class Cache:
             )
         return self.lengths_B[:, None] + torch.arange(tokens)
 
+    def truncate(self, length: int) -> None:
+        """Forget what follows the first `length` positions; they are written anew."""
+        self.lengths_B.clamp_(max=length)
+
     def __repr__(self) -> str:
         forms = "+".join(dict.fromkeys(layer.form for layer in self.layers))
         filled = "/".join(map(str, self.lengths_B.tolist()))
@@ -92,12 +100,16 @@ class Cache:
 
 def _allocate(config: ModelConfig, form: Form, batch: int, context: int) -> LayerCache:
     # Zeros, not empty: positions beyond a shorter sequence are multiplied by a weight of zero.
+    sizes = config.attention
     if form == "absorbed":
-        width = config.kv_lora_rank + config.qk_rope_dim
+        width = elements_per_token(config, form)
         return LayerCache(form=form, keys=torch.zeros(batch, context, width))
-    heads = (batch, config.num_heads, context)
+    if isinstance(sizes, MLASizes):
+        heads, v_dim = sizes.num_heads, sizes.v_dim
+    else:
+        heads, v_dim = sizes.num_kv_heads, sizes.head_dim
     return LayerCache(
         form=form,
-        keys=torch.zeros(*heads, config.qk_dim),
-        values=torch.zeros(*heads, config.v_dim),
+        keys=torch.zeros(batch, heads, context, sizes.qk_dim),
+        values=torch.zeros(batch, heads, context, v_dim),
     )

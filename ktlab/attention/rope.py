@@ -1,7 +1,8 @@
-"""Rotary position embedding on interleaved pairs, with YaRN.
+"""Rotary position embedding, with YaRN.
 
-S positions, R rotated dimensions of a head. Pairs are (0, 1), (2, 3), ... as in DeepSeek's own
-code and in llama.cpp's deepseek2. Source: RoFormer (arXiv 2104.09864), YaRN (2309.00071),
+S positions, R rotated dimensions of a head. Pairs are interleaved, (0, 1), (2, 3), ..., in
+DeepSeek's own code and in llama.cpp's deepseek2; Qwen3 and OLMoE turn halves, (0, R/2), ...
+Source: RoFormer (arXiv 2104.09864), YaRN (2309.00071),
 DeepSeek-V2 (2405.04434) 3.1.4.
 """
 
@@ -20,7 +21,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 def softmax_scale(config: ModelConfig) -> float:
     """What attention scores are multiplied by: qk_dim^-0.5, times mscale_all_dim's square."""
-    scale = config.qk_dim**-0.5
+    scale = config.attention.qk_dim**-0.5
     if config.yarn is not None and config.yarn.mscale_all_dim:
         scale *= yarn_mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
     return scale
@@ -28,7 +29,10 @@ def softmax_scale(config: ModelConfig) -> float:
 
 def frequencies(config: ModelConfig) -> Tensor:
     """(R/2,) float32 radians per position of each pair, stretched by YaRN where it is on."""
-    dims = torch.arange(0, config.qk_rope_dim, 2, dtype=torch.float32) / config.qk_rope_dim
+    dims = (
+        torch.arange(0, config.attention.rope_dim, 2, dtype=torch.float32)
+        / config.attention.rope_dim
+    )
     inverse = config.rope_theta**-dims
     if config.yarn is None:
         return inverse
@@ -43,10 +47,10 @@ def _correction_range(config: ModelConfig, yarn: YarnScaling) -> tuple[float, fl
 
     def pair_of(turns: float) -> float:
         ratio = yarn.original_context / (turns * 2 * math.pi)
-        return config.qk_rope_dim * math.log(ratio) / (2 * math.log(config.rope_theta))
+        return config.attention.rope_dim * math.log(ratio) / (2 * math.log(config.rope_theta))
 
     low = max(math.floor(pair_of(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_of(yarn.beta_slow)), config.qk_rope_dim - 1)
+    high = min(math.ceil(pair_of(yarn.beta_slow)), config.attention.rope_dim - 1)
     return low, high if high > low else low + 0.001
 
 
@@ -55,6 +59,7 @@ class RoPE:
 
     def __init__(self, config: ModelConfig) -> None:
         self._frequencies = frequencies(config)
+        self._halves = config.attention.rope_pairs == "halves"
         yarn = config.yarn
         self._magnitude = (
             yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
@@ -73,8 +78,10 @@ class RoPE:
             self._latest = latest = (positions, tables)
         return latest[1]
 
-    @staticmethod
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (..., R), with cos and sin (..., R/2) broadcast against it."""
+        if self._halves:
+            first, second = x.chunk(2, dim=-1)
+            return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
         even, odd = x[..., 0::2], x[..., 1::2]
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

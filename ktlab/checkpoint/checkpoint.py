@@ -1,6 +1,8 @@
 """What a checkpoint is: a configuration, named tensors, maybe a tokenizer; wherever they lie."""
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +13,8 @@ from ktlab.errors import CheckpointError, nearest
 from ktlab.html import byte_size, card, details, mimebundle, pairs, table
 from ktlab.quantization import QTensor
 
+SAMPLES, SAMPLE_BYTES = 16, 64
+"""Stretches of each tensor that go into a fingerprint, and how long they are."""
 SHOWN = 200
 """Tensors listed in the HTML of a checkpoint."""
 
@@ -32,9 +36,16 @@ class Checkpoint(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    @property
+    def fingerprint(self) -> str: ...
+
     def names(self) -> list[str]: ...
 
     def tensor(self, name: str) -> QTensor: ...
+
+    def check_unchanged(self) -> None: ...
+
+    def listing(self) -> list[tuple[str, str, Shape, int]]: ...
 
 
 class CheckpointView:
@@ -54,6 +65,29 @@ class CheckpointView:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         return sum(self.formats.values())
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if what the weights are read from was written to since then."""
+
+    def stored(self) -> Iterator[QTensor]:
+        """The tensors as they are kept, none derived from another."""
+        return map(self.tensor, self.names())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell these weights from others.
+
+        A hash over every tensor's name, shape, format and a few stretches of its bytes: a file is
+        mapped, and reading all of it to name it would take as long as loading it.
+        """
+        digest = hashlib.sha256()
+        for tensor in self.stored():
+            digest.update(f"{tensor.name} {tensor.shape} {tensor.format.name}".encode())
+            raw = tensor.blocks.reshape(-1)
+            step = max(1, len(raw) // SAMPLES)
+            for start in range(0, len(raw), step):
+                digest.update(raw[start : start + SAMPLE_BYTES].tobytes())
+        return digest.hexdigest()[:16]
 
     def listing(self) -> list[tuple[str, str, Shape, int]]:
         """(name, format, shape, bytes) of each tensor as it is stored; nothing is decoded."""
@@ -82,12 +116,16 @@ class CheckpointView:
         facts = {
             "file": self.path or "in memory",
             "layers": f"{config.num_layers} ({config.first_dense_layers} dense, "
-            f"{len(config.moe_layers)} with experts)",
+            f"{len(config.moe_layers)} with experts)"
+            + (
+                f"; {config.num_nextn_layers} for next-token prediction, not run"
+                if config.num_nextn_layers
+                else ""
+            ),
             "experts": f"{config.num_experts} routed, top {config.top_k}, "
             f"{config.num_shared_experts} shared; {config.gating} gate, "
             f"{config.topk_group} of {config.n_group} groups",
-            "attention": f"{config.num_heads} heads, latent {config.kv_lora_rank} + "
-            f"{config.qk_rope_dim} rope",
+            "attention": str(config.attention),
             "formats": ", ".join(f"{n} {byte_size(b)}" for n, b in self.formats.items()),
         }
         rows = self.listing()

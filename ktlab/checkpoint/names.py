@@ -1,11 +1,12 @@
-"""Which tensors a model of the DeepSeek family has, under which names, in which shapes.
+"""Which tensors a mixture-of-experts model has, under which names, in which shapes.
 
-Names are GGUF's (llama.cpp, gguf-py `constants.py`, MODEL_ARCH.DEEPSEEK2); shapes are NumPy's,
-the reverse of what a GGUF file writes. Letters: D hidden, V vocabulary, E experts, F expert width,
-H heads, C kv_lora_rank, R rope, N nope.
+Names are GGUF's (llama.cpp, gguf-py `constants.py`); shapes are NumPy's, the reverse of what a
+GGUF file writes. Which there are follows from the configuration alone, not from its architecture's
+name. Letters: D hidden, V vocabulary, E experts, F expert width, H heads, G key heads, C
+kv_lora_rank, R rope, N nope, d head_dim.
 """
 
-from ktlab.checkpoint.config import ModelConfig
+from ktlab.checkpoint.config import GQASizes, MLASizes, ModelConfig
 
 Shape = tuple[int, ...]
 
@@ -16,8 +17,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     tensors: dict[str, Shape] = {
         "token_embd.weight": (V, D),
         "output_norm.weight": (D,),
-        "output.weight": (V, D),
     }
+    if not config.tied_output:
+        tensors["output.weight"] = (V, D)
     for layer in range(config.num_layers):
         for part, shape in layer_tensors(config, layer).items():
             tensors[f"blk.{layer}.{part}"] = shape
@@ -32,24 +34,45 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, Shape]:
 
 
 def _attention_tensors(config: ModelConfig) -> dict[str, Shape]:
-    D, H, C = config.hidden_size, config.num_heads, config.kv_lora_rank
-    R, N, values = config.qk_rope_dim, config.qk_nope_dim, config.v_dim
+    sizes = config.attention
+    if isinstance(sizes, MLASizes):
+        return _latent_tensors(sizes, config.hidden_size)
+    return _grouped_tensors(sizes, config.hidden_size)
+
+
+def _latent_tensors(sizes: MLASizes, D: int) -> dict[str, Shape]:
+    H, C, R, N = sizes.num_heads, sizes.kv_lora_rank, sizes.qk_rope_dim, sizes.qk_nope_dim
     query: dict[str, Shape]
-    if config.q_lora_rank:
+    if sizes.q_lora_rank:
         query = {
-            "attn_q_a.weight": (config.q_lora_rank, D),
-            "attn_q_a_norm.weight": (config.q_lora_rank,),
-            "attn_q_b.weight": (H * config.qk_dim, config.q_lora_rank),
+            "attn_q_a.weight": (sizes.q_lora_rank, D),
+            "attn_q_a_norm.weight": (sizes.q_lora_rank,),
+            "attn_q_b.weight": (H * sizes.qk_dim, sizes.q_lora_rank),
         }
     else:
-        query = {"attn_q.weight": (H * config.qk_dim, D)}
+        query = {"attn_q.weight": (H * sizes.qk_dim, D)}
     return query | {
         "attn_kv_a_mqa.weight": (C + R, D),
         "attn_kv_a_norm.weight": (C,),
         "attn_k_b.weight": (H, C, N),
-        "attn_v_b.weight": (H, values, C),
-        "attn_output.weight": (D, H * values),
+        "attn_v_b.weight": (H, sizes.v_dim, C),
+        "attn_output.weight": (D, H * sizes.v_dim),
     }
+
+
+def _grouped_tensors(sizes: GQASizes, D: int) -> dict[str, Shape]:
+    H, G, d = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    tensors: dict[str, Shape] = {
+        "attn_q.weight": (H * d, D),
+        "attn_k.weight": (G * d, D),
+        "attn_v.weight": (G * d, D),
+        "attn_output.weight": (D, H * d),
+    }
+    if sizes.qk_norm != "none":
+        whole = sizes.qk_norm == "projection"
+        tensors["attn_q_norm.weight"] = (H * d,) if whole else (d,)
+        tensors["attn_k_norm.weight"] = (G * d,) if whole else (d,)
+    return tensors
 
 
 def _dense_tensors(config: ModelConfig) -> dict[str, Shape]:
@@ -60,7 +83,7 @@ def _dense_tensors(config: ModelConfig) -> dict[str, Shape]:
 def _moe_tensors(config: ModelConfig) -> dict[str, Shape]:
     D, E, F = config.hidden_size, config.num_experts, config.expert_size
     tensors: dict[str, Shape] = {"ffn_norm.weight": (D,), "ffn_gate_inp.weight": (E, D)}
-    if config.gating == "sigmoid":
+    if config.score_correction:
         tensors["exp_probs_b.bias"] = (E,)
     tensors |= {
         "ffn_gate_exps.weight": (E, F, D),
@@ -80,10 +103,10 @@ def _swiglu(D: int, width: int, suffix: str) -> dict[str, Shape]:
     }
 
 
-def fused_kv_b(config: ModelConfig) -> Shape:
+def fused_kv_b(sizes: MLASizes) -> Shape:
     """Shape of `attn_kv_b.weight`, which older files have in place of attn_k_b and attn_v_b."""
-    rows = config.num_heads * (config.qk_nope_dim + config.v_dim)
-    return (rows, config.kv_lora_rank)
+    rows = sizes.num_heads * (sizes.qk_nope_dim + sizes.v_dim)
+    return (rows, sizes.kv_lora_rank)
 
 
 def is_quantizable(name: str, shape: Shape) -> bool:

@@ -1,24 +1,57 @@
 """Write a GGUF that llama.cpp reads unchanged, atomically."""
 
+import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFValueType, GGUFWriter, LlamaFileType
+import numpy as np
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType, GGUFWriter, LlamaFileType
 
 from ktlab.checkpoint.checkpoint import check_tensors, together
 from ktlab.checkpoint.config import ModelConfig
-from ktlab.checkpoint.metadata import ARCHITECTURE, Field, metadata_from_config
-from ktlab.checkpoint.names import expected_tensors
+from ktlab.checkpoint.metadata import Field, metadata_from_config
+from ktlab.checkpoint.names import Shape, expected_tensors
+from ktlab.checkpoint.pretokenizers import PRE_TOKENIZERS
 from ktlab.checkpoint.tokenizer import UNUSED, Tokenizer
 from ktlab.errors import CheckpointError
-from ktlab.quantization import QTensor
+from ktlab.quantization import Format, QTensor
 
+ALIGNMENT = GGUF_DEFAULT_ALIGNMENT
 QUANTIZATION_VERSION = 2
 """ggml's GGML_QNT_VERSION: the block layouts of the formats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor before its bytes exist: what a header says of it."""
+
+    name: str
+    format: Format
+    shape: Shape
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, the last axis."""
+        return self.format.row_bytes(self.shape[-1])
+
+    @property
+    def rows(self) -> int:
+        """Rows of all leading axes together."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
+
+    @property
+    def padded_bytes(self) -> int:
+        """Up to where the next tensor starts."""
+        return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def write_gguf(
@@ -35,41 +68,67 @@ def write_gguf(
     """
     path = Path(path)
     check_tensors(path.name, config, {name: tensor.shape for name, tensor in tensors.items()})
-    chosen = {name: tensors[name] for name in expected_tensors(config)}
-    _check_formats(path.name, chosen)
-    fields = _general(config, chosen) | metadata_from_config(config)
-    if tokenizer is not None:
-        fields |= _tokenizer_fields(config, tokenizer)
-    fields |= _extra_fields(path.name, metadata or {}, fields)
-
-    writer = GGUFWriter(None, ARCHITECTURE)
-    for key, (value, kind) in fields.items():
-        if key != "general.architecture":  # the writer has added it
-            writer.add_key_value(key, value, kind)
-    for name, tensor in chosen.items():
-        writer.add_tensor(name, tensor.blocks, raw_dtype=tensor.format.ggml_type)
+    chosen = [tensors[name] for name in expected_tensors(config)]
+    specs = [TensorSpec(name=t.name, format=t.format, shape=t.shape) for t in chosen]
+    header = gguf_header(path.name, config, specs, tokenizer, metadata)
 
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
     try:
-        writer.write_header_to_file(Path(temporary))
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with os.fdopen(handle, "wb") as file:
+            file.write(header)
+            for spec, tensor in zip(specs, chosen, strict=True):
+                file.write(np.ascontiguousarray(tensor.blocks).data)
+                file.write(bytes(spec.padded_bytes - spec.nbytes))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        writer.close()
         os.unlink(temporary)
         raise
     return path
 
 
-def _check_formats(where: str, tensors: Mapping[str, QTensor]) -> None:
+def gguf_header(
+    where: str,
+    config: ModelConfig,
+    tensors: Sequence[TensorSpec],
+    tokenizer: Tokenizer | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> bytes:
+    """All that stands before the first tensor's bytes; the tensors follow in the given order, each
+    padded with zeros to `padded_bytes`. The same arguments give the same bytes."""
+    _check_formats(where, tensors)
+    fields = _general(config, tensors) | metadata_from_config(config)
+    if tokenizer is not None:
+        fields |= _tokenizer_fields(config, tokenizer)
+    fields |= _extra_fields(where, metadata or {}, fields)
+
+    writer = GGUFWriter(None, config.architecture)
+    for key, (value, kind) in fields.items():
+        if key != "general.architecture":  # the writer has added it
+            writer.add_key_value(key, value, kind)
+    for spec in tensors:
+        rows = (*spec.shape[:-1], spec.row_bytes)
+        # A dtype of uint8 makes the writer take the shape for that of the bytes.
+        writer.add_tensor_info(
+            spec.name, rows, np.dtype(np.uint8), spec.nbytes, raw_dtype=spec.format.ggml_type
+        )
+    with tempfile.TemporaryDirectory(prefix="ktlab-header-") as folder:
+        file = Path(folder, "header")
+        try:
+            writer.write_header_to_file(file)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
+        header = file.read_bytes()
+    return header + bytes(-len(header) % ALIGNMENT)
+
+
+def _check_formats(where: str, tensors: Sequence[TensorSpec]) -> None:
     """Refuse what GGUF has no type for, all tensors together."""
     problems = [
-        f"{name} is {tensor.format.name}, which exists in memory only"
-        for name, tensor in tensors.items()
+        f"{tensor.name} is {tensor.format.name}, which exists in memory only"
+        for tensor in tensors
         if tensor.format.ggml_type is None
     ]
     if problems:
@@ -77,9 +136,9 @@ def _check_formats(where: str, tensors: Mapping[str, QTensor]) -> None:
         raise CheckpointError(together(where, problems, advice))
 
 
-def _general(config: ModelConfig, tensors: Mapping[str, QTensor]) -> dict[str, Field]:
+def _general(config: ModelConfig, tensors: Sequence[TensorSpec]) -> dict[str, Field]:
     sizes: Counter[str] = Counter()
-    for tensor in tensors.values():
+    for tensor in tensors:
         if len(tensor.shape) > 1:
             sizes[tensor.format.name.upper()] += tensor.nbytes
     main = sizes.most_common(1)[0][0]
@@ -100,6 +159,11 @@ def _tokenizer_fields(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Fi
             f"{config.name}: the tokenizer has {tokenizer.vocab_size} tokens, "
             f"the embedding only {config.vocab_size} rows"
         )
+    if tokenizer.pre not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{config.name}: its {tokenizer.pre} cuts texts in a way that GGUF has no name for; "
+            f"there are {', '.join(PRE_TOKENIZERS)}"
+        )
     padding = [f"[PAD{tokenizer.vocab_size + i}]" for i in range(missing)]
     array, string, u32 = GGUFValueType.ARRAY, GGUFValueType.STRING, GGUFValueType.UINT32
     fields: dict[str, Field] = {
@@ -114,6 +178,8 @@ def _tokenizer_fields(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Fi
     for key, token in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
         if token is not None:
             fields[f"tokenizer.ggml.{key}_token_id"] = (token, u32)
+    if tokenizer.chat_template:
+        fields["tokenizer.chat_template"] = (tokenizer.chat_template, string)
     return fields
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from ktlab.memory import Memory as Memory
+from ktlab.memory import memory as memory
 from ktlab.record import Record
 
 FEATURES = (
@@ -36,17 +38,6 @@ class Grant(Record):
 
     granted: bool | None
     reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory(Record):
-    """Bytes; None where unknown. `limit` is what a container allows, if less than the machine."""
-
-    total: int | None
-    available: int | None
-    limit: int | None
-    swap_total: int | None
-    swap_used: int | None
 
 
 @lru_cache(maxsize=1)
@@ -143,48 +134,3 @@ def cpu_quota() -> float | None:
         return quota_us / int((root / "cpu.cfs_period_us").read_text()) if quota_us > 0 else None
     except (OSError, ValueError):
         return None
-
-
-def memory() -> Memory:
-    """Memory and swap of the machine, and the container's limit."""
-    info = _meminfo()
-    limit = _memory_limit()
-    total = info.get("MemTotal")
-    if limit is not None and total is not None and limit >= total:
-        limit = None
-    swap, free = info.get("SwapTotal"), info.get("SwapFree")
-    return Memory(
-        total=total,
-        available=info.get("MemAvailable"),
-        limit=limit,
-        swap_total=swap,
-        swap_used=swap - free if swap is not None and free is not None else None,
-    )
-
-
-def _meminfo() -> dict[str, int]:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
-        import psutil
-    except ImportError:
-        return {}
-    ram, swap = psutil.virtual_memory(), psutil.swap_memory()
-    return {
-        "MemTotal": ram.total,
-        "MemAvailable": ram.available,
-        "SwapTotal": swap.total,
-        "SwapFree": swap.free,
-    }
-
-
-def _memory_limit() -> int | None:
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            return int(Path(path).read_text())
-        except (OSError, ValueError):  # absent, or "max"
-            continue
-    return None

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ktlab import html
 from ktlab.attention.cache import LayerCache
-from ktlab.attention.mla import MLA
+from ktlab.attention.stage import Attention
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.errors import StageError
 from ktlab.experts.bank import ExpertBank
@@ -29,7 +29,7 @@ class Block:
         self,
         config: ModelConfig,
         index: int,
-        attention: MLA,
+        attention: Attention,
         attention_norm_D: Tensor,
         mlp_norm_D: Tensor,
     ) -> None:
@@ -60,7 +60,7 @@ class Block:
         """The same weights under stages whose switches are their own."""
         block = copy.copy(self)
         for name, stage in vars(self).items():
-            if isinstance(stage, (MLA, ExpertBank, MLP)):
+            if isinstance(stage, (Attention, ExpertBank, MLP)):
                 setattr(block, name, stage.clone())
             elif isinstance(stage, Router):
                 setattr(block, name, copy.copy(stage))

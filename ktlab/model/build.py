@@ -2,9 +2,12 @@
 
 from torch import Tensor
 
+from ktlab.attention.gqa import GQA, GQAWeights
 from ktlab.attention.mla import MLA, MLAWeights
 from ktlab.attention.rope import RoPE
+from ktlab.attention.stage import Attention
 from ktlab.checkpoint.checkpoint import Checkpoint
+from ktlab.checkpoint.config import GQASizes
 from ktlab.experts.bank import ExpertBank
 from ktlab.experts.mlp import MLP
 from ktlab.kernels.linear import Linear
@@ -35,7 +38,7 @@ def _build_block(checkpoint: Checkpoint, index: int, rope: RoPE) -> Layer:
     )
     if index < config.first_dense_layers:
         return DenseBlock(*common, mlp=_build_mlp(checkpoint, index, ""))
-    bias = vector(checkpoint, f"{prefix}.exp_probs_b.bias") if config.gating == "sigmoid" else None
+    bias = vector(checkpoint, f"{prefix}.exp_probs_b.bias") if config.score_correction else None
     bank = (checkpoint.tensor(f"{prefix}.ffn_{m}_exps.weight") for m in ("gate", "up", "down"))
     return MoEBlock(
         *common,
@@ -54,21 +57,34 @@ def _build_mlp(checkpoint: Checkpoint, index: int, suffix: str) -> MLP:
     )
 
 
-def _build_attention(checkpoint: Checkpoint, index: int, rope: RoPE) -> MLA:
-    config, prefix = checkpoint.config, f"blk.{index}"
+def _build_attention(checkpoint: Checkpoint, index: int, rope: RoPE) -> Attention:
+    config, sizes, prefix = checkpoint.config, checkpoint.config.attention, f"blk.{index}"
 
     def linear(name: str) -> Linear:
         return Linear(checkpoint.tensor(f"{prefix}.{name}.weight"))
 
-    compressed = config.q_lora_rank > 0
-    weights = MLAWeights(
+    def norm(name: str) -> Tensor:
+        return vector(checkpoint, f"{prefix}.{name}.weight")
+
+    if isinstance(sizes, GQASizes):
+        grouped = GQAWeights(
+            q=linear("attn_q"),
+            k=linear("attn_k"),
+            v=linear("attn_v"),
+            output=linear("attn_output"),
+            q_norm=None if sizes.qk_norm == "none" else norm("attn_q_norm"),
+            k_norm=None if sizes.qk_norm == "none" else norm("attn_k_norm"),
+        )
+        return GQA(config, index, grouped, rope, sizes)
+    compressed = sizes.q_lora_rank > 0
+    latent = MLAWeights(
         q_a=linear("attn_q_a") if compressed else None,
-        q_a_norm_Q=vector(checkpoint, f"{prefix}.attn_q_a_norm.weight") if compressed else None,
+        q_a_norm_Q=norm("attn_q_a_norm") if compressed else None,
         q_b=linear("attn_q_b" if compressed else "attn_q"),
         kv_a=linear("attn_kv_a_mqa"),
-        kv_a_norm_C=vector(checkpoint, f"{prefix}.attn_kv_a_norm.weight"),
+        kv_a_norm_C=norm("attn_kv_a_norm"),
         k_b=linear("attn_k_b"),
         v_b=linear("attn_v_b"),
         output=linear("attn_output"),
     )
-    return MLA(config, index, weights, rope)
+    return MLA(config, index, latent, rope, sizes)

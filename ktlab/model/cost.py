@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ktlab import html
-from ktlab.attention.cache import elements_per_token
-from ktlab.attention.mla import MLA
+from ktlab.attention.stage import Attention
 from ktlab.experts.mlp import MLP
 from ktlab.model.block import MoEBlock
 
@@ -166,18 +165,8 @@ def _experts(block: MoEBlock, tokens: int) -> StageCost:
     return _stage(block.index, "experts", 2 * tokens * k * one, touched * bank.expert_bytes)
 
 
-def _attention(attention: MLA, layer: int, tokens: int, context: int) -> StageCost:
-    """Projections, scores and mixing; `pairs` are causal (query, position) pairs."""
-    config = attention.config
-    heads = config.num_heads
-    pairs = tokens * context - tokens * (tokens - 1) / 2
-    # k_b and v_b work once a token in both forms: on the queries and outputs when absorbed, on the
-    # new keys and values when naive.
-    projections = sum(2 * linear.stack.size for linear in attention.weights.linears.values())
-    if attention.form == "absorbed":
-        per_pair = 2 * heads * (2 * config.kv_lora_rank + config.qk_rope_dim)
-    else:
-        per_pair = 2 * heads * (config.qk_dim + config.v_dim)
-    cached = 4 * elements_per_token(config, attention.form) * (context + tokens)
-    flop = tokens * projections + pairs * per_pair
+def _attention(attention: Attention, layer: int, tokens: int, context: int) -> StageCost:
+    """What the stage says of its work; every cached position is read, the new ones are written."""
+    cached = attention.cache_bytes_per_token() * (context + tokens)
+    flop = attention.flop(tokens, context)
     return _stage(layer, "attention", flop, attention.nbytes, cached)

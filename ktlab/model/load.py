@@ -1,22 +1,46 @@
 """`ktlab.load`: from a name or a file to a model."""
 
+import sys
+import warnings
 from collections.abc import Mapping
 from os import PathLike, fspath
 
 from ktlab.checkpoint.checkpoint import Checkpoint
-from ktlab.checkpoint.converted import ConvertedCheckpoint
+from ktlab.checkpoint.converted import ConvertedCheckpoint, Progress, Quantization
 from ktlab.checkpoint.opening import open_checkpoint
 from ktlab.model.model import Model
+from ktlab.model.residency import SlowFromDisk
+from ktlab.progress import ProgressBar
 
 
 def load(
-    path_or_name: "str | PathLike[str]", *, convert: "Mapping[str, str] | None" = None
+    path_or_name: "str | PathLike[str]",
+    *,
+    convert: "Mapping[str, str] | None" = None,
+    quantize: Quantization | None = None,
+    progress: Progress | None = None,
 ) -> Model:
-    """The embedded model ("tiny") or a GGUF file of architecture deepseek2, memory-mapped.
+    """The embedded model ("tiny"), a GGUF file, or a folder of safetensors; memory-mapped.
 
-    `convert` turns matrices of some formats into others while loading: {"iq1_m": "q8_0"} because no
-    fast kernel computes iq1_m, {"bf16": "int8_channel"} because 8-bit products are faster.
-    Raises `CheckpointError` with everything that is wrong with the file.
+    `quantize` turns matrices that are floats (f32, f16, bf16, FP8) into a format while loading:
+    "int8_channel", or by name {"*_exps*": "int4_group128", "*": "q8_0"}. `convert` goes by the
+    format in the file: {"iq1_m": "q8_0"} because no fast kernel computes iq1_m. Both work expert by
+    expert: the model is never in memory twice. `progress` is called with (done, total) weights;
+    without it a bar is drawn where stderr is a terminal or a notebook.
+    Raises `CheckpointError` with everything that is wrong with the file; warns with `SlowFromDisk`
+    where memory cannot hold the weights, with the tokens a second that the disk allows.
     """
     checkpoint: Checkpoint = open_checkpoint(fspath(path_or_name))
-    return Model(ConvertedCheckpoint(checkpoint, convert) if convert else checkpoint)
+    if not convert and not quantize:
+        return _warned(Model(checkpoint))
+    converted = ConvertedCheckpoint(checkpoint, convert, quantize=quantize)
+    with converted.reporting(progress or ProgressBar(f"converting {converted.name}", sys.stderr)):
+        return _warned(Model(converted))
+
+
+def _warned(model: Model) -> Model:
+    """Said before the first token: memory cannot hold this model."""
+    disk = model.residency().disk
+    if disk is not None:
+        warnings.warn(f"{model.name} {disk}", SlowFromDisk, stacklevel=3)
+    return model

@@ -4,7 +4,6 @@ B batch, T tokens, D hidden, V vocabulary.
 """
 
 import copy
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from ktlab.model.block import Layer, MoEBlock
 from ktlab.model.build import build_layers, vector
 from ktlab.model.cost import Cost, cost
 from ktlab.model.pack import pack_model
+from ktlab.model.residency import Residency, residency
 from ktlab.model.settings import SWITCHES, Change, Settings, apply, current
 from ktlab.model.trace import ModelIdentity, Trace
 from ktlab.probe import NO_PROBE, Probe, Recorder
@@ -44,7 +44,7 @@ ROUTER_NAMES = ("layers.*.router.*",)
 
 
 class Model:
-    """A DeepSeek-architecture model on this machine.
+    """A mixture-of-experts model on this machine.
 
     Everything printed is an attribute: `layers[i].router`, `.experts`, `.shared`, `.attention`.
     """
@@ -54,8 +54,9 @@ class Model:
         self.config: ModelConfig = checkpoint.config
         self.embedding: QTensor = checkpoint.tensor("token_embd.weight")
         self.layers: list[Layer] = build_layers(checkpoint)
+        head = "token_embd.weight" if self.config.tied_output else "output.weight"
         self.output_norm_D = vector(checkpoint, "output_norm.weight")
-        self.output = Linear(checkpoint.tensor("output.weight"))
+        self.output = Linear(checkpoint.tensor(head))
         self.watch: Callable[[Probe], Probe] | None = None
         """Wraps the probe of everything this model does, e.g. to stop it; clones inherit it."""
 
@@ -97,16 +98,10 @@ class Model:
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """Which weights these are: name, shape of the routing, and a hash over samples of all
-        tensors."""
-        digest = hashlib.sha256(repr(self.config).encode())
-        for name in self.checkpoint.names():
-            blocks = self.checkpoint.tensor(name).blocks.reshape(-1)
-            digest.update(name.encode())
-            digest.update(blocks[:: max(1, len(blocks) // 256)].tobytes())
+        """Which weights these are: name, fingerprint of the checkpoint, shape of the routing."""
         return ModelIdentity(
             name=self.name,
-            fingerprint=digest.hexdigest()[:16],
+            fingerprint=self.checkpoint.fingerprint,
             num_experts=self.config.num_experts,
             top_k=self.config.top_k,
             moe_layers=tuple(self.config.moe_layers),
@@ -115,6 +110,10 @@ class Model:
     def cost(self, tokens: int = 1, context: int = 512) -> Cost:
         """FLOP and bytes of each stage for a call of `tokens` tokens ending at `context`."""
         return cost(self, tokens, context)
+
+    def residency(self) -> Residency:
+        """Bytes mapped, resident and converted now; what decode would wait for from disk."""
+        return residency(self)
 
     # Running it ------------------------------------------------------------------------------
 
@@ -190,6 +189,7 @@ class Model:
         probe: Probe,
         chunk: int,
     ) -> Tensor:
+        self.checkpoint.check_unchanged()
         probe = self.watch(probe) if self.watch is not None else probe
         tokens = ids_BT.shape[1]
         positions_BT = cache.positions(tokens)  # refuses before anything is written
@@ -376,13 +376,14 @@ class Model:
             f"({config.first_dense_layers} dense), {config.num_experts} experts, trained k = "
             f"{config.top_k}, {html.byte_size(self.nbytes)})",
             f"  set to: {self.settings}",
+            *(f"  memory: {line}" for line in str(self.residency()).splitlines()),
         ]
         lines += [f"  layers[{b.index}]: {self._line(b)}" for b in self.layers]
         return "\n".join(lines)
 
     @staticmethod
     def _line(block: Layer) -> str:
-        attention = f"MLA {block.attention.form}"
+        attention = f"{block.attention.kind} {block.attention.form}"
         if not isinstance(block, MoEBlock):
             return f"{attention}, dense, {html.byte_size(block.nbytes)}"
         bank = block.experts
@@ -395,16 +396,18 @@ class Model:
         config = self.config
         facts: Mapping[str, object] = {
             "architecture": f"{config.architecture}, hidden {config.hidden_size}, "
-            f"{config.num_heads} heads, vocabulary {config.vocab_size:,}, context "
+            f"{config.attention}, vocabulary {config.vocab_size:,}, context "
             f"{config.context_length:,}",
             "experts": f"{config.num_experts} routed (trained k = {config.top_k}) + "
             f"{config.num_shared_experts} shared, {config.topk_group} of {config.n_group} groups",
             "weights": html.byte_size(self.nbytes),
+            "memory": str(self.residency()),
             "set to": str(self.settings),
         }
         rows = []
         for block in self.layers:
-            row = [f"layers[{block.index}]", f"MLA {block.attention.form}"]
+            attention = f"{block.attention.kind} {block.attention.form}"
+            row = [f"layers[{block.index}]", attention]
             if isinstance(block, MoEBlock):
                 bank = block.experts
                 row += [f"{bank.num_experts} experts {bank.format}", str(block.router.rule)]

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from ktlab.attention.mla import check_form
 from ktlab.errors import SettingError, nearest
 from ktlab.experts.bank import ExpertBank
 from ktlab.kernels import dispatch
@@ -54,10 +53,10 @@ class Settings:
         rules = set(self.rules.values())
         if rules != {FixedK(self.trained_top_k)}:
             parts.append(_collapsed(self.rules) if len(rules) == 1 else f"rules {dict(self.rules)}")
-        usual_words = {"attention": "absorbed", "backend": AUTO, "isa": AUTO, "layout": AUTO}
-        for name, usual in usual_words.items():
+        usual_words = dict(backend={AUTO}, isa={AUTO}, layout={AUTO})
+        for name, usual in {"attention": {"absorbed", "grouped"}, **usual_words}.items():
             values = getattr(self, name)
-            if set(values.values()) != {usual}:
+            if not set(values.values()) <= usual:
                 parts.append(f"{name} {_collapsed(values)}")
         parts += [
             f"{name} in layers {list(v)}"
@@ -193,7 +192,7 @@ def apply(
     for index, experts in _per_layer("force", force, moe).items():
         change.set(moe[index].router, "force", tuple(experts))
     for index, form in _per_layer("attention", attention, every).items():
-        change.set(every[index].attention, "form", check_form(form))
+        change.set(every[index].attention, "form", form)
     _set_kernels(model, change, words)
     for block in moe.values():
         block.router.check()

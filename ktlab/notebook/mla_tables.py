@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ktlab.attention.cache import elements_per_token
+from ktlab.checkpoint.config import MLASizes
 from ktlab.notebook.mla_timing import work
 
 if TYPE_CHECKING:
@@ -17,8 +18,14 @@ if TYPE_CHECKING:
 FORMS = ("naive", "absorbed")
 _HEAD: dict[str, Any] = {"kv_lora_rank": 512, "qk_rope_dim": 64, "qk_nope_dim": 128, "v_dim": 128}
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "DeepSeek-V2-Lite": {"num_layers": 27, "num_heads": 16, **_HEAD},
-    "DeepSeek-V3": {"num_layers": 61, "num_heads": 128, **_HEAD},
+    "DeepSeek-V2-Lite": {
+        "num_layers": 27,
+        "attention": MLASizes(num_heads=16, q_lora_rank=0, **_HEAD),
+    },
+    "DeepSeek-V3": {
+        "num_layers": 61,
+        "attention": MLASizes(num_heads=128, q_lora_rank=1536, **_HEAD),
+    },
 }
 """What of their configurations decides the cache (config.json of the releases)."""
 

@@ -3,7 +3,7 @@
 A format cuts each row (last axis) into blocks of `block_size` elements and stores a block in
 `block_bytes` bytes, after `row_head_bytes` that belong to the whole row. GGUF's formats are decoded
 by the `gguf` package and encoded by it where it can, else by us (`kquants`, `codebook`); those of
-`integers` exist in memory only. A format is looked up by name: `get_format("q4_k")`.
+`integers` and `float8` exist in memory only. A format is looked up by name: `get_format("q4_k")`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from ktlab.errors import FormatError, nearest
-from ktlab.quantization import codebook, integers, kquants
+from ktlab.quantization import codebook, float8, integers, kquants
 
 Quantizer = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 Dequantizer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
@@ -177,13 +177,14 @@ _FALLBACKS = {
     "q4_k": "q5_0",
     "q5_k": "q5_1",
     "q6_k": "q8_0",
+    "q2_k": "q4_0",
+    "q3_k": "q4_0",
     "tq1_0": "q4_0",
     "tq2_0": "q4_0",
     "int4_group128": "int4_group32",
     "int4_group32": "int8_channel",
-} | dict.fromkeys(
-    "q2_k q3_k iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq3_xxs iq3_s iq4_xs".split(), "iq4_nl"
-)
+    "fp8_e4m3": "bf16",
+} | dict.fromkeys("iq1_s iq1_m iq2_xxs iq2_xs iq2_s iq3_xxs iq3_s iq4_xs".split(), "iq4_nl")
 
 
 def _by_gguf(ggml_type: GGMLQuantizationType) -> Quantizer:
@@ -270,3 +271,12 @@ FORMATS["int8_channel"] = Format(
 )
 _register_int4(32)
 _register_int4(128)
+FORMATS["fp8_e4m3"] = Format(
+    name="fp8_e4m3",
+    block_size=float8.GROUP,
+    block_bytes=float8.BLOCK_BYTES,
+    source="DeepSeek-V3 (2412.19437) 3.3.2: 128 floats of 8 bits (E4M3) and a float32 scale",
+    quantizer=float8.quantize_fp8,
+    dequantizer=float8.dequantize_fp8,
+    largest=float(np.finfo(np.float32).max),
+)

@@ -80,7 +80,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.blocks.nbytes
+        return math.prod(self.shape[:-1]) * self.format.row_bytes(self.shape[-1])
 
     @property
     def bits_per_weight(self) -> float:
@@ -90,6 +90,14 @@ class QTensor:
     def dequantize(self) -> NDArray[np.float32]:
         """The values, float32, of `shape`. A view of the bytes where the format is f32."""
         return self.format.dequantize(self.blocks)
+
+    def matrices(self) -> Iterator["QTensor"]:
+        """Its matrices (N, K), one after the other: a stack's, or itself alone."""
+        if len(self.shape) < 3:
+            yield self
+            return
+        for index in range(len(self)):
+            yield from self[index].matrices()
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -148,11 +156,17 @@ class QTensor:
 
     def _chunks(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """Decoded rows in pieces of a bounded size: (rows, (n, row_length) float32)."""
-        row_bytes = self.blocks.reshape(-1, self.blocks.shape[-1])
         step = max(1, CHUNK_ELEMENTS // max(1, self.shape[-1]))
-        for start in range(0, len(row_bytes), step):
-            rows = slice(start, start + step)
-            yield rows, self.format.dequantize(row_bytes[rows])
+        first = 0
+        for row_bytes in self._byte_rows():
+            for start in range(0, len(row_bytes), step):
+                part = self.format.dequantize(row_bytes[start : start + step])
+                yield slice(first, first + len(part)), part
+                first += len(part)
+
+    def _byte_rows(self) -> Iterator[NDArray[np.uint8]]:
+        """The encoded rows, (n, row_bytes) in one or several pieces."""
+        yield self.blocks.reshape(-1, self.blocks.shape[-1])
 
     def __repr__(self) -> str:
         shape = "×".join(str(n) for n in self.shape)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ktlab.attention.cache import Cache, elements_per_token
-from ktlab.attention.mla import check_form
 from ktlab.attention.rope import RoPE, frequencies, softmax_scale
 from ktlab.checkpoint.synthesis import (
     TINY_TEST_CONFIG,
@@ -49,7 +48,7 @@ def test_rope_scores_depend_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 16, generator=torch.manual_seed(1))
 
     def score(at: int, seen: int) -> float:
-        turned = [RoPE.rotate(x, *rope.tables(torch.tensor(p))) for x, p in ((q, at), (k, seen))]
+        turned = [rope.rotate(x, *rope.tables(torch.tensor(p))) for x, p in ((q, at), (k, seen))]
         return float(turned[0] @ turned[1])
 
     assert score(9, 4) == pytest.approx(score(105, 100), rel=1e-4)
@@ -79,4 +78,4 @@ def test_impossible_caches_and_forms() -> None:
     with pytest.raises(ContextError, match="context of 513.*has 512"):
         Cache(TINY_TEST_CONFIG, ["naive"], batch=1, context=513)
     with pytest.raises(SettingError, match="expected one of absorbed, naive"):
-        check_form("flash")
+        Model(synthesize(TINY_TEST_CONFIG)).set(attention="flash")

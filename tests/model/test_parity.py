@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from ktlab.checkpoint.config import ModelConfig, YarnScaling
+from ktlab.checkpoint.config import GQASizes, ModelConfig, YarnScaling
 from ktlab.checkpoint.synthesis import (
+    TINY_OLMOE_CONFIG,
+    TINY_QWEN3MOE_CONFIG,
     TINY_TEST_CONFIG,
     TINY_V2_CONFIG,
     TINY_V2_GROUPS_CONFIG,
@@ -21,7 +23,9 @@ from tests.model.peer import transformers_model
 CONFIGS = {
     "v3": TINY_TEST_CONFIG,
     "v3 without groups": replace(TINY_TEST_CONFIG, n_group=1, topk_group=1),
-    "v3 without q_lora": replace(TINY_TEST_CONFIG, q_lora_rank=0),
+    "v3 without q_lora": replace(
+        TINY_TEST_CONFIG, attention=replace(TINY_TEST_CONFIG.mla, q_lora_rank=0)
+    ),
     "v3 not normalised": replace(TINY_TEST_CONFIG, norm_topk_prob=False),
     "v3 with yarn": TINY_YARN_CONFIG,
     # Both mscales, unequal. With mscale_all_dim = 0 transformers ignores mscale, DeepSeek does not.
@@ -32,7 +36,20 @@ CONFIGS = {
     "v2 with yarn": replace(TINY_V2_CONFIG, context_length=2048, yarn=TINY_YARN_CONFIG.yarn),
     "v2-lite": TINY_V2_CONFIG,
     "v2 with groups": TINY_V2_GROUPS_CONFIG,
+    "v3 with tied output": replace(TINY_TEST_CONFIG, tied_output=True),
+    "qwen3-moe": TINY_QWEN3MOE_CONFIG,
+    "qwen3-moe with yarn": replace(
+        TINY_QWEN3MOE_CONFIG,
+        context_length=2048,
+        yarn=YarnScaling(factor=4.0, original_context=64),
+    ),
+    "olmoe": TINY_OLMOE_CONFIG,
+    "olmoe, keys shared": replace(
+        TINY_OLMOE_CONFIG,
+        attention=GQASizes(num_heads=4, num_kv_heads=2, head_dim=16, qk_norm="projection"),
+    ),
 }
+CASES = [(name, form) for name, c in CONFIGS.items() for form in c.attention.cache_elements]
 LENGTHS = [(1, 512), (2, 512), (17, 512), (17, 6), (130, 512), (130, 50)]
 
 
@@ -51,8 +68,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("length", "chunk"), LENGTHS)
-@pytest.mark.parametrize("form", ["absorbed", "naive"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "form"), CASES)
 def test_logits(name: str, form: str, length: int, chunk: int) -> None:
     model, peer = pair(name)
     ids = some_ids(model.config, length)
@@ -65,8 +81,7 @@ def test_logits(name: str, form: str, length: int, chunk: int) -> None:
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max() * 10
 
 
-@pytest.mark.parametrize("form", ["absorbed", "naive"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "form"), CASES)
 def test_greedy_generation_token_for_token(name: str, form: str) -> None:
     model, peer = pair(name)
     ids = some_ids(model.config, 11)

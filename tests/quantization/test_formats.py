@@ -1,21 +1,23 @@
 """Formats: encode and decode agree with `gguf`, sizes are right, bad input is named."""
 
 import pickle
+from dataclasses import replace
 
 import gguf
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ktlab.errors import FormatError
-from ktlab.quantization import FORMATS, Format, fallback_format, get_format
+from ktlab.quantization import FORMATS, Format, fallback_format, float8, get_format
 
 WRITABLE = [name for name, format in FORMATS.items() if format.can_quantize]
 READ_ONLY = [name for name in FORMATS if name not in WRITABLE]
 GGML = [name for name, format in FORMATS.items() if format.ggml_type is not None]
-MEMORY_ONLY = ["int8_channel", "int4_group32", "int4_group128"]
+MEMORY_ONLY = ["int8_channel", "int4_group32", "int4_group128", "fp8_e4m3"]
 
 # Largest error of one element, as a share of the largest magnitude in the row's block.
 BOUND = {
@@ -39,6 +41,7 @@ BOUND = {
     "int8_channel": 0.004,
     "int4_group32": 0.126,
     "int4_group128": 0.126,
+    "fp8_e4m3": 2**-4,
 }
 
 
@@ -175,7 +178,7 @@ def test_wrong_bytes_are_refused() -> None:
         ("q4_k", 96, "q5_0"),
         ("q5_k", 96, "q5_1"),
         ("q6_k", 96, "q8_0"),
-        ("q2_k", 64, "iq4_nl"),
+        ("q2_k", 64, "q4_0"),
         ("iq1_s", 64, "iq4_nl"),
         ("tq1_0", 32, "q4_0"),
         ("q4_k", 100, "f16"),
@@ -183,6 +186,7 @@ def test_wrong_bytes_are_refused() -> None:
         ("f32", 7, "f32"),
         ("int4_group128", 96, "int4_group32"),
         ("int4_group128", 48, "int8_channel"),
+        ("fp8_e4m3", 96, "bf16"),
     ],
 )
 def test_fallback_is_that_of_llama_cpp_and_ours(name: str, row: int, expected: str) -> None:
@@ -226,14 +230,29 @@ def test_int4_groups_by_hand(group: int) -> None:
     assert not found[0, group:].any()
 
 
+def test_fp8_is_torchs_e4m3() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    values = every.view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(float8.E4M3, values)
+    rows = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
+    groups = rows.reshape(-1, 128)
+    scale = np.abs(groups).max(1, keepdims=True) / np.float32(448)
+    codes = torch.from_numpy(groups / scale).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    blocks = FORMATS["fp8_e4m3"].quantize(rows)
+    np.testing.assert_array_equal(blocks.reshape(-1, 132)[:, 4:], codes)
+    joined = float8.join_scales(codes.reshape(3, 256), scale.reshape(3, 2))
+    np.testing.assert_array_equal(joined, blocks)
+
+
 @pytest.mark.parametrize("name", MEMORY_ONLY)
 def test_formats_of_memory_cannot_be_written_to_a_file(name: str, tmp_path) -> None:
     from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
     from ktlab.checkpoint.writer import write_gguf
     from ktlab.errors import CheckpointError
 
-    checkpoint = synthesize(TINY_TEST_CONFIG, formats={"blk.1.ffn_down_exps*": name})
+    config = replace(TINY_TEST_CONFIG, expert_size=128)
+    checkpoint = synthesize(config, formats={"blk.1.ffn_down_exps*": name})
     tensors = {n: checkpoint.tensor(n) for n in checkpoint.names()}
-    with pytest.raises(CheckpointError, match="ffn_down_exps.weight is int.*memory only; GGUF"):
-        write_gguf(tmp_path / "x.gguf", TINY_TEST_CONFIG, tensors)
+    with pytest.raises(CheckpointError, match=f"ffn_down_exps.weight is {name}.*memory only; GGUF"):
+        write_gguf(tmp_path / "x.gguf", config, tensors)
     assert not list(tmp_path.iterdir())

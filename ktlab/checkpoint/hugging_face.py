@@ -1,0 +1,285 @@
+"""A Hugging Face folder as a checkpoint: config.json and safetensors, mapped, checked, not decoded.
+
+Plain matrices are views of the files. Put together at first use are experts stored one by one, keys
+out of `kv_b_proj` (their axes are swapped), and FP8 with its block scales (`weight_scale_inv`).
+"""
+
+import re
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktlab.checkpoint.checkpoint import CheckpointView, check_tensors, together, unknown_tensor
+from ktlab.checkpoint.config import ModelConfig
+from ktlab.checkpoint.gathered import GatheredTensor
+from ktlab.checkpoint.hugging_face_config import config_from_json
+from ktlab.checkpoint.hugging_face_names import Origin, origin
+from ktlab.checkpoint.names import Shape, expected_tensors, is_quantizable
+from ktlab.checkpoint.safetensors_file import DTYPE_BYTES, MappedFile, StoredTensor
+from ktlab.checkpoint.safetensors_folder import CONFIG, read_folder, read_json_object
+from ktlab.checkpoint.tokenizer import Tokenizer
+from ktlab.errors import CheckpointError, short
+from ktlab.kernels.packing import drop_pages
+from ktlab.quantization import Format, QTensor, get_format
+from ktlab.quantization.float8 import E4M3, GROUP, join_scales
+
+Bytes = NDArray[np.uint8]
+
+FP8, SCALE = "F8_E4M3", "_scale_inv"
+FORMAT_OF = {"F32": "f32", "F16": "f16", "BF16": "bf16", FP8: "fp8_e4m3"}
+"""{type of a safetensors file: format here}; other types hold no weights that this kit computes."""
+_NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
+
+
+class SafetensorsCheckpoint(CheckpointView):
+    """A folder with config.json and *.safetensors, one or many, of a family that we have.
+
+    Norms, biases and the router's gate are f32, as in a GGUF. Raises `CheckpointError` with
+    everything that is wrong with the folder; nothing but headers has been read then.
+    """
+
+    def __init__(self, path: str | Path, *, name: str | None = None) -> None:
+        self.folder = folder = Path(path)
+        self.path = folder
+        self.name = name or folder.resolve().name
+        content = read_json_object(folder / CONFIG)
+        self.metadata: Mapping[str, object] = content
+        where = f"{folder.name}/{CONFIG}"
+        config = config_from_json(where, self.name, content)
+        self._scale_block = _scale_block(where, content)
+        self._stored = read_folder(folder)
+        self._check_counts(where, config)
+        further = {n for n in map(_layer, self._stored) if n is not None and n >= config.num_layers}
+        self.config: ModelConfig = replace(config, num_nextn_layers=len(further))
+        self._origins = {
+            name: origin(self.config, name, shape, self._stored)
+            for name, shape in expected_tensors(self.config).items()
+        }
+        self._check()
+        self._files = {e.path: MappedFile(e.path) for e in self._stored.values()}
+        self._kept: weakref.WeakValueDictionary[str, QTensor] = weakref.WeakValueDictionary()
+
+    # What must be there ----------------------------------------------------------------------
+
+    def _check_counts(self, where: str, config: ModelConfig) -> None:
+        """Refuse counts far beyond the files' tensors before that many names are made."""
+        counts = {"num_hidden_layers": config.num_layers}
+        if any(".experts.0." in name for name in self._stored):  # one by one, three matrices each
+            counts["layers with experts, experts and 3"] = (
+                3 * len(config.moe_layers) * config.num_experts
+            )
+        for what, count in counts.items():
+            if count > 2 * len(self._stored) + 1000:
+                raise CheckpointError(
+                    f"{where}: {what} make {count}, but the files hold only {len(self._stored)} "
+                    "tensors; one of the two belongs to another model"
+                )
+
+    def _check(self) -> None:
+        """Names, shapes, types, scales; and nothing left over that would silently be ignored."""
+        shapes = expected_tensors(self.config)
+        problems: list[str] = []
+        present: dict[str, Shape] = {}
+        for name, made_of in self._origins.items():
+            found = list(self._faults(made_of))
+            problems += found
+            present[name] = shapes[name]  # faults are told in the file's own names
+        for name in self.unused:
+            layer = _layer(name)
+            ours = layer is None or layer < self.config.num_layers
+            tied = self.config.tied_output and name == "lm_head.weight"
+            if ours and not tied and not _NOT_WEIGHTS.search(name):
+                problems.append(f"{name} has no place in a model of this kind")
+        check_tensors(self.name, self.config, present, problems)
+
+    def _faults(self, made_of: Origin) -> Iterator[str]:
+        missing = [name for name in made_of.names if name not in self._stored]
+        if missing:
+            more = f" and {len(missing) - 1} more experts" if len(missing) > 1 else ""
+            verb = "are" if more else "is"
+            yield f"{missing[0]}{more} {verb} missing (expected shape {made_of.shape})"
+        entries = [self._stored[name] for name in made_of.names if name in self._stored]
+        for entry in entries:
+            if entry.dtype not in FORMAT_OF:
+                known = ", ".join(FORMAT_OF)
+                yield f"{entry.name} is of type {entry.dtype}, expected one of {known}"
+            elif entry.shape != made_of.shape:
+                yield f"{entry.name} has shape {entry.shape}, expected {made_of.shape}"
+            elif entry.dtype == FP8:
+                yield from self._scale_faults(entry)
+        types = {entry.dtype for entry in entries}
+        if len(types) > 1:
+            names = " and ".join(sorted(types))
+            yield f"{entries[0].name} and the other experts of its layer are {names}, expected one"
+
+    def _scale_faults(self, entry: StoredTensor) -> Iterator[str]:
+        if len(entry.shape) < 2:
+            yield f"{entry.name} is {FP8} and no matrix, which has no block scales"
+            return
+        rows, cols = entry.shape[-2:]
+        per_rows, per_cols = self._scale_block
+        expected = (*entry.shape[:-2], -(-rows // per_rows), -(-cols // per_cols))
+        scale = self._stored.get(entry.name + SCALE)
+        if scale is None:
+            yield f"{entry.name}{SCALE} is missing, the block scales of an {FP8} tensor"
+        elif scale.dtype != "F32" or scale.shape != expected:
+            yield f"{scale.name} is {scale.dtype} {scale.shape}, expected F32 {expected}"
+
+    @cached_property
+    def unused(self) -> list[str]:
+        """Tensors in the files that the model does not use, e.g. next-token-prediction layers."""
+        used = {name for made_of in self._origins.values() for name in made_of.names}
+        return [n for n in self._stored if n not in used and n.removesuffix(SCALE) not in used]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """From tokenizer.json; None where there is none."""
+        file = self.folder / "tokenizer.json"
+        return Tokenizer.from_file(file) if file.exists() else None
+
+    # Tensors ---------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Canonical names of all tensors."""
+        return list(self._origins)
+
+    def listing(self) -> list[tuple[str, str, Shape, int]]:
+        """(name, format, shape, bytes) of each tensor in the files, under the files' names."""
+        return [
+            (e.name, FORMAT_OF.get(e.dtype, e.dtype.lower()), e.shape, e.nbytes)
+            for e in self._stored.values()
+        ]
+
+    def tensor(self, name: str) -> QTensor:
+        """The tensor of that canonical name: a view of a file, or gathered when it is used."""
+        if name not in self._origins:
+            raise unknown_tensor(self.name, name, self._origins)
+        kept = self._kept.get(name)
+        if kept is None:
+            kept = self._kept[name] = self._make(name)
+        return kept
+
+    def _make(self, name: str) -> QTensor:
+        made_of, shape = self._origins[name], expected_tensors(self.config)[name]
+        entries = [self._stored[stored] for stored in made_of.names]
+        format = self._format(entries[0], made_of)
+        files = list(dict.fromkeys(entry.path.name for entry in entries))
+        about = _About(name, format, shape, files[0] + (", ..." if len(files) > 1 else ""))
+        tensor = self._view(entries, made_of, about) or GatheredTensor(
+            name=name,
+            format=format,
+            shape=shape,
+            make=lambda index: self._matrix(entries, made_of, format, index),
+            # Experts are read one by one, however they are stored; so heads are not.
+            count=shape[0] if len(entries) > 1 or len(made_of.shape) == 3 else 1,
+            source=about.source,
+        )
+        return tensor if is_quantizable(name, shape) else tensor.requantize("f32")
+
+    def _format(self, entry: StoredTensor, made_of: Origin) -> Format:
+        """FP8 keeps its bytes where rows divide into groups with one scale each; else f32."""
+        whole = entry.shape[-1] % GROUP == 0 and self._scale_block[1] == GROUP
+        if entry.dtype == FP8 and (made_of.transposed or not whole):
+            return get_format("f32")
+        return get_format(FORMAT_OF[entry.dtype])
+
+    def _view(
+        self, entries: list[StoredTensor], made_of: Origin, about: "_About"
+    ) -> QTensor | None:
+        """The tensor as a view of one file, where its bytes lie there as they must."""
+        first = entries[0]
+        aligned = first.offset % DTYPE_BYTES[first.dtype] == 0
+        if len(entries) > 1 or made_of.transposed or first.dtype == FP8 or not aligned:
+            return None
+        rows = _taken(self._raw(first), made_of)
+        return QTensor(
+            name=about.name,
+            format=about.format,
+            shape=about.shape,
+            blocks=rows,
+            source=about.source,
+        )
+
+    def _raw(self, entry: StoredTensor) -> Bytes:
+        """The stored bytes, row by row."""
+        data = self._files[entry.path].bytes_of(entry)
+        return data.reshape(*entry.shape[:-1], entry.shape[-1] * DTYPE_BYTES[entry.dtype])
+
+    def _matrix(
+        self, entries: list[StoredTensor], made_of: Origin, format: Format, index: int
+    ) -> Bytes:
+        """Rows of one expert (or of the whole, where there are none), in `format`."""
+        entry = entries[index if len(entries) > 1 else 0]
+        stored = self._raw(entry)
+        stored_NK = stored[index] if stored.ndim == 3 else stored
+        rows = stored_NK
+        if entry.dtype == FP8:
+            scale = self._stored[entry.name + SCALE]
+            scales = self._raw(scale).copy().view(np.float32)
+            rows = self._scaled(stored_NK, scales[index] if scales.ndim == 3 else scales, format)
+        rows = _taken(rows, made_of)
+        if made_of.transposed:
+            elements_HNC = rows.view(f"u{format.block_bytes}")
+            rows = np.ascontiguousarray(elements_HNC.transpose(0, 2, 1)).view(np.uint8)
+        if not np.shares_memory(rows, stored_NK):
+            drop_pages(stored_NK)
+        return rows.reshape(-1, rows.shape[-1])
+
+    def _scaled(self, codes_NK: Bytes, scales: NDArray[np.float32], format: Format) -> Bytes:
+        """FP8 codes with their block scales, as rows of `format` (fp8_e4m3 or f32)."""
+        (rows, cols), (per_rows, per_cols) = codes_NK.shape, self._scale_block
+        scale_NG = np.repeat(scales, per_rows, axis=0)[:rows]
+        if format.name != "f32":
+            return join_scales(codes_NK, scale_NG)
+        values_NK = E4M3[codes_NK] * np.repeat(scale_NG, per_cols, axis=1)[:, :cols]
+        return values_NK.view(np.uint8)
+
+
+class _About(NamedTuple):
+    """What a tensor is, apart from its bytes."""
+
+    name: str
+    format: Format
+    shape: Shape
+    source: str
+
+
+def _taken(rows: Bytes, made_of: Origin) -> Bytes:
+    """Those of the stored rows that belong to the tensor: half of gate_up, keys or values."""
+    if made_of.heads:
+        rows = rows.reshape(made_of.heads, -1, rows.shape[-1])
+    return rows if rows.ndim < 2 else rows[..., slice(*made_of.rows), :]
+
+
+def _layer(name: str) -> int | None:
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
+
+
+def _scale_block(where: str, content: Mapping[str, object]) -> tuple[int, int]:
+    """Rows and columns of an FP8 scale; refuses weights that are quantized in any other way."""
+    quantization = content.get("quantization_config")
+    if quantization is None:
+        return GROUP, GROUP
+    given = quantization if isinstance(quantization, Mapping) else {}
+    method, block = given.get("quant_method"), given.get("weight_block_size", [GROUP, GROUP])
+    sizes = block if isinstance(block, list) else []
+    problems = []
+    if method != "fp8":
+        problems.append(f"quantization_config.quant_method is {short(method)}, expected 'fp8'")
+    if len(sizes) != 2 or not all(type(n) is int and 0 < n < 1 << 20 for n in sizes):
+        problems.append(
+            f"quantization_config.weight_block_size is {short(block)}, "
+            "expected the rows and columns that share a scale, e.g. [128, 128]"
+        )
+    if problems:
+        advice = "take the checkpoint in BF16 or FP8, or a GGUF of it"
+        raise CheckpointError(together(where, problems, advice))
+    return sizes[0], sizes[1]

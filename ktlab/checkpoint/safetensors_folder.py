@@ -1,0 +1,141 @@
+"""Which safetensors files make up a model, and which tensor lies in which of them."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from ktlab.checkpoint.checkpoint import together
+from ktlab.checkpoint.safetensors_file import StoredTensor, read_header, read_json
+from ktlab.errors import CheckpointError, nearest
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LARGEST_JSON = 100_000_000
+"""Bytes; DeepSeek-V3's index has 9 million."""
+_NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors$")
+_MORE = 3
+"""Tensors named in one line of a message."""
+
+
+def safetensors_folder(path: Path) -> Path | None:
+    """The folder of a model in Hugging Face form that `path` names: itself, or a file of its.
+
+    None where it names something else. Only file names are looked at.
+    """
+    if path.is_file():
+        named = path.suffix == ".safetensors" or path.name in (CONFIG, INDEX)
+        return path.parent if named else None
+    if not path.is_dir() or any(path.glob("*.gguf")):
+        return None
+    return path if any(path.glob("*.safetensors")) or (path / INDEX).exists() else None
+
+
+def read_folder(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the model by its name in the files; all problems in one CheckpointError.
+
+    With an index it decides what belongs to the model, without one all of the folder's files do.
+    """
+    index = folder / INDEX
+    if index.exists():
+        return _by_index(folder, index)
+    single = folder / SINGLE
+    paths = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"{folder}: no *.safetensors and no {INDEX} in this folder")
+    problems = _missing_numbers(paths)
+    tensors: dict[str, StoredTensor] = {}
+    for name, entry in _all_headers(paths, problems):
+        if name in tensors:
+            problems.append(f"{name} is in {tensors[name].path.name} and in {entry.path.name}")
+        tensors[name] = entry
+    _refuse(folder, problems)
+    return tensors
+
+
+def read_json_object(path: Path) -> dict[str, object]:
+    """A JSON object from a file; CheckpointError if it is missing, too large, or something else."""
+    try:
+        size = path.stat().st_size
+        raw = path.read_bytes() if size <= LARGEST_JSON else b""
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing; copy it from where the weights are from"
+        ) from None
+    if size > LARGEST_JSON:
+        raise CheckpointError(f"{path} has {size} bytes, expected at most {LARGEST_JSON}")
+    content = read_json(raw, path.name)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _by_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise CheckpointError(f"{index.name}: weight_map is missing (expected {{tensor: file}})")
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for name, file in weight_map.items():
+        # A path could lead anywhere; files of a model lie beside their index.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(
+                f"{index.name}: {name} would be in {file!r}, expected a file name of this folder"
+            )
+        by_file[file].append(name)
+    problems = [
+        f"{file} is missing ({len(names)} of {len(weight_map)} tensors: {_some(names)})"
+        for file, names in by_file.items()
+        if not (folder / file).is_file()
+    ]
+    paths = [folder / file for file in by_file if (folder / file).is_file()]
+    found: dict[str, dict[str, StoredTensor]] = {path.name: {} for path in paths}
+    for name, entry in _all_headers(paths, problems):
+        found[entry.path.name][name] = entry
+    tensors: dict[str, StoredTensor] = {}
+    for file, inside in found.items():
+        absent = [name for name in by_file[file] if name not in inside]
+        if absent and inside:
+            problems.append(
+                f"{file} lacks {len(absent)} tensors that {index.name} lists in it: "
+                f"{_some(absent)}{nearest(absent[0], inside)}"
+            )
+        tensors |= {name: inside[name] for name in by_file[file] if name in inside}
+    _refuse(folder, problems)
+    return tensors
+
+
+def _all_headers(paths: list[Path], problems: list[str]) -> list[tuple[str, StoredTensor]]:
+    entries: list[tuple[str, StoredTensor]] = []
+    for path in paths:
+        try:
+            entries += read_header(path).items()
+        except CheckpointError as error:
+            problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{path.name} cannot be read: {error.strerror or error}")
+    return entries
+
+
+def _missing_numbers(paths: list[Path]) -> list[str]:
+    """Files that model-00001-of-00003.safetensors and its like say there should be."""
+    names = {path.name for path in paths}
+    missing: dict[str, None] = {}
+    for name in sorted(names):
+        if match := _NUMBERED.match(name):
+            stem, digits, total = match[1], len(match[2]), match[3]
+            for number in range(1, min(int(total), 10_000) + 1):
+                expected = f"{stem}-{number:0{digits}}-of-{total}.safetensors"
+                if expected not in names:
+                    missing[expected] = None
+    return [f"{name} is missing" for name in missing]
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        raise CheckpointError(together(str(folder), problems, "copy or download what is wrong"))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MORE} more" if len(names) > _MORE else ""
+    return ", ".join(names[:_MORE]) + more

@@ -1,0 +1,49 @@
+"""A line that says how far something long has come, and how long it will still take."""
+
+from time import monotonic
+from typing import TextIO
+
+WIDTH = 24
+EVERY_S = 0.1
+
+
+class ProgressBar:
+    """Called with (done, total), e.g. in bytes; prints nothing where `stream` is no terminal.
+
+    The time left is judged by what was done since the first call: a resumed work does not count
+    what it found.
+    """
+
+    def __init__(self, what: str, stream: TextIO) -> None:
+        self.what, self.stream = what, stream
+        self._start: tuple[float, float] | None = None
+        self._shown = -EVERY_S
+
+    def __call__(self, done: float, total: float) -> None:
+        now = monotonic()
+        if self._start is None:
+            self._start = (now, done)
+        over = done >= total
+        if not self.stream.isatty() or (now - self._shown < EVERY_S and not over):
+            return
+        self._shown = now
+        line = self.line(done, total, now - self._start[0], done - self._start[1])
+        print(f"\r\033[K{line}", end="\n" if over else "", file=self.stream, flush=True)
+
+    def line(self, done: float, total: float, seconds: float, gained: float) -> str:
+        """The text for a state: `gained` was done within `seconds`."""
+        share = min(1.0, done / total) if total else 1.0
+        full = round(WIDTH * share)
+        left = f", {duration((total - done) / gained * seconds)} left" if gained > 0 else ""
+        left = f", took {duration(seconds)}" if done >= total else left
+        return f"{self.what} [{'#' * full}{'.' * (WIDTH - full)}] {100 * share:.0f} %{left}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for reading: "8 s", "3 min 5 s", "2 h 4 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
