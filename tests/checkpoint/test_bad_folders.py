@@ -25,7 +25,7 @@ Weights = dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "model"
-    transformers_model(synthesize(TINY_TEST_CONFIG)).to(torch.bfloat16).save_pretrained(folder)
+    transformers_model(synthesize(TINY_TEST_CONFIG)).bfloat16().save_pretrained(folder)
     return folder
 
 
