@@ -253,13 +253,14 @@ def test_fp8_with_block_scales(fp8: tuple[Path, Path]) -> None:
     check_logits(plain, model)
 
 
-def test_fp8_is_quantized_like_its_values(fp8: tuple[Path, Path]) -> None:
-    model, floats = ktlab.load(fp8[1], quantize="q8_0"), open_checkpoint(fp8[0])
+@pytest.mark.parametrize("wanted", ["q8_0", "int8_channel"])
+def test_fp8_is_quantized_like_its_values(wanted: str, fp8: tuple[Path, Path]) -> None:
+    model, floats = ktlab.load(fp8[1], quantize=wanted), open_checkpoint(fp8[0])
     for name in floats.names():
         tensor, values = model.checkpoint.tensor(name), floats.tensor(name)
         np.testing.assert_array_equal(tensor.blocks, values.requantize(tensor.format).blocks)
     formats = {format for _, format, _, _ in model.checkpoint.listing()}
-    assert formats == {"q8_0", "f16", "f32"}  # f16: k_b has rows of 48
+    assert formats == {wanted, "f32"} | ({"f16"} if wanted == "q8_0" else set())  # k_b: rows of 48
 
 
 # Quantized while loading -------------------------------------------------------------------------
