@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ktlab.model.load import load
     from ktlab.model.model import Model
     from ktlab.model.trace import Trace
+    from ktlab.placement.machine import Machine
+    from ktlab.placement.plan import Plan, plan
     from ktlab.routing.rules import CumulativeProbability, FixedK, RelativeThreshold
 
 # Imported on first use, so that `import ktlab` costs nothing.
@@ -25,6 +27,9 @@ _HOMES = {
     "load": "ktlab.model.load",
     "Model": "ktlab.model.model",
     "Trace": "ktlab.model.trace",
+    "plan": "ktlab.placement.plan",
+    "Plan": "ktlab.placement.plan",
+    "Machine": "ktlab.placement.machine",
     "domain_texts": "ktlab.checkpoint.embedded",
     "compare": "ktlab.measurement.compare",
     "sweep": "ktlab.measurement.compare",
@@ -37,7 +42,9 @@ _HOMES = {
 __all__ = [
     "CumulativeProbability",
     "FixedK",
+    "Machine",
     "Model",
+    "Plan",
     "RelativeThreshold",
     "Trace",
     "__version__",
@@ -45,6 +52,7 @@ __all__ = [
     "doctor",
     "domain_texts",
     "load",
+    "plan",
     "sweep",
 ]
 

@@ -262,6 +262,56 @@ def stage_bars(
     return fig.update_layout(barmode="stack", legend_traceorder="normal")
 
 
+def memory_bars(
+    devices: Mapping[str, Mapping[str, float]],
+    limits: Mapping[str, float | None],
+    *,
+    title: str = "",
+) -> "Figure":
+    """Bytes of each device by what they are for, {device: {kind: bytes}}, and a line where the
+    device ends, as far as `limits` says. Each device has an axis of its own: host memory is often
+    thirty times a GPU's."""
+    count = max(1, len(devices))
+    fig = figure(title, height=110 + 105 * count)
+    names = list(dict.fromkeys(kind for kinds in devices.values() for kind in kinds))
+    shown: set[str] = set()
+    style = fig.layout.xaxis.to_plotly_json()
+    for row, (device, kinds) in enumerate(devices.items()):
+        number = "" if row == 0 else str(row + 1)
+        top = 1 - row / count
+        place = {"xaxis": f"x{number}", "yaxis": f"y{number}"}
+        end = max(sum(kinds.values()), limits.get(device) or 0) / 1e9
+        fig.layout[f"xaxis{number}"] = {
+            **style, "anchor": f"y{number}", "range": [0, 1.03 * end],
+            "title": {"text": "GB" if row == count - 1 else ""},
+        }  # fmt: skip
+        fig.layout[f"yaxis{number}"] = {
+            **style, "anchor": f"x{number}", "domain": [top - 0.6 / count, top], "showgrid": False,
+            "title": {"text": ""},
+        }  # fmt: skip
+        for kind, size in kinds.items():
+            index = names.index(kind)
+            fig.add_bar(
+                y=[device], x=[size / 1e9], name=kind, orientation="h", legendgroup=kind,
+                showlegend=kind not in shown, **place,
+                hovertemplate=f"{kind}: %{{x:,.4g}} GB<extra>{device}</extra>",
+                marker={"color": COLORS[index % len(COLORS)], "line": {"color": INK, "width": 0.5},
+                        "pattern": {"shape": "/" if index >= len(COLORS) else ""}},
+            )  # fmt: skip
+            shown.add(kind)
+        limit = limits.get(device)
+        if limit is not None:
+            fig.add_scatter(
+                x=[limit / 1e9], y=[device], mode="markers", name="capacity", **place,
+                legendgroup="capacity", showlegend="capacity" not in shown,
+                marker={"symbol": "line-ns", "size": 46, "line": {"color": INK, "width": 3}},
+                hovertemplate="capacity: %{x:,.4g} GB<extra></extra>",
+            )  # fmt: skip
+            shown.add("capacity")
+    below = {"orientation": "h", "y": -0.55 / count, "yanchor": "top", "x": 0, "xanchor": "left"}
+    return fig.update_layout(barmode="stack", legend=below, legend_traceorder="normal")
+
+
 def size_quality(
     size_bytes: ArrayLike, loss: ArrayLike, labels: Sequence[str], *,
     low: ArrayLike | None = None, high: ArrayLike | None = None,

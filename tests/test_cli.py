@@ -171,7 +171,7 @@ def test_closed_pipe(gguf):
     process = subprocess.Popen(
         [sys.executable, "-m", "ktlab.cli", "generate", gguf, "--prompt", "x",
          "--max-new-tokens", "200"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(cli.__file__).parents[1],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(ktlab.__file__).parents[1],
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.read(1) == b"x"

@@ -23,19 +23,20 @@ LAYERS = (
     ("model",),
     ("placement",),
     ("measurement",),
+    ("chat",),
     ("notebook",),
-    ("cli",),
+    ("cli", "local_chat"),
 )
 ORDER = {name: rank for rank, name in enumerate(name for group in LAYERS for name in group)}
 # `import ktlab` from inside reaches every layer; only the outermost two may do that. The others may
 # ask it for what is its own: __version__, __file__.
-MAY_USE_FACADE = ("notebook", "cli")
+MAY_USE_FACADE = ("notebook", "cli", "local_chat")
 # Only the dispatch table knows the native extension.
 MAY_USE_NATIVE = ("kernels",)
 
 
 def layer_of(path: Path) -> str:
-    """`ktlab/routing/rules.py` -> `routing`; `ktlab/cli.py` -> `cli`."""
+    """`ktlab/routing/rules.py` -> `routing`; `ktlab/figures.py` -> `figures`."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

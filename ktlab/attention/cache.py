@@ -82,6 +82,10 @@ class Cache:
             )
         return self.lengths_B[:, None] + torch.arange(tokens)
 
+    def truncate(self, length: int) -> None:
+        """Forget what follows the first `length` positions; they are written anew."""
+        self.lengths_B.clamp_(max=length)
+
     def __repr__(self) -> str:
         forms = "+".join(dict.fromkeys(layer.form for layer in self.layers))
         filled = "/".join(map(str, self.lengths_B.tolist()))

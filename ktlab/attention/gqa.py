@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ktlab.attention.cache import Form, LayerCache
 from ktlab.attention.rope import RoPE
-from ktlab.attention.stage import Attention, causal_pairs, write
+from ktlab.attention.stage import Attention, write
 from ktlab.checkpoint.config import GQASizes, ModelConfig
 from ktlab.kernels.linear import Linear
 from ktlab.probe import Probe
@@ -84,9 +84,3 @@ class GQA(Attention):
         if norm is not None and self.sizes.qk_norm == "head":
             heads = F.rms_norm(heads, norm.shape, norm, eps=eps)
         return heads
-
-    def flop(self, tokens: int, context: int) -> float:
-        """Projections once a token; per pair one product for its score and one for its value."""
-        projections = sum(2 * linear.stack.size for linear in self.linears.values())
-        per_pair = 2 * self.sizes.num_heads * 2 * self.sizes.head_dim
-        return tokens * projections + causal_pairs(tokens, context) * per_pair

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ktlab.attention.cache import FORMS, Form, LayerCache
 from ktlab.attention.rope import RoPE
-from ktlab.attention.stage import Attention, causal_pairs, write
+from ktlab.attention.stage import Attention, write
 from ktlab.checkpoint.config import MLASizes, ModelConfig
 from ktlab.kernels.linear import Linear
 from ktlab.probe import Probe
@@ -130,14 +130,3 @@ class MLA(Attention):
         scores_BHTS = q_BHTd @ cache.keys[:, :, :seen].transpose(-1, -2)
         weights_BHTS = self.softmax(scores_BHTS, positions_BT)
         return (weights_BHTS @ cache.values[:, :, :seen]).transpose(1, 2)
-
-    def flop(self, tokens: int, context: int) -> float:
-        """k_b and v_b work once a token in both forms: on the queries and outputs when absorbed, on
-        the new keys and values when naive."""
-        sizes = self.sizes
-        projections = sum(2 * linear.stack.size for linear in self.linears.values())
-        if self.form == "absorbed":
-            per_pair = 2 * sizes.num_heads * (2 * sizes.kv_lora_rank + sizes.qk_rope_dim)
-        else:
-            per_pair = 2 * sizes.num_heads * (sizes.qk_dim + sizes.v_dim)
-        return tokens * projections + causal_pairs(tokens, context) * per_pair

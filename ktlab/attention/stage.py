@@ -63,8 +63,14 @@ class Attention:
         raise NotImplementedError
 
     def flop(self, tokens: int, context: int) -> float:
-        """Work of a call of `tokens` tokens that ends at `context` cached positions."""
-        raise NotImplementedError
+        """Work of a call of `tokens` tokens that ends at `context` cached positions.
+
+        Every matrix works once a token in every form: k_b and v_b on queries and outputs when
+        absorbed, on the new keys and values when naive.
+        """
+        projections = sum(2 * linear.stack.size for linear in self.linears.values())
+        per_pair = self.config.attention.flop_per_pair[self.form]
+        return tokens * projections + causal_pairs(tokens, context) * per_pair
 
     def record(self, probe: Probe, what: str, values_BT: Tensor) -> None:
         """Offer one activation of this layer to the probe."""

@@ -43,6 +43,8 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> QTensor: ...
 
+    def check_unchanged(self) -> None: ...
+
     def listing(self) -> list[tuple[str, str, Shape, int]]: ...
 
 
@@ -63,6 +65,9 @@ class CheckpointView:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         return sum(self.formats.values())
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if what the weights are read from was written to since then."""
 
     def stored(self) -> Iterator[QTensor]:
         """The tensors as they are kept, none derived from another."""
@@ -111,7 +116,12 @@ class CheckpointView:
         facts = {
             "file": self.path or "in memory",
             "layers": f"{config.num_layers} ({config.first_dense_layers} dense, "
-            f"{len(config.moe_layers)} with experts)",
+            f"{len(config.moe_layers)} with experts)"
+            + (
+                f"; {config.num_nextn_layers} for next-token prediction, not run"
+                if config.num_nextn_layers
+                else ""
+            ),
             "experts": f"{config.num_experts} routed, top {config.top_k}, "
             f"{config.num_shared_experts} shared; {config.gating} gate, "
             f"{config.topk_group} of {config.n_group} groups",

@@ -25,6 +25,18 @@ class YarnScaling:
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
 
+    def problems(self) -> list[str]:
+        """What cannot be; empty if nothing is wrong."""
+        found = []
+        if not self.factor > 0:
+            found.append(f"yarn stretches by {self.factor}, expected more than 0")
+        if not self.beta_fast >= self.beta_slow > 0:
+            found.append(
+                f"yarn blends between {self.beta_fast} and {self.beta_slow} turns, expected "
+                "beta_fast >= beta_slow > 0"
+            )
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class MLASizes:
@@ -57,6 +69,14 @@ class MLASizes:
         return {
             "absorbed": self.kv_lora_rank + self.qk_rope_dim,
             "naive": self.num_heads * (self.qk_dim + self.v_dim),
+        }
+
+    @property
+    def flop_per_pair(self) -> dict[str, int]:
+        """{form: FLOP of a layer for one query and one cached position}: scores, then mixing."""
+        return {
+            "absorbed": 2 * self.num_heads * (2 * self.kv_lora_rank + self.qk_rope_dim),
+            "naive": 2 * self.num_heads * (self.qk_dim + self.v_dim),
         }
 
     def problems(self) -> list[str]:
@@ -100,6 +120,11 @@ class GQASizes:
     def cache_elements(self) -> dict[str, int]:
         """{form: numbers cached per token and layer}: the key heads' keys and values."""
         return {"grouped": 2 * self.num_kv_heads * self.head_dim}
+
+    @property
+    def flop_per_pair(self) -> dict[str, int]:
+        """{form: FLOP of a layer for one query and one cached position}: scores, then mixing."""
+        return {"grouped": 4 * self.num_heads * self.head_dim}
 
     def problems(self) -> list[str]:
         """What cannot be; empty if nothing is wrong."""
@@ -171,7 +196,11 @@ class ModelConfig:
             problems.append(
                 f"{self.first_dense_layers} leading dense layers of {self.num_layers} layers"
             )
+        if not self.rope_theta > 1:
+            problems.append(f"rope_theta is {self.rope_theta}, expected more than 1")
         problems += self.attention.problems()
+        if self.yarn is not None:
+            problems += self.yarn.problems()
         if problems:
             raise CheckpointError(f"{self.name}: impossible configuration: " + "; ".join(problems))
 

@@ -27,6 +27,22 @@ FLOATS = ("f32", "f16", "bf16", "fp8_e4m3")
 """What `quantize` quantizes: anything else has been quantized before, and would lose twice."""
 
 
+def wanted_format(
+    name: str,
+    shape: Shape,
+    format: Format,
+    convert: Mapping[Format, Format],
+    quantize: Mapping[str, Format],
+) -> Format:
+    """What a tensor of `format` becomes: by its format, or by its name if it is still floats."""
+    if not is_quantizable(name, shape):
+        return format
+    wanted = convert.get(format)
+    if wanted is None and format.name in FLOATS:
+        wanted = next((f for glob, f in quantize.items() if fnmatchcase(name, glob)), None)
+    return fallback_format(wanted, shape[-1]) if wanted else format
+
+
 class ConvertedCheckpoint(CheckpointView):
     """`source` with matrices converted; norms, biases and gates stay.
 
@@ -82,6 +98,10 @@ class ConvertedCheckpoint(CheckpointView):
         """The source's."""
         return self.source.metadata
 
+    def check_unchanged(self) -> None:
+        """Of the source."""
+        self.source.check_unchanged()
+
     def names(self) -> list[str]:
         """Canonical names of all tensors."""
         return self.source.names()
@@ -100,13 +120,7 @@ class ConvertedCheckpoint(CheckpointView):
         return found
 
     def _wanted(self, name: str, tensor: QTensor) -> Format:
-        if not is_quantizable(name, tensor.shape):
-            return tensor.format
-        wanted = self.convert.get(tensor.format)
-        if wanted is None and tensor.format.name in FLOATS:
-            matches = (f for glob, f in self.quantize.items() if fnmatchcase(name, glob))
-            wanted = next(matches, None)
-        return fallback_format(wanted, tensor.shape[-1]) if wanted else tensor.format
+        return wanted_format(name, tensor.shape, tensor.format, self.convert, self.quantize)
 
     def _convert(self, tensor: QTensor, format: Format) -> QTensor:
         blocks = np.empty((*tensor.shape[:-1], format.row_bytes(tensor.shape[-1])), np.uint8)

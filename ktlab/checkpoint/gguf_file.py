@@ -1,101 +1,82 @@
 """GGUF files as checkpoints: memory-mapped, checked, nothing decoded before it is asked for."""
 
-from collections.abc import Iterator, Mapping
+import mmap
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf import GGUFReader, GGUFValueType
+from numpy.typing import NDArray
 
+from ktlab.checkpoint import kv_b
 from ktlab.checkpoint.checkpoint import CheckpointView, check_tensors, unknown_tensor
 from ktlab.checkpoint.config import MLASizes, ModelConfig
-from ktlab.checkpoint.header import TensorEntry, check_header
+from ktlab.checkpoint.header import Header, TensorEntry, type_name
 from ktlab.checkpoint.metadata import config_from_metadata
 from ktlab.checkpoint.names import Shape, expected_tensors, fused_kv_b
+from ktlab.checkpoint.shards import SHARD, read_headers, shard_paths
 from ktlab.checkpoint.tokenizer import Tokenizer
 from ktlab.errors import CheckpointError
-from ktlab.quantization import QTensor, get_format
+from ktlab.quantization import FORMATS, QTensor, get_format
+
+_BLOCK = re.compile(r"blk\.(\d{1,6})\.")
+_PARTS = re.compile(r"\.attn_(k_b|v_b|kv_b)\.weight$")
 
 
 class GGUFCheckpoint(CheckpointView):
-    """One GGUF file of a DeepSeek-architecture model (llama.cpp's `deepseek2`).
+    """A GGUF file or its shards; `path` is the file, any of the shards, or their folder.
 
-    Older files hold keys and values fused (`attn_kv_b`); they are shown as the split tensors
-    `attn_k_b` (decoded to f32, because its axes are swapped) and `attn_v_b` (the same bytes).
-    A file without `output.weight` shares `token_embd.weight` for it, as in llama.cpp.
+    MLA's up-projection may be stored fused (`attn_kv_b`, older files) or split (`attn_k_b` and
+    `attn_v_b`); each is made from the other when it is asked for (`kv_b`). Layers for next-token
+    prediction are listed in `nextn`, and nothing is done with them.
     """
 
     def __init__(self, path: str | Path, *, name: str | None = None) -> None:
-        file = Path(path)
-        self.path = file
-        self.name = name or file.name
-        self._where = file.name
-        entries = check_header(file)
-        self._reader = _open_reader(file)
-        self.metadata: Mapping[str, object] = GGUFMetadata(self._where, self._reader)
-        self._entries = {entry.name: entry for entry in entries}
-        parts = self.metadata.get("split.count", 1)
-        if isinstance(parts, int) and parts > 1:
-            raise CheckpointError(
-                f"{self._where}: one of {parts} files of a split checkpoint, which this kit does "
-                "not read; join them with llama.cpp's `llama-gguf-split --merge`"
-            )
-        self.config = self._read_config()
-        self._check()
-
-    def _read_config(self) -> ModelConfig:
-        where = self._where
-        config = config_from_metadata(
-            where, self.metadata, {name: entry.shape for name, entry in self._entries.items()}
-        )
-        if config.num_layers > len(self._entries):
-            key = f"{config.architecture}.block_count"
-            raise CheckpointError(
-                f"{where}: {key} is {config.num_layers}, but the file has only "
-                f"{len(self._entries)} tensors; the file is damaged: download or convert it again"
-            )
-        return config
-
-    def _check(self) -> None:
-        """Names and shapes against the configuration; fused and shared tensors counted in."""
-        shapes: dict[str, Shape] = {name: e.shape for name, e in self._entries.items()}
-        problems = []
+        self._headers = read_headers(shard_paths(Path(path)))
+        self.files = tuple(header.path for header in self._headers)
+        self.path = self.files[0]
+        self._where = self.path.name
+        self.name = name or SHARD.sub(".gguf", self._where)
+        self.config = read_config(self._where, self._headers)
         expected = expected_tensors(self.config)
-        if isinstance(self.config.attention, MLASizes):
-            wanted = fused_kv_b(self.config.attention)
-            for layer in range(self.config.num_layers):
-                fused = f"blk.{layer}.attn_kv_b.weight"
-                if fused not in shapes or f"blk.{layer}.attn_k_b.weight" in shapes:
-                    continue
-                if shapes[fused] != wanted:
-                    problems.append(f"{fused} has shape {shapes[fused]}, expected {wanted}")
-                for part in ("k", "v"):
-                    split = f"blk.{layer}.attn_{part}_b.weight"
-                    shapes[split] = expected[split]
-        check_tensors(self._where, self.config, shapes, problems)
+        self._entries = {
+            entry.name: (
+                number,
+                replace(entry, shape=by_head(entry.shape, expected.get(entry.name))),
+            )
+            for number, header in enumerate(self._headers)
+            for entry in header.entries
+        }
+        self._maps = [_Mapped(header.path, header.size) for header in self._headers]
+        self.metadata: Mapping[str, object] = GGUFMetadata(
+            self._where, self._headers[0], self._maps[0].data
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer in the file; None where the file has none."""
         if "tokenizer.ggml.model" not in self.metadata:
             return None
-        tokenizer = Tokenizer.from_gguf(self.metadata, self._where)
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise CheckpointError(
-                f"{self._where}: the tokenizer has {tokenizer.vocab_size} tokens, "
-                f"the embedding only {self.config.vocab_size} rows"
-            )
-        return tokenizer
+        return Tokenizer.from_gguf(self.metadata, self._where)
 
     def names(self) -> list[str]:
         """Canonical names of all tensors."""
         return list(expected_tensors(self.config))
 
     @cached_property
+    def nextn(self) -> list[str]:
+        """Tensors of the layers for next-token prediction, which are not run."""
+        layers = self.config.num_layers
+        return [n for n in self._entries if (found := _BLOCK.match(n)) and int(found[1]) >= layers]
+
+    @cached_property
     def unused(self) -> list[str]:
-        """Tensors in the file that the model does not use."""
-        known = set(self.names())
+        """Tensors in the file that the model does not use, `nextn` aside."""
+        known = set(self.names()) | set(self.nextn)
         fused = {n for n in self._entries if n.endswith(".attn_kv_b.weight")}
         used_fused = {n for n in fused if n.replace("kv_b", "k_b") not in self._entries}
         return [name for name in self._entries if name not in known | used_fused]
@@ -103,94 +84,172 @@ class GGUFCheckpoint(CheckpointView):
     def tensor(self, name: str) -> QTensor:
         """The tensor of that canonical name; its bytes are a read-only view of the file."""
         if name in self._entries:
-            return self._stored(self._entries[name])
-        for part in ("k_b", "v_b"):
-            if name.endswith(f".attn_{part}.weight"):
-                fused = name.replace(f"attn_{part}", "attn_kv_b")
-                if fused in self._entries:
-                    return self._split(name, self._stored(self._entries[fused]))
+            return self._stored(name)
+        part = _PARTS.search(name)
+        if part is not None and isinstance(self.config.attention, MLASizes):
+            sizes, layer = self.config.attention, name[: part.start()]
+            keys, values, fused = (f"{layer}.attn_{kind}.weight" for kind in ("k_b", "v_b", "kv_b"))
+            if fused in self._entries:
+                split = kv_b.split_keys if part[1] == "k_b" else kv_b.split_values
+                return split(name, self._stored(fused), sizes)
+            if part[1] == "kv_b" and keys in self._entries and values in self._entries:
+                return kv_b.fuse(name, self._stored(keys), self._stored(values), sizes)
         raise unknown_tensor(self._where, name, self.names())
 
     def stored(self) -> Iterator[QTensor]:
         """The tensors of the file, under the names that they have there."""
-        return map(self._stored, self._entries.values())
+        return map(self._stored, self._entries)
 
-    def _stored(self, entry: TensorEntry) -> QTensor:
+    def _stored(self, name: str) -> QTensor:
+        number, entry = self._entries[name]
         format = get_format(gguf.GGMLQuantizationType(entry.type_number))
-        raw = np.asarray(self._reader.data)[entry.offset : entry.offset + entry.nbytes]
-        blocks = raw.reshape(entry.shape[:-1] + (format.row_bytes(entry.shape[-1]),))
+        raw = self._maps[number].data[entry.offset : entry.offset + entry.nbytes]
         return QTensor(
-            name=entry.name,
+            name=name,
             format=format,
             shape=entry.shape,
-            blocks=blocks,
-            source=self._where,
-        )
-
-    def _split(self, name: str, fused: QTensor) -> QTensor:
-        """Keys (H, C, N) or values (H, V, C) out of fused (H * (N + V), C)."""
-        sizes = self.config.mla
-        heads, keys = sizes.num_heads, sizes.qk_nope_dim
-        source = f"{self._where}, split from attn_kv_b"
-        by_head = fused.blocks.reshape(heads, keys + sizes.v_dim, -1)
-        if "attn_v_b" in name:
-            return QTensor(
-                name=name,
-                format=fused.format,
-                shape=(heads, sizes.v_dim, sizes.kv_lora_rank),
-                blocks=by_head[:, keys:],
-                source=source,
-            )
-        keys_HCN = fused.format.dequantize(by_head[:, :keys]).transpose(0, 2, 1)
-        made = QTensor.from_array(name, keys_HCN, "f32")
-        return QTensor(
-            name=name, format=made.format, shape=made.shape, blocks=made.blocks, source=source
+            blocks=raw.reshape(entry.shape[:-1] + (format.row_bytes(entry.shape[-1]),)),
+            source=self.files[number].name,
         )
 
     def listing(self) -> list[tuple[str, str, Shape, int]]:
         """(name, format, shape, bytes) of each tensor in the file."""
         return [
-            (e.name, gguf.GGMLQuantizationType(e.type_number).name.lower(), e.shape, e.nbytes)
-            for e in self._entries.values()
+            (name, type_name(entry.type_number).lower(), entry.shape, entry.nbytes)
+            for name, (_, entry) in self._entries.items()
         ]
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if a file was written to since it was opened.
+
+        What is mapped would no longer be what was checked, and a file that became shorter would
+        end the process at the next look at what is gone.
+        """
+        for path, mapped in zip(self.files, self._maps, strict=True):
+            mapped.check_unchanged(path)
+
+
+class _Mapped:
+    """A file's bytes, read-only, and what it was like when they were mapped."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        # Kept open: a file that is replaced keeps its bytes for us, and only writing to it matters.
+        self._file = path.open("rb")
+        self._then = _state(self._file.fileno())
+        if self._then[0] != size:
+            raise CheckpointError(
+                f"{path.name}: {size:,} bytes while its header was read, now {self._then[0]:,}; "
+                "open it when nobody is writing to it any more"
+            )
+        mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.data: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8)
+
+    def check_unchanged(self, path: Path) -> None:
+        now = _state(self._file.fileno())
+        if now != self._then:
+            raise CheckpointError(
+                f"{path.name} was written to since it was opened ({self._then[0]:,} bytes then, "
+                f"{now[0]:,} now); its weights are not those that were checked: load it again"
+            )
+
+
+def _state(descriptor: int) -> tuple[int, int]:
+    """Size and time of the last change."""
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns
+
+
+def read_config(where: str, headers: Sequence[Header]) -> ModelConfig:
+    """The configuration that a model's headers state, every tensor checked against it."""
+    fields, entries = headers[0].fields, [e for header in headers for e in header.entries]
+    shapes = {entry.name: entry.shape for entry in entries}
+    config = config_from_metadata(where, fields, shapes)
+    if config.num_layers > len(entries):
+        key = f"{config.architecture}.block_count"
+        raise CheckpointError(
+            f"{where}: {key} is {config.num_layers}, but the file has only "
+            f"{len(entries)} tensors; the file is damaged: download or convert it again"
+        )
+    tokens = headers[0].long_arrays.get("tokenizer.ggml.tokens")
+    problems = []
+    if tokens is not None and tokens.count > config.vocab_size:
+        problems.append(
+            f"the vocabulary has {tokens.count} tokens, the embedding only {config.vocab_size} rows"
+        )
+    expected = expected_tensors(config)
+    shapes = {name: by_head(shape, expected.get(name)) for name, shape in shapes.items()}
+    problems += _unusable([e for e in entries if e.name in expected or _PARTS.search(e.name)])
+    check_tensors(where, config, _with_parts(config, shapes, expected, problems), problems)
+    return config
+
+
+def by_head(shape: Shape, expected: Shape | None) -> Shape:
+    """(H, rows, columns) for (H * rows, columns): some early files keep the heads in one matrix."""
+    if expected is not None and len(expected) == 3 and len(shape) == 2:
+        heads, rows, columns = expected
+        if shape == (heads * rows, columns):
+            return expected
+    return shape
+
+
+def _with_parts(
+    config: ModelConfig,
+    stored: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
+    problems: list[str],
+) -> dict[str, Shape]:
+    """The shapes of a file, where a fused tensor counts for its two parts."""
+    shapes = dict(stored)
+    if isinstance(config.attention, MLASizes):
+        wanted = fused_kv_b(config.attention)
+        for layer in range(config.num_layers):
+            fused = f"blk.{layer}.attn_kv_b.weight"
+            if fused not in shapes or f"blk.{layer}.attn_k_b.weight" in shapes:
+                continue
+            if shapes[fused] != wanted:
+                problems.append(f"{fused} has shape {shapes[fused]}, expected {wanted}")
+            for part in ("k", "v"):
+                split = f"blk.{layer}.attn_{part}_b.weight"
+                shapes[split] = expected[split]
+    return shapes
+
+
+def _unusable(entries: Sequence[TensorEntry]) -> list[str]:
+    """Tensors that the model needs, in types that gguf knows and nobody computes with."""
+    unusable: dict[str, list[str]] = {}
+    for entry in entries:
+        kind = type_name(entry.type_number)
+        if kind.lower() not in FORMATS:
+            unusable.setdefault(kind, []).append(entry.name)
+    usable = ", ".join(name.upper() for name, f in FORMATS.items() if f.ggml_type is not None)
+    return [
+        f"{names[0]}"
+        + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
+        + f": {kind}, which no kernel here computes; usable: {usable}"
+        for kind, names in unusable.items()
+    ]
 
 
 class GGUFMetadata(Mapping[str, object]):
-    """A GGUF's metadata as plain Python values, decoded on access (vocabularies are long)."""
+    """A GGUF's metadata as plain Python values; long arrays are read when asked for."""
 
-    def __init__(self, where: str, reader: GGUFReader) -> None:
-        self._where = where
-        self._fields = {k: f for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    def __init__(self, where: str, header: Header, data: NDArray[np.uint8]) -> None:
+        self._where, self._header, self._data = where, header, data
 
     def __getitem__(self, key: str) -> object:
-        field = self._fields[key]
-        try:
-            value = field.contents()
-        except ValueError as error:
-            raise CheckpointError(f"{self._where}: {key} cannot be read: {error}") from error
-        if field.types == [GGUFValueType.FLOAT32]:
-            # The shortest decimal of that float32: 1e-06, not 9.999999974752427e-07.
-            return float(str(np.float32(value)))
-        return value
+        long = self._header.long_arrays.get(key)
+        if long is not None:
+            return long.read(self._data, f"{self._where}: {key}")
+        return self._header.fields[key]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._fields
+        return key in self._header.fields
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._fields)
+        return iter(self._header.fields)
 
     def __len__(self) -> int:
-        return len(self._fields)
+        return len(self._header.fields)
 
     def __repr__(self) -> str:
         return f"GGUFMetadata({len(self)} fields: {', '.join(list(self)[:6])}, ...)"
-
-
-def _open_reader(path: Path) -> GGUFReader:
-    """The `gguf` package's reader. Sizes are checked already; what is left is odd content."""
-    try:
-        return GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OverflowError, TypeError) as error:
-        raise CheckpointError(
-            f"{path.name}: the header cannot be read: {error}; download or convert it again"
-        ) from error

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
 
 from ktlab.checkpoint.checkpoint import together
 from ktlab.errors import CheckpointError
-from ktlab.quantization import FORMATS
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -50,12 +50,45 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LongArray:
+    """Where an array lies that was stepped over: `count` items of a GGUF type from byte `start`."""
+
+    start: int
+    count: int
+    item: int
+
+    def read(self, data: NDArray[np.uint8], what: str) -> list[Any]:
+        """Its items; `data` is the whole file that the header came from."""
+        if self.item != _STRING:
+            code = _CODES[self.item]
+            end = self.start + self.count * struct.calcsize(code)
+            return [
+                _plain(v, self.item)
+                for v in struct.unpack(f"<{self.count}{code}", data[self.start : end].tobytes())
+            ]
+        items, position, read = [], self.start, _LENGTH.unpack_from
+        view = data.data
+        for index in range(self.count):
+            length = read(view, position)[0]
+            position += 8 + length
+            try:
+                items.append(str(view[position - length : position], "utf-8"))
+            except UnicodeDecodeError:
+                raise CheckpointError(
+                    f"{what} cannot be read: item {index} is no UTF-8; the file is corrupt"
+                ) from None
+        return items
+
+
+@dataclass(frozen=True, kw_only=True)
 class Header:
     """Everything before the weights of one GGUF file."""
 
     path: Path
     fields: dict[str, Any]
     """Metadata as plain Python values; of an array of texts or a long one only the length."""
+    long_arrays: dict[str, LongArray]
+    """Those arrays, to be read when they are asked for."""
     entries: list[TensorEntry]
     size: int
     """Bytes of the whole file."""
@@ -124,16 +157,11 @@ def read_header(path: Path) -> Header:
         _check_start(cursor)
         tensor_count = cursor.count(_SMALLEST_TENSOR, "the number of tensors")
         field_count = cursor.count(_SMALLEST_FIELD, "the number of metadata fields")
-        fields, alignment = _read_fields(cursor, field_count)
+        fields, long_arrays, alignment = _read_fields(cursor, field_count)
         raw = [_read_entry(cursor, index) for index in range(tensor_count)]
         data_start = -(-cursor.position // alignment) * alignment
         entries = _check_entries(where, raw, data_start, size, alignment)
-        return Header(path=path, fields=fields, entries=entries, size=size)
-
-
-def check_header(path: Path) -> list[TensorEntry]:
-    """The table of tensors, all of which lie inside the file; CheckpointError otherwise."""
-    return read_header(path).entries
+        return Header(path=path, fields=fields, long_arrays=long_arrays, entries=entries, size=size)
 
 
 def _check_start(cursor: _Cursor) -> None:
@@ -149,24 +177,31 @@ def _check_start(cursor: _Cursor) -> None:
         return
     if version & 0xFFFF == 0:
         raise CheckpointError(f"{cursor.where}: big-endian GGUF; only little-endian is read here")
-    raise CheckpointError(f"{cursor.where}: GGUF version {version}, expected one of {VERSIONS}")
+    newer = "; it was made for a later reader" if VERSIONS[-1] < version < 100 else ""
+    raise CheckpointError(
+        f"{cursor.where}: GGUF version {version}, expected one of {VERSIONS}{newer}"
+    )
 
 
-def _read_fields(cursor: _Cursor, count: int) -> tuple[dict[str, Any], int]:
-    """The metadata, and the alignment of the tensor data."""
+def _read_fields(cursor: _Cursor, count: int) -> tuple[dict[str, Any], dict[str, LongArray], int]:
+    """The metadata, the arrays in it that were stepped over, and the alignment of the tensors."""
     fields: dict[str, Any] = {}
+    long_arrays: dict[str, LongArray] = {}
     alignment = DEFAULT_ALIGNMENT
     for index in range(count):
         key = cursor.string(f"the name of metadata field {index}")
         kind = cursor.number("I", key)
-        fields[key] = _read_value(cursor, kind, key)
+        value = _read_value(cursor, kind, key)
+        if isinstance(value, LongArray):
+            long_arrays[key], value = value, value.count
+        fields[key] = value
         if key == "general.alignment":
             alignment = fields[key] if kind == 4 else 0
             if alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
                 raise CheckpointError(
                     f"{cursor.where}: general.alignment is not a power of two up to 2**20"
                 )
-    return fields, alignment
+    return fields, long_arrays, alignment
 
 
 def _read_value(cursor: _Cursor, kind: int, key: str) -> Any:
@@ -180,13 +215,16 @@ def _read_value(cursor: _Cursor, kind: int, key: str) -> Any:
     if kind == _ARRAY:
         item = cursor.number("I", key)
         if item == _STRING:
-            return _skip_strings(cursor, cursor.count(8, f"the length of {key}"), key)
+            count = cursor.count(8, f"the length of {key}")
+            start = cursor.position
+            _skip_strings(cursor, count, key)
+            return LongArray(start=start, count=count, item=item)
         if item in _CODES:
             width = _SCALAR_BYTES[item]
             count = cursor.count(width, f"the length of {key}")
             start = cursor.skip(width * count, key)
             if count > LONG:
-                return count
+                return LongArray(start=start, count=count, item=item)
             values = struct.unpack_from(f"<{count}{_CODES[item]}", cursor.data, start)
             return [_plain(value, item) for value in values]
         raise CheckpointError(f"{cursor.where}: {key} is an array of unknown type {item}")
@@ -200,7 +238,7 @@ def _plain(value: Any, kind: int) -> Any:
     return float(str(np.float32(value))) if kind == 6 else value
 
 
-def _skip_strings(cursor: _Cursor, count: int, key: str) -> int:
+def _skip_strings(cursor: _Cursor, count: int, key: str) -> None:
     """Step over `count` texts; the loop of all others, for vocabularies have 10^5."""
     data, position, read = cursor.data, cursor.position, _LENGTH.unpack_from
     size = len(data)
@@ -210,7 +248,7 @@ def _skip_strings(cursor: _Cursor, count: int, key: str) -> int:
         position += 8 + read(data, position)[0]
     else:
         cursor.skip(position - cursor.position, key)
-        return count
+        return
     cursor.skip(position + 8 - cursor.position, key)  # raises: it lies past the end
     raise AssertionError("unreachable")
 
@@ -232,23 +270,21 @@ def _check_entries(
     where: str, raw: list[TensorEntry], data_start: int, size: int, alignment: int
 ) -> list[TensorEntry]:
     """Sizes from types and shapes; each tensor inside the file, right after the one before."""
-    usable = ", ".join(name.upper() for name, f in FORMATS.items() if f.ggml_type is not None)
     problems = [f"{n} appears {k} times" for n, k in Counter(e.name for e in raw).items() if k > 1]
     entries: list[TensorEntry] = []
-    unusable: dict[str, list[str]] = {}
     beyond: list[tuple[str, int]] = []
     next_offset: int | None = 0
     for entry in raw:
         shape = "×".join(str(n) for n in entry.shape)
-        type_name = _type_name(entry.type_number)
-        if type_name.lower() not in FORMATS:
-            unusable.setdefault(type_name, []).append(entry.name)
+        kind = type_name(entry.type_number)
+        if kind.startswith("unknown"):
+            problems.append(f"{entry.name}: {kind}, which no kernel here computes")
             next_offset = None
             continue
-        block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+        block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
         if min(entry.shape) < 1 or entry.shape[-1] % block_size:
             problems.append(
-                f"{entry.name} is {type_name} {shape}: a row must be a multiple of {block_size}"
+                f"{entry.name} is {kind} {shape}: a row must be a multiple of {block_size}"
             )
             next_offset = None
             continue
@@ -271,11 +307,6 @@ def _check_entries(
                 nbytes=nbytes,
             )
         )
-    for type_name, names in unusable.items():
-        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-        problems.append(
-            f"{names[0]}{more}: {type_name}, which no kernel here computes; usable: {usable}"
-        )
     if beyond:
         name, end = max(beyond, key=lambda item: item[1])
         problems.append(
@@ -288,7 +319,8 @@ def _check_entries(
     return entries
 
 
-def _type_name(number: int) -> str:
+def type_name(number: int) -> str:
+    """The name of a ggml type, e.g. "Q4_K"; "unknown type 99" for one that gguf does not know."""
     try:
         return GGMLQuantizationType(number).name
     except ValueError:

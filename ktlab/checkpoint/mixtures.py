@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ktlab.checkpoint.config import ModelConfig
+from ktlab.checkpoint.config import GQASizes, ModelConfig
 from ktlab.checkpoint.names import Shape, is_quantizable
 from ktlab.errors import FormatError, nearest
 from ktlab.quantization import FORMATS, Format, fallback_format, get_format
@@ -154,7 +154,8 @@ def _queries_per_key(tensors: Mapping[str, Shape], config: ModelConfig) -> int:
     """Split MLA is written as one key head for all queries, fused MLA as a key head for each."""
     if any("attn_kv_b.weight" in tensor for tensor in tensors):
         return 1
-    return config.num_heads
+    sizes = config.attention
+    return sizes.num_heads // (sizes.num_kv_heads if isinstance(sizes, GQASizes) else 1)
 
 
 def _layer(tensor: str) -> int:

@@ -7,14 +7,13 @@ from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
 from ktlab.checkpoint.gguf_file import GGUFCheckpoint
 from ktlab.checkpoint.hugging_face import SafetensorsCheckpoint
 from ktlab.checkpoint.safetensors_folder import safetensors_folder
+from ktlab.checkpoint.shards import siblings_of
 from ktlab.errors import CheckpointError, nearest
 
 
 def open_checkpoint(path_or_name: str | Path) -> Checkpoint:
-    """Open "tiny" (the embedded model), a .gguf file, or a folder of safetensors with config.json.
-
-    Nothing is decoded yet.
-    """
+    """Open "tiny" (the embedded model), a .gguf file or shard, or a folder: of shards, of one .gguf
+    file, or of safetensors with config.json. Nothing is decoded yet."""
     if str(path_or_name) in EMBEDDED_MODELS:
         name = str(path_or_name)
         return GGUFCheckpoint(data_path(EMBEDDED_MODELS[name]), name=name)
@@ -23,12 +22,12 @@ def open_checkpoint(path_or_name: str | Path) -> Checkpoint:
     folder = safetensors_folder(path)
     if folder is not None:
         return SafetensorsCheckpoint(folder)
-    if path.is_dir():
+    if path.is_dir() and not any(path.glob("*.gguf")):
         raise CheckpointError(
-            f"{path} is a folder without *.safetensors; expected one with them and config.json, "
-            f"a .gguf file or one of: {known}"
+            f"{path} is a folder with neither *.gguf nor *.safetensors with config.json; expected "
+            f"one of these, a .gguf file or one of: {known}"
         )
-    if not path.exists():
+    if not path.exists() and not siblings_of(path):
         siblings = (p.name for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else ()
         guess = nearest(path.name, [*EMBEDDED_MODELS, *siblings])
         raise CheckpointError(f"no file {path}{guess}; expected a .gguf file or one of: {known}")

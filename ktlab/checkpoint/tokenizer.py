@@ -1,35 +1,35 @@
-"""Text to token ids and back: byte-level BPE, built from what a GGUF file says of it.
+"""Text to token ids and back: byte-level BPE, built from what a GGUF or a tokenizer.json says.
 
 The merging is done by the `tokenizers` library; here are only the rules that a GGUF names and
-does not contain (how a text is cut before merging) and the care for partial UTF-8.
+does not contain (how a text is cut before merging) and the care for partial and broken UTF-8.
 """
 
 import codecs
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import Regex, pre_tokenizers
 
-from ktlab.checkpoint.pretokenizers import (
-    BYTE_CHARACTERS,
-    CHARACTER_BYTES,
-    PRE_TOKENIZERS,
-    pre_tokenizer_name,
-)
+from ktlab.checkpoint.pretokenizers import BYTE_CHARACTERS, CHARACTER_BYTES, PRE_TOKENIZERS
 from ktlab.errors import CheckpointError, nearest
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of a GGUF (gguf-py `TokenType`)."""
+END_OF_TURN = (
+    "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>",
+    "[EOS]", "[EOT]", "<end_of_turn>", "</s>",
+)  # fmt: skip
+"""Control tokens that end an answer whatever the file calls its EOS, as llama.cpp has it
+(special_eog_ids in src/llama-vocab.cpp): a chat model's file may name the base model's."""
 
 
 class Tokenizer:
     """Byte-level BPE over `tokens`; ids are positions in it.
 
     Control tokens (<bos> and the like) never arise from a text unless `special=True` is asked.
+    `stop_ids` end a generation. `chat_template` is the Jinja source that came with the tokenizer.
     """
 
     def __init__(
@@ -42,9 +42,12 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_id: int | None = None,
         add_bos: bool = True,
+        stop_ids: Iterable[int] = (),
+        chat_template: str | None = None,
         source: str = "tokenizer",
+        bpe: "tokenizers.Tokenizer | None" = None,
     ) -> None:
-        if pre not in PRE_TOKENIZERS:
+        if bpe is None and pre not in PRE_TOKENIZERS:
             raise CheckpointError(
                 f'{source}: pre-tokenizer "{pre}" is not known here{nearest(pre, PRE_TOKENIZERS)}; '
                 f"known: {', '.join(PRE_TOKENIZERS)}; another one would cut texts differently"
@@ -54,19 +57,24 @@ class Tokenizer:
         self.merges = [_pair(merge, source) for merge in merges]
         self.pre = pre
         self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, add_bos
-        self._check(source)
+        self.chat_template = chat_template
+        stop_ids = list(stop_ids)
+        self._check(source, stop_ids)
         self._special = {t: i for i, t in enumerate(self.tokens) if self.types[i] == CONTROL}
+        known = {self._special[token] for token in END_OF_TURN if token in self._special}
+        self.stop_ids = frozenset(known | set(stop_ids) | ({eos_id} - {None}))
         self._special_pattern = re.compile(
             "(" + "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) + ")"
         )
         self._bytes = [_token_bytes(t, k) for t, k in zip(self.tokens, self.types, strict=True)]
-        self._bpe = self._build(source)
+        self._bpe = bpe if bpe is not None else self._build(source)
 
-    def _check(self, source: str) -> None:
+    def _check(self, source: str, stop_ids: list[int]) -> None:
         problems = []
         if len(self.types) != len(self.tokens):
             problems.append(f"{len(self.types)} token types for {len(self.tokens)} tokens")
-        for label, token in (("bos", self.bos_id), ("eos", self.eos_id)):
+        named = [("bos", self.bos_id), ("eos", self.eos_id), *(("stop", i) for i in stop_ids)]
+        for label, token in named:
             valid = range(len(self.tokens))
             if token is not None and not (isinstance(token, int) and token in valid):
                 problems.append(f"{label} token {token!r} is outside 0..{len(self.tokens) - 1}")
@@ -81,12 +89,9 @@ class Tokenizer:
             bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=self.merges))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{source}: unusable tokenizer: {error}") from error
-        splits = [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-            for pattern in PRE_TOKENIZERS[self.pre]
-        ]
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+        pre = PRE_TOKENIZERS[self.pre]
+        bpe.pre_tokenizer = pre.step()
+        bpe.normalizer = pre.normalizer()
         bpe.add_tokens(
             [
                 tokenizers.AddedToken(token, normalized=False)
@@ -103,19 +108,25 @@ class Tokenizer:
         if model != "gpt2":
             raise CheckpointError(
                 f"{source}: tokenizer model {model!r} is not known here; usable: 'gpt2' "
-                "(byte-level BPE), which the DeepSeek family uses"
+                "(byte-level BPE), which DeepSeek, Kimi, Qwen and OLMo models use"
             )
         tokens = fields.get("tokenizer.ggml.tokens")
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             raise CheckpointError(f"{source}: tokenizer.ggml.tokens is missing or not text")
+        pre = str(fields.get("tokenizer.ggml.pre", "default"))
+        template = fields.get("tokenizer.chat_template")
+        ends = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))
         return cls(
             tokens,
             fields.get("tokenizer.ggml.merges") or [],
-            pre=str(fields.get("tokenizer.ggml.pre", "default")),
+            pre=pre,
             types=fields.get("tokenizer.ggml.token_type"),
             bos_id=fields.get("tokenizer.ggml.bos_token_id"),
             eos_id=fields.get("tokenizer.ggml.eos_token_id"),
-            add_bos=bool(fields.get("tokenizer.ggml.add_bos_token", True)),
+            # Where a file is silent, llama.cpp adds one for Llama 3's vocabulary only.
+            add_bos=bool(fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")),
+            stop_ids=[token for token in ends if token is not None],
+            chat_template=template if isinstance(template, str) else None,
             source=source,
         )
 
@@ -123,55 +134,29 @@ class Tokenizer:
     def from_file(
         cls, path: str | Path, *, bos: str | None = None, eos: str | None = None
     ) -> "Tokenizer":
-        """From a `tokenizer.json` of the `tokenizers` library.
+        """From a `tokenizer.json` of the `tokenizers` library, or the folder that holds one.
 
-        `bos` and `eos` name those tokens; without them, common names are looked for.
+        What lies beside it counts too: `tokenizer_config.json` (BOS, EOS, chat template),
+        `chat_template.jinja`, `generation_config.json` (what ends an answer). `bos` and `eos` name
+        those tokens; where nothing does, common names are looked for.
         """
-        path = Path(path)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            kind = content["model"].get("type", "BPE")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path.name}: not a tokenizer.json: {error}") from error
-        if kind != "BPE":
-            raise CheckpointError(f"{path.name}: tokenizer model {kind}, expected byte-level BPE")
-        added = content.get("added_tokens", [])
-        vocabulary = dict(content["model"]["vocab"]) | {t["content"]: t["id"] for t in added}
-        kinds = {t["id"]: CONTROL if t["special"] else USER_DEFINED for t in added}
-        by_id = {i: token for token, i in vocabulary.items()}
-        size = max(by_id) + 1
-        tokens = [by_id.get(i, f"[UNUSED{i}]") for i in range(size)]
-        types = [kinds.get(i, NORMAL if i in by_id else UNUSED) for i in range(size)]
+        from ktlab.checkpoint.tokenizer_json import read_tokenizer_json
 
-        def special(given: str | None, pattern: str) -> int | None:
-            if given is not None:
-                if given not in vocabulary:
-                    raise CheckpointError(
-                        f'{path.name}: no token "{given}"{nearest(given, vocabulary)}'
-                    )
-                return vocabulary[given]
-            names = [t["content"] for t in added if re.search(pattern, t["content"], re.I)]
-            return vocabulary[names[0]] if names else None
-
-        return cls(
-            tokens,
-            [tuple(m) if isinstance(m, list) else m for m in content["model"]["merges"]],
-            pre=pre_tokenizer_name(content.get("pre_tokenizer"), path.name),
-            types=types,
-            bos_id=special(bos, r"bos|begin.of.sentence|begin.of.text|^<s>$"),
-            eos_id=special(eos, r"eos|end.of.sentence|end.of.text|endoftext|^</s>$"),
-            source=path.name,
-        )
+        return cls(**read_tokenizer_json(Path(path), bos=bos, eos=eos))
 
     @property
     def vocab_size(self) -> int:
         return len(self.tokens)
 
-    def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
+    def encode(self, text: str | bytes, *, bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of `text`, after the BOS token if the model was trained with one.
 
-        `special=True` reads control tokens written in the text ("<bos>") as such.
+        `special=True` reads control tokens written in the text ("<bos>") as such. Bytes that are
+        no UTF-8, also those that Python keeps in a str as surrogates ("surrogateescape"), are
+        read as U+FFFD, as Hugging Face's tokenizers are given them; decoding cannot bring them
+        back.
         """
+        text = valid_text(text)
         ids = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
         parts = self._special_pattern.split(text) if special and self._special else [text]
         for part in parts:
@@ -210,7 +195,8 @@ class Tokenizer:
     def __repr__(self) -> str:
         return (
             f"Tokenizer({self.vocab_size} tokens, {len(self.merges)} merges, {self.pre}, "
-            f"bos {self.bos_id}, eos {self.eos_id})"
+            f"bos {self.bos_id}, eos {self.eos_id}"
+            f"{', chat template' if self.chat_template else ''})"
         )
 
 
@@ -227,6 +213,21 @@ def byte_tokenizer(vocab_size: int) -> Tokenizer:
         bos_id=256,
         eos_id=257,
     )
+
+
+def valid_text(text: str | bytes) -> str:
+    """`text` without what is no Unicode: broken UTF-8 and lone surrogates become U+FFFD."""
+    if isinstance(text, bytes):
+        return text.decode("utf-8", errors="replace")
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
+    except UnicodeEncodeError:  # surrogates that stand for no byte; pairs become one character
+        return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
 
 
 def _token_bytes(token: str, kind: int) -> bytes:

@@ -16,6 +16,7 @@ from ktlab.checkpoint.checkpoint import check_tensors, together
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.metadata import Field, metadata_from_config
 from ktlab.checkpoint.names import Shape, expected_tensors
+from ktlab.checkpoint.pretokenizers import PRE_TOKENIZERS
 from ktlab.checkpoint.tokenizer import UNUSED, Tokenizer
 from ktlab.errors import CheckpointError
 from ktlab.quantization import Format, QTensor
@@ -108,8 +109,9 @@ def gguf_header(
     for spec in tensors:
         rows = (*spec.shape[:-1], spec.row_bytes)
         # A dtype of uint8 makes the writer take the shape for that of the bytes.
-        kind = np.dtype(np.uint8)
-        writer.add_tensor_info(spec.name, rows, kind, spec.nbytes, raw_dtype=spec.format.ggml_type)
+        writer.add_tensor_info(
+            spec.name, rows, np.dtype(np.uint8), spec.nbytes, raw_dtype=spec.format.ggml_type
+        )
     with tempfile.TemporaryDirectory(prefix="ktlab-header-") as folder:
         file = Path(folder, "header")
         try:
@@ -157,6 +159,11 @@ def _tokenizer_fields(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Fi
             f"{config.name}: the tokenizer has {tokenizer.vocab_size} tokens, "
             f"the embedding only {config.vocab_size} rows"
         )
+    if tokenizer.pre not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{config.name}: its {tokenizer.pre} cuts texts in a way that GGUF has no name for; "
+            f"there are {', '.join(PRE_TOKENIZERS)}"
+        )
     padding = [f"[PAD{tokenizer.vocab_size + i}]" for i in range(missing)]
     array, string, u32 = GGUFValueType.ARRAY, GGUFValueType.STRING, GGUFValueType.UINT32
     fields: dict[str, Field] = {
@@ -171,6 +178,8 @@ def _tokenizer_fields(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Fi
     for key, token in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
         if token is not None:
             fields[f"tokenizer.ggml.{key}_token_id"] = (token, u32)
+    if tokenizer.chat_template:
+        fields["tokenizer.chat_template"] = (tokenizer.chat_template, string)
     return fields
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktlab.checkpoint.embedded import data_path
+from ktlab.checkpoint.published import published_models
 from ktlab.errors import SettingError, nearest
 from ktlab.quantization.formats import FORMATS, Format, fallback_format, get_format
 from ktlab.quantization.qtensor import QTensor
@@ -51,9 +51,21 @@ class MoeShape(Record):
 
 @lru_cache(maxsize=1)
 def shapes() -> dict[str, MoeShape]:
-    """The known models' shapes by name, from data/shapes.json."""
-    table = json.loads(data_path("shapes.json").read_text(encoding="utf-8"))
-    return {name: MoeShape(name=name, **values) for name, values in table.items()}
+    """The known models' shapes by name, from data/models; of two names for one, the first."""
+    found: dict[str, MoeShape] = {}
+    for name, model in published_models().items():
+        config = model.config
+        shape = MoeShape(
+            name=name,
+            hidden=config.hidden_size,
+            width=config.expert_size,
+            experts=config.num_experts,
+            top_k=config.top_k,
+            source=model.source,
+        )
+        if shape.source not in {known.source for known in found.values()}:
+            found[name] = shape
+    return found
 
 
 def get_shape(name: str, experts: int | None = None) -> MoeShape:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ktlab import html
+from ktlab.attention.cache import Cache
 from ktlab.errors import SettingError
 
 if TYPE_CHECKING:
@@ -89,11 +90,15 @@ def stream(
     seed: int,
     cancel: threading.Event | None,
     stop_at_eos: bool,
+    cache: Cache | None = None,
 ) -> Iterator[Token]:
-    """Yield tokens until `max_new_tokens`, the end-of-sequence token, or `cancel` is set."""
+    """Yield tokens until `max_new_tokens`, the end-of-sequence token, or `cancel` is set.
+
+    `cache`: what `ids` follow, to be continued; it holds every token but the last that came.
+    """
     generator = torch.Generator().manual_seed(seed)
     tokenizer = model.checkpoint.tokenizer
-    cache = model.new_cache(context=len(ids) + max_new_tokens)
+    cache = cache or model.new_cache(context=len(ids) + max_new_tokens)
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
     pending = ids
     start = perf_counter()
@@ -103,7 +108,7 @@ def stream(
         logits_V = model.next_logits(pending[None], cache)[0]
         logprobs_V = logits_V.log_softmax(-1)
         chosen = sample(logits_V, temperature=temperature, top_p=top_p, generator=generator)
-        if stop_at_eos and tokenizer is not None and chosen == tokenizer.eos_id:
+        if stop_at_eos and tokenizer is not None and chosen in tokenizer.stop_ids:
             return
         text = utf8.decode(tokenizer.decode_bytes([chosen])) if tokenizer is not None else ""
         now = perf_counter()

@@ -184,6 +184,7 @@ class Model:
         probe: Probe,
         chunk: int,
     ) -> Tensor:
+        self.checkpoint.check_unchanged()
         probe = self.watch(probe) if self.watch is not None else probe
         tokens = ids_BT.shape[1]
         positions_BT = cache.positions(tokens)  # refuses before anything is written

@@ -19,13 +19,13 @@ from ktlab.measurement.quality import Quality, stream_quality
 from ktlab.measurement.speed import stream_speed
 from ktlab.measurement.tokens import BaselineCache, Prediction
 from ktlab.measurement.twin import Side, Twin, stream_twin
+from ktlab.model.interrupt import Interrupted, interruptible
 from ktlab.model.model import Model
 from ktlab.notebook import control_room_phases as phases
 from ktlab.notebook.control_room_choice import OWN, Choice, Library
 from ktlab.notebook.control_room_kernels import OFF, twin_sides
 from ktlab.notebook.control_room_phases import Glance, Options
 from ktlab.notebook.control_room_results import Progress, Results
-from ktlab.notebook.interrupt import Interrupted, interruptible
 from ktlab.notebook.worker import Worker
 
 SWITCH_S = 0.0005

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ktlab.checkpoint import open_checkpoint
-from ktlab.checkpoint.header import check_header
+from ktlab.checkpoint.header import read_header
 from ktlab.errors import CheckpointError
 
 Damage = Callable[[Callable[[bytearray], object]], Path]
@@ -117,15 +117,11 @@ def test_offset_beyond_the_file(damaged: Damage) -> None:
     refused(damaged(change), "1 of 52 tensors lie beyond", "token_embd.weight")
 
 
-@pytest.mark.parametrize(
-    ("number", "expected"),
-    [(99, "unknown type 99"), (15, "Q8_K"), (26, "I32")],
-)
-def test_type_that_nothing_computes(damaged: Damage, number: int, expected: str) -> None:
+def test_type_that_nobody_knows(damaged: Damage) -> None:
     def change(content: bytearray) -> None:
-        struct.pack_into("<I", content, entry_position(content, "token_embd.weight") + 20, number)
+        struct.pack_into("<I", content, entry_position(content, "token_embd.weight") + 20, 99)
 
-    refused(damaged(change), "token_embd.weight", expected, "no kernel here computes", "Q8_0")
+    refused(damaged(change), "token_embd.weight", "unknown type 99", "no kernel here computes")
 
 
 def test_row_that_is_no_whole_block(damaged: Damage) -> None:
@@ -159,7 +155,7 @@ def test_duplicate_tensor(damaged: Damage) -> None:
 def test_random_damage_to_the_header(gguf_path: Path, tmp_path: Path, data: st.DataObject) -> None:
     """Opens and answers, or raises CheckpointError; nothing else."""
     content = bytearray(gguf_path.read_bytes())
-    end = min(entry.offset for entry in check_header(gguf_path))
+    end = min(entry.offset for entry in read_header(gguf_path).entries)
     for _ in range(data.draw(st.integers(1, 3))):
         position = data.draw(st.integers(0, end - 1))
         content[position] = data.draw(st.integers(0, 255))
@@ -194,7 +190,7 @@ def test_unknown_architecture(tmp_path: Path) -> None:
 
 def test_split_checkpoint(tmp_path: Path) -> None:
     path = write(tmp_path / "part.gguf", "deepseek2", {"split.count": 9})
-    refused(path, "one of 9 files", "llama-gguf-split --merge")
+    refused(path, "one of 9 shards", "does not end in -00001-of-00009.gguf")
 
 
 def test_missing_keys_are_listed_together(tmp_path: Path) -> None:
@@ -240,9 +236,12 @@ def test_impossible_configuration(damaged: Damage) -> None:
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
+    (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match='no file .*modell.gguf; did you mean "model.gguf"'):
         open_checkpoint(tmp_path / "modell.gguf")
-    with pytest.raises(CheckpointError, match="is a folder without .*a .gguf file or one of: tiny"):
-        open_checkpoint(tmp_path)
+    with pytest.raises(
+        CheckpointError, match="is a folder with neither .*a .gguf file or one of: tiny"
+    ):
+        open_checkpoint(tmp_path / "empty")
     with pytest.raises(CheckpointError, match='did you mean "tiny"'):
         open_checkpoint("tinny")

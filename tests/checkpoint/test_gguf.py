@@ -28,7 +28,6 @@ from ktlab.checkpoint.synthesis import (
     synthesize,
 )
 from ktlab.errors import CheckpointError
-from ktlab.model.model import Model
 from tests.checkpoint.conftest import save
 
 CONFIGS = [TINY_TEST_CONFIG, TINY_V2_CONFIG, TINY_V2_GROUPS_CONFIG, TINY_YARN_CONFIG]
@@ -124,83 +123,14 @@ def test_failed_write_leaves_the_old_file(
     path = save(checkpoint, tmp_path / "m.gguf")
     before = path.read_bytes()
 
-    def fail(self: gguf.GGUFWriter) -> None:
+    def fail(path: str, mode: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", fail)
+    monkeypatch.setattr("os.chmod", fail)
     with pytest.raises(OSError, match="disk full"):
         save(checkpoint, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-# ------------------------------------------------------------------------- older files
-def write_raw(path: Path, fields: Mapping[str, Field], tensors: Mapping[str, np.ndarray]) -> Path:
-    writer = gguf.GGUFWriter(path, "deepseek2")
-    for key, (value, kind) in fields.items():
-        writer.add_key_value(key, value, kind)
-    for name, values in tensors.items():
-        if values.dtype == np.uint8:
-            writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.mark.parametrize("quantized", [False, True])
-def test_fused_keys_and_values(tmp_path: Path, quantized: bool) -> None:
-    """As written before llama.cpp absorbed MLA: attn_kv_b, and true head sizes in plain keys."""
-    config = TINY_TEST_CONFIG
-    split = synthesize(config)
-    tensors = {name: split.tensor(name).dequantize() for name in split.names()}
-    for layer in range(config.num_layers):
-        keys_HCN = tensors.pop(f"blk.{layer}.attn_k_b.weight")
-        values_HVC = tensors.pop(f"blk.{layer}.attn_v_b.weight")
-        fused = np.concatenate([keys_HCN.transpose(0, 2, 1), values_HVC], axis=1)
-        fused = fused.reshape(-1, config.mla.kv_lora_rank)
-        if quantized:
-            fused = gguf.quantize(fused, gguf.GGMLQuantizationType.Q8_0)
-        tensors[f"blk.{layer}.attn_kv_b.weight"] = fused
-    fields = metadata_from_config(config)
-    u32 = gguf.GGUFValueType.UINT32
-    for key, value in (("key_length", config.mla.qk_dim), ("value_length", config.mla.v_dim)):
-        del fields[f"deepseek2.attention.{key}_mla"]
-        fields[f"deepseek2.attention.{key}"] = (value, u32)
-    fields["deepseek2.attention.head_count_kv"] = (config.num_heads, u32)
-    fields["general.name"] = (config.name, gguf.GGUFValueType.STRING)
-
-    read = open_checkpoint(write_raw(tmp_path / "fused.gguf", fields, tensors))
-    assert read.config == config
-    for name in read.names():
-        found = read.tensor(name)
-        expected = split.tensor(name).dequantize()
-        assert found.shape == expected.shape
-        np.testing.assert_allclose(found.dequantize(), expected, atol=0.02 * quantized)
-    values = read.tensor("blk.2.attn_v_b.weight")
-    assert values.format.name == ("q8_0" if quantized else "f32")
-    assert values.source == "fused.gguf, split from attn_kv_b"
-    assert "attn_kv_b" in read._repr_mimebundle_()["text/html"]  # type: ignore[attr-defined]
-
-
-def test_shared_embedding_and_unused_tensors(tmp_path: Path) -> None:
-    model = synthesize(TINY_V2_CONFIG)
-    tensors = {name: model.tensor(name).dequantize() for name in model.names()}
-    del tensors["output.weight"]
-    tensors["rope_freqs.weight"] = np.ones(8, np.float32)
-    fields = metadata_from_config(model.config)
-    for key in ("vocab_size", "expert_gating_func", "expert_group_count", "expert_weights_scale"):
-        del fields[f"deepseek2.{key}"]
-    read = open_checkpoint(write_raw(tmp_path / "old.gguf", fields, tensors))
-    expected = replace(model.config, name="old", tied_output=True)
-    assert read.config == expected, "softmax, no groups, unscaled"
-    assert "output.weight" not in read.names()
-    embedding = model.tensor("token_embd.weight").dequantize()
-    np.testing.assert_array_equal(Model(read).output.weight.dequantize(), embedding)
-    assert read.unused == ["rope_freqs.weight"]  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------- configuration
@@ -298,7 +228,7 @@ def test_shows_itself(checkpoint: MemoryCheckpoint, gguf_path: Path) -> None:
         assert "blk.1.ffn_gate_exps.weight" in html and "2 of 4 groups" in html
 
 
-@pytest.mark.parametrize("name", ["", "漢", "blk.1.attn_kv_b.weight", "blk.99.attn_norm.weight"])
+@pytest.mark.parametrize("name", ["", "漢", "blk.9.attn_kv_b.weight", "blk.99.attn_norm.weight"])
 def test_unknown_tensor(gguf_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match="there is no tensor"):
         open_checkpoint(gguf_path).tensor(name)

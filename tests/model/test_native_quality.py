@@ -16,7 +16,8 @@ from ktlab.checkpoint.writer import write_gguf
 from ktlab.kernels import native
 from ktlab.model.model import Model
 from ktlab.quantization import fallback_format
-from tests.model.test_llama_cpp import PROMPTS, llama_cpp
+from tests.model.llama import answers
+from tests.model.test_llama_cpp import PROMPTS
 
 pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable())
 
@@ -75,7 +76,7 @@ def mixed(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_q4_k_m_file_loses_no_more_than_in_llama_cpp(mixed: Path) -> None:
     model = ktlab.load(mixed)
     ours, theirs = [], []
-    for prompt, answer in zip(PROMPTS, llama_cpp(mixed, PROMPTS), strict=True):
+    for prompt, answer in zip(PROMPTS, answers({mixed: PROMPTS}), strict=True):
         ids = model.tokenizer.encode(prompt)
         steps = answer["choices"][0]["logprobs"]["content"]
         ids_T = [*ids, *(step["id"] for step in steps)]

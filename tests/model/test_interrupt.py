@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
+from ktlab.model.interrupt import Interrupted, interruptible
 from ktlab.model.model import Model
-from ktlab.notebook.interrupt import Interrupted, interruptible
 
 
 def test_the_same_logits_until_cancelled_and_settings_restored():

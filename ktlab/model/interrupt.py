@@ -18,7 +18,7 @@ class Interrupted(Exception):
     """A forward pass was left because its result is no longer wanted."""
 
 
-class _Stopping(Probe):
+class Stopping(Probe):
     """Passes everything on to `inner`, and raises at the first stage after `cancel` was set."""
 
     def __init__(self, inner: Probe, cancel: threading.Event) -> None:
@@ -36,5 +36,5 @@ class _Stopping(Probe):
 def interruptible(model: Model, cancel: threading.Event) -> Model:
     """A clone of `model` that raises `Interrupted` at its next stage once `cancel` is set."""
     clone = model.clone()
-    clone.watch = partial(_Stopping, cancel=cancel)
+    clone.watch = partial(Stopping, cancel=cancel)
     return clone

@@ -1,0 +1,5 @@
+import sys
+
+from ktlab.cli import main
+
+sys.exit(main())

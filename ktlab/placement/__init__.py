@@ -1,0 +1,6 @@
+"""Where a model goes: what it needs, device by device, before anything is loaded."""
+
+from ktlab.placement.machine import Device, Machine
+from ktlab.placement.plan import Plan, plan
+
+__all__ = ["Device", "Machine", "Plan", "plan"]

@@ -1,0 +1,281 @@
+"""What a plan shows of itself: text, HTML, rows for tables, a figure. Pure functions."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ktlab import figures, html
+from ktlab.placement.ledger import KINDS, Ledger
+from ktlab.placement.parts import COMPONENTS
+from ktlab.placement.placed import Placed
+from ktlab.placement.sizes import size_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+    from ktlab.placement.plan import Plan
+
+TONES = {True: "ok", False: "bad", None: ""}
+WORDS = {True: "fits", False: "does not fit", None: "no limit given"}
+_COLORS = {"cpu": figures.BLUE, "cuda:0": figures.ORANGE, "disk": figures.INK}
+_GRID = (
+    "<style>.ktlab .grid{overflow-x:auto}"
+    "div.ktlab.ktlab.ktlab .grid table td,div.ktlab.ktlab.ktlab .grid table th{"
+    "padding:1px 2px 1px 0;border:0;font-size:11px;font-weight:400}"
+    ".ktlab .grid th b{display:block;width:10px;overflow:visible;white-space:nowrap;"
+    "font-weight:400}"
+    ".ktlab .grid i{display:block;width:10px;height:14px;border-radius:2px;opacity:.85}"
+    ".ktlab .k{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 5px 0 12px}"
+    "</style>"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    """The layers of one component added up."""
+
+    component: str
+    devices: tuple[str, ...]
+    stored: tuple[str, ...]
+    formats: tuple[str, ...]
+    parameters: int
+    bytes: int
+    flop_per_token: float
+    bytes_per_token: float
+
+    @property
+    def intensity(self) -> float:
+        """FLOP per byte that a token reads."""
+        return self.flop_per_token / self.bytes_per_token if self.bytes_per_token else 0.0
+
+    @property
+    def use(self) -> float:
+        """FLOP of a token per number stored."""
+        return self.flop_per_token / self.parameters if self.parameters else 0.0
+
+
+def totals(rows: Iterable[Placed]) -> dict[str, Total]:
+    """{component: its layers added up}."""
+    groups: dict[str, list[Placed]] = {}
+    for row in rows:
+        groups.setdefault(row.part.component, []).append(row)
+    return {name: _total(name, members) for name, members in groups.items()}
+
+
+def _total(component: str, rows: list[Placed]) -> Total:
+    return Total(
+        component=component,
+        devices=tuple(dict.fromkeys(row.device for row in rows)),
+        stored=_largest_first(
+            (format, row.part.bytes) for row in rows for format in row.part.formats
+        ),
+        formats=_largest_first((format, row.bytes) for row in rows for format in row.formats),
+        parameters=sum(row.part.parameters for row in rows),
+        bytes=sum(row.bytes for row in rows),
+        flop_per_token=sum(row.part.flop_per_token for row in rows),
+        bytes_per_token=sum(row.part.bytes_per_token for row in rows),
+    )
+
+
+def _largest_first(sizes: Iterable[tuple[str, int]]) -> tuple[str, ...]:
+    found: dict[str, int] = {}
+    for name, size in sizes:
+        found[name] = found.get(name, 0) + size
+    return tuple(sorted(found, key=lambda name: -found[name]))
+
+
+def record(row: Placed) -> dict[str, Any]:
+    """One row of the table."""
+    part = row.part
+    return {
+        "layer": part.layer,
+        "component": part.component,
+        "device": row.device,
+        "stored": "+".join(part.formats),
+        "format": "+".join(row.formats),
+        "parameters": part.parameters,
+        "stored_bytes": part.bytes,
+        "bytes": row.bytes,
+        "in_place": row.in_place,
+        "converted": row.converted,
+        "flop_per_token": part.flop_per_token,
+        "bytes_per_token": part.bytes_per_token,
+        "intensity": part.intensity,
+        "use": part.use,
+    }
+
+
+HEADERS = (
+    "component",
+    "where",
+    "stored",
+    "as",
+    "bytes",
+    "FLOP/token",
+    "bytes/token",
+    "FLOP/byte",
+    "FLOP/number",
+)
+
+
+def _component_lines(plan: "Plan") -> list[tuple[str, ...]]:
+    lines: list[tuple[str, ...]] = []
+    for name, total in plan.by_component().items():
+        stored, formats = "+".join(total.stored), "+".join(total.formats)
+        lines.append(
+            (
+                name,
+                "+".join(total.devices),
+                stored,
+                formats if formats != stored else "as stored",
+                size_text(total.bytes),
+                html.quantity(total.flop_per_token),
+                size_text(total.bytes_per_token),
+                f"{total.intensity:.3g}",
+                f"{total.use:.3g}",
+            )
+        )
+    return lines
+
+
+def _ledger_lines(ledgers: Iterable[Ledger]) -> list[tuple[str, ...]]:
+    return [
+        (
+            one.device,
+            *(size_text(getattr(one, kind)) if getattr(one, kind) else "" for kind in KINDS),
+            size_text(one.needed),
+            "" if one.capacity is None else size_text(one.capacity),
+            "" if one.headroom is None else size_text(one.headroom),
+        )
+        for one in ledgers
+    ]
+
+
+LEDGER_HEADERS = ("device", *KINDS, "needed", "capacity", "headroom")
+
+
+def _head(plan: "Plan") -> str:
+    return (
+        f"{plan.model}: {html.quantity(plan.parameters)} parameters, "
+        f"{html.quantity(plan.active_parameters)} a token, {size_text(plan.stored_bytes)}"
+    )
+
+
+def _context_line(plan: "Plan") -> str:
+    caches = ", ".join(f"{form} {size_text(size)}" for form, size in plan.cache_bytes.items())
+    return f"context {plan.context:,} ({plan.attention}); cache {caches}"
+
+
+def text(plan: "Plan") -> str:
+    """As a terminal shows it."""
+    lines = [f"Plan of {_head(plan)}", f"  from {plan.source}", f"  on {plan.machine}"]
+    lines += [f"  {_context_line(plan)}", ""]
+    lines += _columns([HEADERS, *_component_lines(plan)], left=4) + [""]
+    lines += _columns([LEDGER_HEADERS, *_ledger_lines(plan.ledgers)], left=1) + [""]
+    return "\n".join([*lines, *plan.verdict])
+
+
+def _columns(rows: list[tuple[str, ...]], left: int) -> list[str]:
+    """Aligned columns; the first `left` to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def bundle(plan: "Plan") -> dict[str, Any]:
+    """Text and HTML."""
+    badges = [
+        html.badge(f"{one.device} {WORDS[one.fits]}", TONES[one.fits]) for one in plan.ledgers
+    ]
+    facts = {"from": plan.source, "on": str(plan.machine), "at": _context_line(plan)}
+    verdict = html.Raw("".join(f"<div>{html.text(line)}</div>" for line in plan.verdict))
+    body = html.card(
+        f"Plan of {_head(plan)}",
+        html.Raw("".join(badges)),
+        html.pairs(facts),
+        verdict,
+        html.table(_ledger_lines(plan.ledgers), LEDGER_HEADERS),
+        html.table(_component_lines(plan), HEADERS),
+        grid(plan),
+    )
+    return html.mimebundle(str(plan), body)
+
+
+def grid(plan: "Plan") -> html.Raw:
+    """Component by layer, coloured by device; the details of a cell on hovering."""
+    layers = sorted({row.part.layer for row in plan.rows if row.part.layer is not None})
+    cells = {
+        (row.part.component, row.part.layer): row for row in plan.rows if row.part.layer is not None
+    }
+    present = [c for c in COMPONENTS if any((c, layer) in cells for layer in layers)]
+    head = "".join(f"<th><b>{layer if layer % 5 == 0 else ''}</b></th>" for layer in layers)
+    body = ""
+    for component in present:
+        marks = "".join(_cell(cells.get((component, layer))) for layer in layers)
+        body += f"<tr><td>{component}</td>{marks}</tr>"
+    used = dict.fromkeys(row.device for row in plan.rows)
+    key = "".join(
+        f'<span class="k" style="background:{_COLORS.get(name, figures.PURPLE)}"></span>{name}'
+        for name in used
+    )
+    table = f'<div class="grid"><table><tr><td></td>{head}</tr>{body}</table></div>'
+    return html.Raw(f"{_GRID}<div>where each layer's components go:{key}</div>{table}")
+
+
+def _cell(row: Placed | None) -> str:
+    if row is None:
+        return "<td></td>"
+    about = f"layer {row.part.layer}, {row.part.component}: {'+'.join(row.formats)}, "
+    about += f"{size_text(row.bytes)} on {row.device}"
+    color = _COLORS.get(row.device, figures.PURPLE)
+    return f'<td><i title="{html.text(about)}" style="background:{color}"></i></td>'
+
+
+def plot(plan: "Plan") -> "Figure":
+    """Bytes of each device by what they are for: weights by component, then the rest."""
+    devices: dict[str, Mapping[str, float]] = {}
+    for one in plan.ledgers:
+        kinds: dict[str, float] = {}
+        for name, total in plan.by_component().items():
+            size = sum(
+                r.bytes for r in plan.rows if r.part.component == name and r.device == one.device
+            )
+            if size and total:
+                kinds[name] = size
+        if one.copies:
+            kinds["experts, further NUMA copies"] = one.copies
+        kinds["activations"], kinds["runtime"] = one.activations, one.runtime
+        devices[one.device] = kinds
+    limits = {one.device: one.capacity for one in plan.ledgers}
+    return figures.memory_bars(devices, limits, title=f"{plan.model}, context {plan.context:,}")
+
+
+def diff(plan: "Plan", other: "Plan") -> "pd.DataFrame":
+    """Rows of `other` that differ, beside what they are in `plan`."""
+    import pandas as pd
+
+    def key(row: Placed) -> tuple[int | None, str]:
+        return row.part.layer, row.part.component
+
+    ours, theirs = ({key(r): r for r in p.rows} for p in (plan, other))
+    found = []
+    for place in dict.fromkeys([*ours, *theirs]):
+        a, b = ours.get(place), theirs.get(place)
+        if a == b:
+            continue
+        line: dict[str, Any] = {"layer": place[0], "component": place[1]}
+        for side, row in (("a", a), ("b", b)):
+            line[f"device_{side}"] = row.device if row else None
+            line[f"format_{side}"] = "+".join(row.formats) if row else None
+            line[f"bytes_{side}"] = row.bytes if row else 0
+        found.append(line)
+    columns = ["layer", "component"]
+    columns += [f"{what}_{side}" for side in "ab" for what in ("device", "format", "bytes")]
+    return pd.DataFrame(found, columns=columns)
