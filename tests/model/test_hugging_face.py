@@ -70,13 +70,15 @@ def mean_kl(expected: torch.Tensor, found: torch.Tensor) -> float:
 def check_logits(folder: Path, model: Model) -> None:
     """Against transformers' own reading of the folder, in float32."""
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = some_ids(model.config, 40)
+    ids = some_ids(model.config, 100)  # beyond the original context of those with yarn
     with torch.no_grad():
         expected = theirs(ids[None]).logits[0]
     with model.override(backend="torch"):
         found = model.forward(ids)
     assert (found - expected).norm() < 1e-4 * expected.norm()
-    assert mean_kl(expected, model.forward(ids)) < 1e-3  # kernels round activations
+    assert mean_kl(expected, found) < 1e-6
+    # Kernels round activations, which on random weights now and then selects another expert.
+    assert mean_kl(expected, model.forward(ids)) < 2e-2
 
 
 @pytest.mark.parametrize("name", NAMES)
