@@ -1,4 +1,4 @@
-"""The command line: doctor, info, plan, generate, chat, compare, eval, trace, synthesize, bench.
+"""The command line: doctor, info, plan, generate, compare, trace, chat, eval, synthesize, bench.
 
 Results go to standard output, remarks to standard error. Exit code 2 and one line for what a user
 can put right, 130 after Ctrl-C, 0 when the reader of a pipe has had enough.
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import ktlab
-from ktlab.cli import chat, eval, plan, synthesize
+from ktlab.cli import bench, chat, eval, plan, synthesize
 from ktlab.cli.arguments import add_model, add_text, texts_of
-from ktlab.errors import KtlabError, SettingError
+from ktlab.errors import KtlabError
 from ktlab.model.words import EXAMPLES, settings
 
 
@@ -97,34 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     synthesize.add_arguments(
         command("synthesize", synthesize.run, "a model file of true size with synthetic weights")
     )
-    _add_bench(command("bench", _bench, "how fast the expert kernels are, beside the ceiling"))
+    bench.add_commands(command("bench", bench.run, "how fast it is, beside the ceiling and peers"))
     return parser
-
-
-def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["experts"], help="one MoE layer, synthetic weights")
-    parser.add_argument(
-        "--shape",
-        default="deepseek-v3",
-        metavar="NAME",
-        help="deepseek-v3, kimi-k2, qwen3-30b-a3b, ... or HIDDENxWIDTHxEXPERTSxTOP_K",
-    )
-    parser.add_argument("--experts", type=int, metavar="N", help="in memory; default: 1 GB of them")
-    parser.add_argument("--format", default="q4_k_m", metavar="NAME", help="such as q8_0, q4_k_m")
-    for word in ("layout", "backend", "isa"):
-        parser.add_argument(f"--{word}", default="auto", metavar="NAME")
-    parser.add_argument("--tokens", default="1,8,32,512", metavar="N,N,...", help="a call")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one a core")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="each in turn, N times")
-    parser.add_argument(
-        "--peers",
-        nargs="*",
-        metavar="PEER",
-        help="kt-kernel and llama.cpp beside ktlab (make peers installs them), as they compute "
-        "this format; or names: kt-kernel is all its methods, kt-kernel/amxint8 one",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line and case")
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -197,48 +171,6 @@ def _trace(options: argparse.Namespace) -> int:
     print(trace)
     print(f"saved to {path}", file=sys.stderr)
     return 0
-
-
-def _bench(options: argparse.Namespace) -> int:
-    from ktlab.measurement.bench import bench_experts
-
-    result = bench_experts(
-        options.shape,
-        experts=options.experts,
-        format=options.format,
-        layout=options.layout,
-        backend=options.backend,
-        isa=options.isa,
-        tokens=_numbers("--tokens", options.tokens),
-        threads=options.threads,
-        rounds=options.rounds,
-        peers=options.peers,
-        seed=options.seed,
-        progress=_remark,
-    )
-    _remark("")
-    if options.json:
-        for case in result.cases:
-            print(case.to_json(indent=None))
-        for name, why in result.skipped.items():
-            print(f"without {name}: {why}", file=sys.stderr)
-    else:
-        print(result)
-    print(result.provenance, file=sys.stderr)
-    return 0
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise SettingError(f"{name} {text}: expected whole numbers, such as 1,8,32") from None
-
-
-def _remark(text: str) -> None:
-    """On one line that the next remark takes over; kept quiet where nobody watches."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _progress(done: int, total: int) -> None:
