@@ -9,11 +9,10 @@ import ktlab
 from ktlab.cli.arguments import add_model, add_text, texts_of
 from ktlab.errors import SettingError
 from ktlab.model.words import EXAMPLES, settings
+from ktlab.progress import ProgressBar
 
 if TYPE_CHECKING:
     from ktlab.measurement.evaluation import Evaluation
-
-BAR = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,13 +76,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def bar(found: "Evaluation", seconds: float) -> str:
-    """How far, what is known already with its interval, how long yet."""
-    share = found.tokens / found.total_tokens
-    left = seconds / share - seconds
-    parts = [
-        f"[{'#' * int(BAR * share):·<{BAR}}] {found.tokens:,} of {found.total_tokens:,} tokens",
-        f"perplexity {found.perplexity}",
-        f"KL {found.against.kl_mean}" if found.against is not None else "",
-        f"{left:.0f} s left" if left >= 1 else "",
-    ]
-    return "  ".join(part for part in parts if part)
+    """How far, how long yet, and what is known already with its interval."""
+    what = f"{found.tokens:,} of {found.total_tokens:,} tokens"
+    line = ProgressBar(what, sys.stderr).line(
+        found.tokens, found.total_tokens, seconds, found.tokens
+    )
+    divergence = f"  KL {found.against.kl_mean}" if found.against is not None else ""
+    return f"{line}  perplexity {found.perplexity}{divergence}"

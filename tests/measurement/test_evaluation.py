@@ -81,7 +81,8 @@ def test_narrowing_and_saying_so(model: Model, ids: Tensor) -> None:
     assert steps[-1].perplexity.half_width < steps[2].perplexity.half_width
     assert "150 of 599 tokens" in str(steps[2]) and "perplexity" in steps[2].to_html()
     drawn = bar(steps[2], 10.0)
-    assert drawn.startswith("[######") and "150 of 599" in drawn and "30 s left" in drawn
+    assert "150 of 599 tokens [######" in drawn and "25 %, 30 s left" in drawn
+    assert f"perplexity {steps[2].perplexity}" in drawn
 
 
 @pytest.mark.parametrize("vocabulary", ["even", "odd"])
