@@ -33,6 +33,8 @@ WHY: Mapping[Stopped, str] = {
 CONTEXT = 8192
 """Tokens of history by default, where the model has as many: the cache is allocated at once."""
 THINK = "<think>\n"
+CHUNK = 512
+"""`Model.forward` reads a prompt in pieces of so many tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,8 @@ class ChatSession:
     ) -> Iterator[Token]:
         """Yield the answer's tokens; afterwards `last` tells what it cost.
 
+        A token's text waits until its characters are complete; bytes that never become one are
+        U+FFFD in `last.text` and nowhere before.
         `cancel` stops the answer, also during prefill; what was written stays in the history, a
         question without any answer does not. `on_prefill(done, total)` is called as a long prompt
         is read. Raises ContextError where the history leaves no room (nothing is lost: the
@@ -208,8 +212,9 @@ class ChatSession:
     def _prompt(self, messages: list[dict[str, str]]) -> str:
         system = [{"role": "system", "content": self.system}] if self.system else []
         if self.template is None:
-            return "\n".join(message["content"] for message in system + messages)
-        text = self.template.render(system + messages, **self.extra)
+            text = "\n".join(message["content"] for message in system + messages)
+        else:
+            text = self.template.render(system + messages, **self.extra)
         return text + THINK if self.force_think and not text.endswith(THINK) else text
 
     def _encode(self, prompt: str) -> list[int]:
@@ -305,13 +310,12 @@ class _Prefill(Stopping):
         total: int,
         tell: Callable[[int, int], None] | None,
         counter: _Counter,
-        chunk: int = 512,
     ) -> None:
         super().__init__(_Counting(inner, counter), cancel)
-        self._done, self._total, self._tell, self._chunk = 0, total, tell, chunk
+        self._done, self._total, self._tell = 0, total, tell
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        if name == "embedding" and self._tell is not None and self._total > self._chunk:
+        if name == "embedding" and self._tell is not None and self._total > CHUNK:
             self._tell(self._done, self._total)
-            self._done = min(self._done + self._chunk, self._total)
+            self._done = min(self._done + CHUNK, self._total)
         return super().stage(name)

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import TextIO
 
 from ktlab.chat.commands import Ask, Leave, run_command
-from ktlab.chat.session import ChatSession
+from ktlab.chat.session import CHUNK, ChatSession
 from ktlab.errors import KtlabError
 
 QUOTES = '"""'
@@ -21,12 +21,14 @@ def talk(
     *,
     prompt: str = "> ",
     expand: Callable[[str], str | None] | None = None,
+    unasked: str | None = None,
     stdin: TextIO | None = None,
 ) -> None:
     '''Read lines and answer them until the input ends or /quit.
 
     A line that begins with """ opens a text of several lines, which the next """ closes. `expand`
-    may replace what was typed (an empty line by a prompt file); None ignores it.
+    may replace what was typed (an empty line by a prompt file); None ignores it. `unasked` is
+    asked where the input is no terminal and ends before its first line.
     '''
     stdin = stdin or sys.stdin
     terminal = stdin.isatty()
@@ -42,14 +44,17 @@ def talk(
         except EOFError:
             if terminal:
                 print(file=sys.stderr)
+            elif unasked is not None:
+                answer(chat, unasked)
             return
         except KeyboardInterrupt:
             if not terminal:
                 raise
             _remark("\n/quit or Ctrl-D leaves")
             continue
+        unasked = None
         question = expand(text) if expand is not None else text
-        if not question:
+        if not question or not question.strip():
             continue
         try:
             if question.startswith("/") and "\n" not in question:
@@ -130,7 +135,7 @@ def _history() -> None:
 def _prefill(done: int, total: int) -> None:
     if sys.stderr.isatty():
         print(f"\r\033[Kreading {done:,} of {total:,} tokens", end="", file=sys.stderr, flush=True)
-        if done + 512 >= total:
+        if done + CHUNK >= total:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The command line: doctor, info, plan, generate, compare, trace, bench.
+"""The command line: doctor, info, plan, generate, compare, trace, chat, eval, synthesize, bench.
 
 Results go to standard output, remarks to standard error. Exit code 2 and one line for what a user
 can put right, 130 after Ctrl-C, 0 when the reader of a pipe has had enough.
@@ -7,14 +7,15 @@ can put right, 130 after Ctrl-C, 0 when the reader of a pipe has had enough.
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ktlab
-from ktlab.cli import plan, synthesize
-from ktlab.errors import KtlabError, SettingError, nearest
+from ktlab.cli import bench, chat, eval, plan, synthesize
+from ktlab.cli.arguments import add_model, add_text, texts_of
+from ktlab.errors import KtlabError
 from ktlab.model.words import EXAMPLES, settings
 
 
@@ -56,14 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
 
     info = command("info", _info, "what a model is and what a token costs")
-    _add_model(info)
+    add_model(info)
 
     plan.add_arguments(
         command("plan", plan.run, "will it fit, and where would it go? from the header alone")
     )
 
     generate = command("generate", _generate, "write text, token by token")
-    _add_model(generate)
+    add_model(generate)
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--top-k", type=int, metavar="K", help="routed experts a token")
     generate.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=EXAMPLES)
@@ -73,65 +74,31 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
 
     compare = command("compare", _compare, "what setting b costs and buys against setting a")
-    _add_model(compare)
+    add_model(compare)
     for side in ("a", "b"):
         compare.add_argument(
             f"--{side}", nargs="+", default=[], metavar="NAME=VALUE", help=EXAMPLES
         )
-    _add_text(compare)
+    add_text(compare)
     compare.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="in all")
     compare.add_argument("--window", type=int, default=256, metavar="N", help="tokens of context")
     compare.add_argument("--no-speed", action="store_true", help="measure quality only")
     compare.add_argument("--json", action="store_true", help="print JSON")
 
     trace = command("trace", _trace, "run a text and keep every router's decision")
-    _add_model(trace)
-    _add_text(trace)
+    add_model(trace)
+    add_text(trace)
     trace.add_argument("--out", required=True, type=Path, metavar="FILE.npz")
     trace.add_argument("--names", nargs="+", metavar="GLOB", help='such as "layers.3.*"')
     trace.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="in all")
 
+    chat.add_arguments(command("chat", chat.run, "talk to a model; /help lists commands"))
+    eval.add_arguments(command("eval", eval.run, "perplexity of a text, and KL against a baseline"))
     synthesize.add_arguments(
         command("synthesize", synthesize.run, "a model file of true size with synthetic weights")
     )
-    _add_bench(command("bench", _bench, "how fast the expert kernels are, beside the ceiling"))
+    bench.add_commands(command("bench", bench.run, "how fast it is, beside the ceiling and peers"))
     return parser
-
-
-def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["experts"], help="one MoE layer, synthetic weights")
-    parser.add_argument(
-        "--shape",
-        default="deepseek-v3",
-        metavar="NAME",
-        help="deepseek-v3, kimi-k2, qwen3-30b-a3b, ... or HIDDENxWIDTHxEXPERTSxTOP_K",
-    )
-    parser.add_argument("--experts", type=int, metavar="N", help="in memory; default: 1 GB of them")
-    parser.add_argument("--format", default="q4_k_m", metavar="NAME", help="such as q8_0, q4_k_m")
-    for word in ("layout", "backend", "isa"):
-        parser.add_argument(f"--{word}", default="auto", metavar="NAME")
-    parser.add_argument("--tokens", default="1,8,32,512", metavar="N,N,...", help="a call")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one a core")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="each in turn, N times")
-    parser.add_argument(
-        "--peers",
-        nargs="*",
-        metavar="PEER",
-        help="kt-kernel and llama.cpp beside ktlab (make peers installs them), as they compute "
-        "this format; or names: kt-kernel is all its methods, kt-kernel/amxint8 one",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line and case")
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help='"tiny", or the path of a GGUF file')
-
-
-def _add_text(parser: argparse.ArgumentParser) -> None:
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument("--text", metavar="FILE", help='a text file; "-" is standard input')
-    text.add_argument("--domain", metavar="NAME", help="one of the texts that come with ktlab")
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -174,7 +141,7 @@ def _compare(options: argparse.Namespace) -> int:
     model = ktlab.load(options.model)
     comparison = ktlab.compare(
         model,
-        _texts(options),
+        texts_of(options),
         a=a,
         b=b,
         max_tokens=options.max_tokens,
@@ -191,7 +158,7 @@ def _trace(options: argparse.Namespace) -> int:
     from ktlab.measurement.windows import encoded
 
     model = ktlab.load(options.model)
-    texts = _texts(options)
+    texts = texts_of(options)
     each, traces = max(1, options.max_tokens // len(texts)), []
     for name, text in texts.items():
         ids_T = encoded(model, text, name, limit=each)
@@ -204,65 +171,6 @@ def _trace(options: argparse.Namespace) -> int:
     print(trace)
     print(f"saved to {path}", file=sys.stderr)
     return 0
-
-
-def _bench(options: argparse.Namespace) -> int:
-    from ktlab.measurement.bench import bench_experts
-
-    result = bench_experts(
-        options.shape,
-        experts=options.experts,
-        format=options.format,
-        layout=options.layout,
-        backend=options.backend,
-        isa=options.isa,
-        tokens=_numbers("--tokens", options.tokens),
-        threads=options.threads,
-        rounds=options.rounds,
-        peers=options.peers,
-        seed=options.seed,
-        progress=_remark,
-    )
-    _remark("")
-    if options.json:
-        for case in result.cases:
-            print(case.to_json(indent=None))
-        for name, why in result.skipped.items():
-            print(f"without {name}: {why}", file=sys.stderr)
-    else:
-        print(result)
-    print(result.provenance, file=sys.stderr)
-    return 0
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise SettingError(f"{name} {text}: expected whole numbers, such as 1,8,32") from None
-
-
-def _remark(text: str) -> None:
-    """On one line that the next remark takes over; kept quiet where nobody watches."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def _texts(options: argparse.Namespace) -> Mapping[str, str]:
-    """Text by name: a file, a domain, or every domain that comes with ktlab."""
-    if options.text == "-":
-        return {"standard input": sys.stdin.read()}
-    if options.text:
-        return {Path(options.text).stem: Path(options.text).read_text(encoding="utf-8")}
-    texts = ktlab.domain_texts()
-    if not options.domain:
-        return texts
-    if options.domain not in texts:
-        raise SettingError(
-            f"no domain {options.domain!r}; there are {', '.join(texts)}"
-            f"{nearest(options.domain, texts)}"
-        )
-    return {options.domain: texts[options.domain]}
 
 
 def _progress(done: int, total: int) -> None:

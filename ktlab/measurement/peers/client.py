@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,13 @@ METHODS = (
     Method(peer="llama.cpp", name="cpu", formats=tuple(GGML)),
     Method(peer="llama.cpp", name="repack", formats=tuple(GGML)),
 )
+MODEL_METHODS = (
+    Method(peer="llama.cpp", name="repack", formats=()),
+    Method(peer="llama.cpp", name="cpu", formats=()),
+)
+"""Ways in which a peer runs a whole model file."""
 ADAPTERS = {"kt-kernel": "kt_kernel.py", "llama.cpp": "llama_cpp.py"}
+MODEL_ADAPTERS = {"llama.cpp": "llama_cpp_model.py"}
 
 
 def environments() -> Path:
@@ -93,6 +99,21 @@ def choose(names: Sequence[str], formats: Sequence[str]) -> tuple[Method, ...]:
     return tuple(dict.fromkeys(chosen))
 
 
+def choose_for_models(names: Sequence[str]) -> tuple[Method, ...]:
+    """The methods of these labels that run whole models; none named: all."""
+    labels = [m.label for m in MODEL_METHODS]
+    chosen = []
+    for name in names or dict.fromkeys(m.peer for m in MODEL_METHODS):
+        found = [m for m in MODEL_METHODS if name in (m.label, m.peer)]
+        if not found:
+            raise SettingError(
+                f"peer {name!r} runs no whole models{nearest(name, labels)}; "
+                f"there are {', '.join(labels)}"
+            )
+        chosen += found
+    return tuple(dict.fromkeys(chosen))
+
+
 def kt_variant(isa: str) -> str | None:
     """The build of kt-kernel to force so that it uses no more than `isa`; None: its own choice."""
     if isa == "avx2":
@@ -103,14 +124,20 @@ def kt_variant(isa: str) -> str | None:
     return "avx512_bf16" if {"avx512_bf16", "avx512vbmi"} <= flags else "avx512_vnni"
 
 
+_Process = TypeVar("_Process", bound="Process")
+
+
 class PeerError(RuntimeError):
     """A peer that refused, or died."""
 
 
-class Peer:
-    """One method of one peer on one layer, in a process of its own; a context manager."""
+class Process:
+    """One method of one peer in a process of its own; a context manager.
 
-    def __init__(self, method: Method, folder: Path, *, threads: int, isa: str = "auto") -> None:
+    `request` is what "prepare" gets besides the method's name.
+    """
+
+    def __init__(self, method: Method, adapter: str, *, isa: str = "auto", **request: Any) -> None:
         self.method = method
         self._log = tempfile.TemporaryFile("w+")
         environment = dict(os.environ)
@@ -120,7 +147,7 @@ class Peer:
         self._process = subprocess.Popen(
             # -I: neither this process's PYTHONPATH nor the adapters' folder, whose names would
             # hide the packages that they are named after.
-            [python_of(method.peer), "-I", HERE / "host.py", HERE / ADAPTERS[method.peer]],
+            [python_of(method.peer), "-I", HERE / "host.py", HERE / adapter],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -128,22 +155,10 @@ class Peer:
             env=environment,
         )
         try:
-            self.description = self._ask(
-                do="prepare", folder=str(folder), method=method.name, threads=threads
-            )
+            self.description = self._ask(do="prepare", method=method.name, **request)
         except BaseException:
             self.close()
             raise
-
-    def run(self, tokens: int, repeats: int) -> list[float]:
-        """Seconds of each repeat."""
-        return list(self._ask(do="run", tokens=tokens, repeats=repeats)["seconds"])
-
-    def output(self, tokens: int, file: Path) -> NDArray[np.float32]:
-        """(T, D) for the first routing."""
-        self._ask(do="output", tokens=tokens, file=str(file))
-        output: NDArray[np.float32] = np.load(file)
-        return output
 
     def close(self) -> None:
         """End the process; safe to call twice."""
@@ -179,7 +194,7 @@ class Peer:
         lines = self._log.read().strip().splitlines()[-3:]
         return f"(exit code {code})" + (": " + " / ".join(lines) if lines else "")
 
-    def __enter__(self) -> "Peer":
+    def __enter__(self: _Process) -> _Process:
         return self
 
     def __exit__(
@@ -189,3 +204,47 @@ class Peer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class Peer(Process):
+    """A peer that computes one MoE layer, from a folder that `SyntheticExperts.save` wrote."""
+
+    def __init__(self, method: Method, folder: Path, *, threads: int, isa: str = "auto") -> None:
+        adapter = ADAPTERS[method.peer]
+        super().__init__(method, adapter, isa=isa, folder=str(folder), threads=threads)
+
+    def run(self, tokens: int, repeats: int) -> list[float]:
+        """Seconds of each repeat."""
+        return list(self._ask(do="run", tokens=tokens, repeats=repeats)["seconds"])
+
+    def output(self, tokens: int, file: Path) -> NDArray[np.float32]:
+        """(T, D) for the first routing."""
+        self._ask(do="output", tokens=tokens, file=str(file))
+        output: NDArray[np.float32] = np.load(file)
+        return output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What one run of a model took, and the id that it would have gone on with after each step."""
+
+    prefill_s: float
+    decode_s: tuple[float, ...]
+    ids: tuple[int, ...]
+
+
+class ModelPeer(Process):
+    """A peer that runs a whole model file."""
+
+    def __init__(self, method: Method, file: Path, *, threads: int, context: int) -> None:
+        adapter = MODEL_ADAPTERS[method.peer]
+        super().__init__(method, adapter, file=str(file), threads=threads, context=context)
+
+    def generate(self, prompt: Sequence[int], following: Sequence[int]) -> Generated:
+        """Run the prompt from an empty cache, then the following ids one by one."""
+        found = self._ask(do="generate", prompt=list(prompt), following=list(following))
+        return Generated(
+            prefill_s=found["prefill_s"],
+            decode_s=tuple(found["decode_s"]),
+            ids=tuple(found["ids"]),
+        )

@@ -1,4 +1,4 @@
-"""What runs inside a peer's environment: one MoE layer behind JSON lines.
+"""What runs inside a peer's environment: one MoE layer, or a model, behind JSON lines.
 
     python -I host.py ADAPTER.py
 
@@ -11,6 +11,12 @@ file knows nothing of ktlab.
     {"do": "run", "tokens": 8, "repeats": 3}                       -> {"seconds": [...]}
     {"do": "output", "tokens": 8, "file": ...}                     -> (T, D) float32 in the file
     {"do": "close"}
+
+and for an adapter that runs whole models
+
+    {"do": "prepare", "file": ..., "method": ..., "threads": 2, "context": 600}
+    {"do": "generate", "prompt": [...], "following": [...]}
+        -> {"prefill_s": ..., "decode_s": [...], "ids": [...]}
 
 The folder holds case.json (experts, hidden, width, top_k, formats of gate, up and down), the
 weights (gate.npy ... as GGUF blocks, gate_bf16.npy ... where asked for) and, for T tokens,
@@ -35,7 +41,8 @@ PR_SET_PDEATHSIG = 1
 
 
 def load_adapter(path: Path) -> Any:
-    """The adapter module: it offers `Layer(folder, case, method, threads)`."""
+    """The adapter module: it offers `Layer(folder, case, method, threads)` or
+    `Model(file, method, threads, context)`."""
     spec = importlib.util.spec_from_file_location("adapter", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -44,16 +51,22 @@ def load_adapter(path: Path) -> Any:
 
 
 class Host:
-    """Answers requests about one layer."""
+    """Answers requests about one layer or one model."""
 
     def __init__(self, adapter: Any) -> None:
         self.adapter = adapter
         self.layer: Any = None
+        self.model: Any = None
         self.folder = Path()
         self.inputs: dict[int, Any] = {}
         self.turn = 0
 
     def prepare(self, request: dict[str, Any]) -> dict[str, Any]:
+        if "file" in request:
+            self.model = self.adapter.Model(
+                request["file"], request["method"], request["threads"], request["context"]
+            )
+            return dict(self.model.describe())
         self.folder = Path(request["folder"])
         case = json.loads((self.folder / "case.json").read_text())
         self.layer = self.adapter.Layer(self.folder, case, request["method"], request["threads"])
@@ -74,6 +87,9 @@ class Host:
         np.save(request["file"], self.layer.output())
         return {}
 
+    def generate(self, request: dict[str, Any]) -> dict[str, Any]:
+        return dict(self.model.run(request["prompt"], request["following"]))
+
     def _call(self, tokens: int, turn: int) -> Any:
         """A function without arguments that computes the layer for the routing of that turn."""
         if tokens not in self.inputs:
@@ -88,7 +104,12 @@ class Host:
     def answer(self, line: str) -> dict[str, Any]:
         request = json.loads(line)
         try:
-            action = {"prepare": self.prepare, "run": self.run, "output": self.output}
+            action = {
+                "prepare": self.prepare,
+                "run": self.run,
+                "output": self.output,
+                "generate": self.generate,
+            }
             return {"ok": True, **action[request["do"]](request)}
         except Exception as error:  # the client raises it with its own words
             return {"ok": False, "error": f"{type(error).__name__}: {error}"}
