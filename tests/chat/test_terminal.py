@@ -89,6 +89,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
 
     try:
         wait_until(lambda seen: b"> " in seen)
+        time.sleep(0.5)  # readline misses a signal between writing its prompt and waiting
         process.send_signal(signal.SIGINT)  # at the prompt: a hint, nothing else
         wait_until(lambda seen: b"/quit or Ctrl-D leaves" in seen)
         for question in (b"one", b"two"):
