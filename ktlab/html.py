@@ -92,9 +92,14 @@ def byte_size(count: float) -> str:
 def quantity(value: float, unit: str = "") -> str:
     """A count with a decimal prefix: 1.23e9 -> '1.23 G'."""
     for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
+        if abs(value) >= 0.9995 * limit:  # what rounds to a thousand is one of the next prefix
             return f"{value / limit:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}".rstrip()
+
+
+def decimal_bytes(count: float) -> str:
+    """Bytes in powers of ten, as memory and files are sold: 404488847360 -> '404 GB'."""
+    return quantity(count, "B")
 
 
 def _is_number(cell: object) -> bool:

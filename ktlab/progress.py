@@ -1,5 +1,6 @@
 """A line that says how far something long has come, and how long it will still take."""
 
+import sys
 from time import monotonic
 from typing import TextIO
 
@@ -8,25 +9,29 @@ EVERY_S = 0.1
 
 
 class ProgressBar:
-    """Called with (done, total), e.g. in bytes; prints nothing where `stream` is no terminal.
+    """Called with (done, total), e.g. in bytes.
+
+    `shown` says whether anything is printed; by default where `stream` is a terminal, and in a
+    notebook.
 
     The time left is judged by what was done since the first call: a resumed work does not count
     what it found.
     """
 
-    def __init__(self, what: str, stream: TextIO) -> None:
+    def __init__(self, what: str, stream: TextIO, *, shown: bool | None = None) -> None:
         self.what, self.stream = what, stream
+        self.shown = stream.isatty() or in_notebook() if shown is None else shown
         self._start: tuple[float, float] | None = None
-        self._shown = -EVERY_S
+        self._latest = -EVERY_S
 
     def __call__(self, done: float, total: float) -> None:
         now = monotonic()
         if self._start is None:
             self._start = (now, done)
         over = done >= total
-        if not self.stream.isatty() or (now - self._shown < EVERY_S and not over):
+        if not self.shown or (now - self._latest < EVERY_S and not over):
             return
-        self._shown = now
+        self._latest = now
         line = self.line(done, total, now - self._start[0], done - self._start[1])
         print(f"\r\033[K{line}", end="\n" if over else "", file=self.stream, flush=True)
 
@@ -37,6 +42,12 @@ class ProgressBar:
         left = f", {duration((total - done) / gained * seconds)} left" if gained > 0 else ""
         left = f", took {duration(seconds)}" if done >= total else left
         return f"{self.what} [{'#' * full}{'.' * (WIDTH - full)}] {100 * share:.0f} %{left}"
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this."""
+    ipython = sys.modules.get("IPython")
+    return hasattr(ipython.get_ipython() if ipython is not None else None, "kernel")
 
 
 def duration(seconds: float) -> str:

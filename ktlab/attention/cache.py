@@ -19,6 +19,8 @@ from ktlab.errors import ContextError
 Form = Literal["absorbed", "naive", "grouped"]
 FORMS: tuple[Form, ...] = ("absorbed", "naive")
 """The forms of latent attention; grouped-query attention has "grouped" alone."""
+USUAL_FORMS = ("absorbed", "grouped")
+"""How each kind of attention is computed unless somebody asks for another form."""
 
 
 def elements_per_token(config: ModelConfig, form: Form) -> int:

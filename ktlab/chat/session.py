@@ -142,6 +142,8 @@ class ChatSession:
     ) -> Iterator[Token]:
         """Yield the answer's tokens; afterwards `last` tells what it cost.
 
+        A token's text waits until its characters are complete; bytes that never become one are
+        U+FFFD in `last.text` and nowhere before.
         `cancel` stops the answer, also during prefill; what was written stays in the history, a
         question without any answer does not. `on_prefill(done, total)` is called as a long prompt
         is read. Raises ContextError where the history leaves no room (nothing is lost: the

@@ -84,6 +84,12 @@ def read_facts(path_or_name: str | Path, *, format: str | None = None) -> ModelF
     return facts if format is None else _as_format(facts, format)
 
 
+def model_files(path: Path) -> tuple[Path, ...]:
+    """The files that hold the weights of the model at `path`: a file, its shards, or a folder's."""
+    folder = safetensors_folder(path)
+    return tuple(shard_paths(path) if folder is None else sorted(folder.glob("*.safetensors")))
+
+
 def _from_gguf(path: Path, name: str) -> ModelFacts:
     headers = read_headers(shard_paths(path))
     where = headers[0].path.name
@@ -122,7 +128,7 @@ def _from_checkpoint(checkpoint: Checkpoint, folder: Path) -> ModelFacts:
         config=checkpoint.config,
         tensors=tensors,
         source=f"{folder.name}, headers of safetensors",
-        files=tuple(sorted(folder.glob("*.safetensors"))),
+        files=model_files(folder),
     )
 
 

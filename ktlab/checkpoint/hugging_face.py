@@ -58,12 +58,13 @@ class SafetensorsCheckpoint(CheckpointView):
         self._check_counts(where, config)
         further = {n for n in map(_layer, self._stored) if n is not None and n >= config.num_layers}
         self.config: ModelConfig = replace(config, num_nextn_layers=len(further))
+        self._shapes = expected_tensors(self.config)
         self._origins = {
             name: origin(self.config, name, shape, self._stored)
-            for name, shape in expected_tensors(self.config).items()
+            for name, shape in self._shapes.items()
         }
         self._check()
-        self._files = {e.path: MappedFile(e.path) for e in self._stored.values()}
+        self._files = {path: MappedFile(path) for path in {e.path for e in self._stored.values()}}
         self._kept: weakref.WeakValueDictionary[str, QTensor] = weakref.WeakValueDictionary()
 
     # What must be there ----------------------------------------------------------------------
@@ -142,7 +143,15 @@ class SafetensorsCheckpoint(CheckpointView):
     def tokenizer(self) -> Tokenizer | None:
         """From tokenizer.json; None where there is none."""
         file = self.folder / "tokenizer.json"
-        return Tokenizer.from_file(file) if file.exists() else None
+        if not file.exists():
+            return None
+        tokenizer = Tokenizer.from_file(file)
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise CheckpointError(
+                f"{file}: the tokenizer has {tokenizer.vocab_size} tokens, "
+                f"the embedding only {self.config.vocab_size} rows"
+            )
+        return tokenizer
 
     # Tensors ---------------------------------------------------------------------------------
 
@@ -167,7 +176,7 @@ class SafetensorsCheckpoint(CheckpointView):
         return kept
 
     def _make(self, name: str) -> QTensor:
-        made_of, shape = self._origins[name], expected_tensors(self.config)[name]
+        made_of, shape = self._origins[name], self._shapes[name]
         entries = [self._stored[stored] for stored in made_of.names]
         format = self._format(entries[0], made_of)
         files = list(dict.fromkeys(entry.path.name for entry in entries))

@@ -24,8 +24,8 @@ def open_checkpoint(path_or_name: str | Path) -> Checkpoint:
         return SafetensorsCheckpoint(folder)
     if path.is_dir() and not any(path.glob("*.gguf")):
         raise CheckpointError(
-            f"{path} is a folder with neither *.gguf nor *.safetensors with config.json; expected "
-            f"one of these, a .gguf file or one of: {known}"
+            f"{path} is a folder without *.safetensors and config.json, and without *.gguf; "
+            f"expected one with either, a .gguf file or one of: {known}"
         )
     if not path.exists() and not siblings_of(path):
         siblings = (p.name for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else ()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ktlab.checkpoint.checkpoint import together
 from ktlab.checkpoint.safetensors_file import StoredTensor, read_header, read_json
-from ktlab.errors import CheckpointError, nearest
+from ktlab.errors import CheckpointError, nearest, short
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -46,10 +46,11 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{folder}: no *.safetensors and no {INDEX} in this folder")
     problems = _missing_numbers(paths)
     tensors: dict[str, StoredTensor] = {}
-    for name, entry in _all_headers(paths, problems):
-        if name in tensors:
-            problems.append(f"{name} is in {tensors[name].path.name} and in {entry.path.name}")
-        tensors[name] = entry
+    for path in paths:
+        inside = _header(path, problems)
+        for name in tensors.keys() & inside.keys():
+            problems.append(f"{name} is in {tensors[name].path.name} and in {path.name}")
+        tensors |= inside
     _refuse(folder, problems)
     return tensors
 
@@ -77,44 +78,40 @@ def _by_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{index.name}: weight_map is missing (expected {{tensor: file}})")
     by_file: dict[str, list[str]] = defaultdict(list)
     for name, file in weight_map.items():
-        # A path could lead anywhere; files of a model lie beside their index.
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(
-                f"{index.name}: {name} would be in {file!r}, expected a file name of this folder"
-            )
-        by_file[file].append(name)
-    problems = [
-        f"{file} is missing ({len(names)} of {len(weight_map)} tensors: {_some(names)})"
-        for file, names in by_file.items()
-        if not (folder / file).is_file()
-    ]
-    paths = [folder / file for file in by_file if (folder / file).is_file()]
-    found: dict[str, dict[str, StoredTensor]] = {path.name: {} for path in paths}
-    for name, entry in _all_headers(paths, problems):
-        found[entry.path.name][name] = entry
+        by_file[file if isinstance(file, str) else short(file)].append(name)
+    problems: list[str] = []
     tensors: dict[str, StoredTensor] = {}
-    for file, inside in found.items():
-        absent = [name for name in by_file[file] if name not in inside]
-        if absent and inside:
+    for file, names in by_file.items():
+        path = folder / file
+        if path.name != file:  # a path could lead anywhere
             problems.append(
-                f"{file} lacks {len(absent)} tensors that {index.name} lists in it: "
-                f"{_some(absent)}{nearest(absent[0], inside)}"
+                f"{index.name}: {_some(names)} would be in {file!r}, expected a file beside it"
             )
-        tensors |= {name: inside[name] for name in by_file[file] if name in inside}
+        elif not path.is_file():
+            problems.append(
+                f"{file} is missing ({len(names)} of {len(weight_map)} tensors: {_some(names)})"
+            )
+        elif inside := _header(path, problems):
+            absent = [name for name in names if name not in inside]
+            if absent:
+                problems.append(
+                    f"{file} lacks {len(absent)} tensors that {index.name} lists in it: "
+                    f"{_some(absent)}{nearest(absent[0], inside)}"
+                )
+            tensors.update((name, inside[name]) for name in names if name in inside)
     _refuse(folder, problems)
     return tensors
 
 
-def _all_headers(paths: list[Path], problems: list[str]) -> list[tuple[str, StoredTensor]]:
-    entries: list[tuple[str, StoredTensor]] = []
-    for path in paths:
-        try:
-            entries += read_header(path).items()
-        except CheckpointError as error:
-            problems.append(str(error))
-        except OSError as error:
-            problems.append(f"{path.name} cannot be read: {error.strerror or error}")
-    return entries
+def _header(path: Path, problems: list[str]) -> dict[str, StoredTensor]:
+    """The file's tensors, or what is wrong with it among `problems`."""
+    try:
+        return read_header(path)
+    except CheckpointError as error:
+        problems.append(str(error))
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {error.strerror or error}")
+    return {}
 
 
 def _missing_numbers(paths: list[Path]) -> list[str]:

@@ -54,7 +54,7 @@ class Tokenizer:
             )
         self.tokens = list(tokens)
         self.types = list(types) if types is not None else [NORMAL] * len(self.tokens)
-        self.merges = [_pair(merge, source) for merge in merges]
+        self.merges = _pairs(merges, source)
         self.pre = pre
         self.bos_id, self.eos_id, self.add_bos = bos_id, eos_id, add_bos
         self.chat_template = chat_template
@@ -66,7 +66,6 @@ class Tokenizer:
         self._special_pattern = re.compile(
             "(" + "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) + ")"
         )
-        self._bytes = [_token_bytes(t, k) for t, k in zip(self.tokens, self.types, strict=True)]
         self._bpe = bpe if bpe is not None else self._build(source)
 
     def _check(self, source: str, stop_ids: list[int]) -> None:
@@ -190,7 +189,7 @@ class Tokenizer:
         if not 0 <= index < len(self.tokens):
             raise CheckpointError(f"token {index} is outside the vocabulary of {self.vocab_size}")
         hidden = self.types[index] in (CONTROL, UNKNOWN, UNUSED) and not special
-        return b"" if hidden else self._bytes[index]
+        return b"" if hidden else _token_bytes(self.tokens[index], self.types[index])
 
     def __repr__(self) -> str:
         return (
@@ -236,8 +235,10 @@ def _token_bytes(token: str, kind: int) -> bytes:
     return token.encode("utf-8", errors="replace")
 
 
-def _pair(merge: "str | tuple[str, str]", source: str) -> tuple[str, str]:
-    parts = merge.split(" ") if isinstance(merge, str) else merge
-    if len(parts) != 2:
-        raise CheckpointError(f"{source}: unusable tokenizer: {merge!r} is no pair of tokens")
-    return parts[0], parts[1]
+def _pairs(merges: Sequence[str | tuple[str, str]], source: str) -> list[tuple[str, str]]:
+    # A vocabulary has more than 100,000 of them: one comprehension, then one look at the lengths.
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in merges]
+    if any(len(pair) != 2 for pair in pairs):
+        wrong = next(merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2)
+        raise CheckpointError(f"{source}: unusable tokenizer: {wrong!r} is no pair of tokens")
+    return pairs  # type: ignore[return-value]

@@ -10,7 +10,7 @@ from ktlab.errors import SettingError, nearest
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help='"tiny", or the path of a GGUF file')
+    parser.add_argument("model", help='"tiny", a GGUF file (any shard), or a folder')
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:

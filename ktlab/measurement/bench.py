@@ -73,7 +73,7 @@ class KernelCase(Record):
     gb_s: float
     """Bytes of the weights touched, each expert once, over the time (10^9 bytes/s)."""
     ceiling: str
-    """What bounds this case, with its measured rate."""
+    """What bounds this case, with its rate: the median over the same rounds."""
     ceiling_share: float
     """Least time that the ceiling allows over the median, 0..1."""
     relative_error: float
@@ -210,19 +210,17 @@ def bench_experts(
             stack.callback(peer.close)
             contenders.append(PeerKernel(peer, folder, weights, format))
         rates = Rates(threads)
-        measured = {
-            count: take_turns(contenders, count, rounds, rates, skipped, say) for count in counts
-        }
-        cases = []  # after all rounds, so that one ceiling holds for all
-        for count, found in measured.items():
+        cases: list[tuple[str, KernelCase]] = []
+        for count in counts:
+            found = take_turns(contenders, count, rounds, rates, skipped, say)
             exact_TD = weights.exact(inputs[count], min(count, SAMPLE_TOKENS))
             cases += [
-                _case(contender, samples, moe, inputs[count], exact_TD, threads, rates)
-                for contender, samples in found
-                if contender.label not in skipped
+                (c.label, _case(c, samples, moe, inputs[count], exact_TD, threads, rates))
+                for c, samples in found
             ]
     return ExpertBench(
-        cases=tuple(cases),
+        # A peer that failed at some number of tokens is in none of the rows.
+        cases=tuple(case for label, case in cases if label not in skipped),
         skipped=skipped,
         rates=dict(rates.best),
         method=(

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["BaselineCache", "Quality", "measure_quality", "stream_quality", "summarize"]
 
+INTERVALS = (
+    "intervals by block jackknife with Student's quantile (ktlab.measurement.intervals); "
+    "KL(a || b) in nats"
+)
+
 
 def stream_quality(
     model: "Model",
@@ -145,7 +150,5 @@ def method(window: int, texts: int) -> str:
     several = f", {texts} texts as strata" if texts > 1 else ""
     return (
         f"paired token by token, windows of {window} tokens, each behind BOS, cache empty"
-        f"{several}; "
-        "intervals by block jackknife with Student's quantile (ktlab.measurement.intervals); "
-        "KL(a || b) in nats"
+        f"{several}; {INTERVALS}"
     )

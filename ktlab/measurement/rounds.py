@@ -27,14 +27,24 @@ Progress = Callable[[str], None]
 
 
 class Rates:
-    """The ceilings of this process, measured again in every round; the best counts."""
+    """The ceilings of this process, measured again in every round.
+
+    A case is a median of rounds, and so is what it is held against: the ceiling's median over the
+    same rounds (`bound`). On a shared machine the best moment of a ceiling says more of the
+    neighbours than of the kernel; `best` keeps it, as the machine's.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.best: dict[str, float] = {}
+        self._rounds: dict[str, list[float]] = {}
         wanted = max(LEAST_BUFFER, CACHES * (hardware.cache_bytes() or 0))
         self._buffer_bytes = min(wanted, LARGEST_BUFFER)
         self._buffer: NDArray[np.uint8] | None = None
+
+    def begin(self) -> None:
+        """New rounds: what was measured before bounds nothing of theirs."""
+        self._rounds = {}
 
     def measure(self, contenders: Sequence[Contender]) -> None:
         """Once more: reading, and the arithmetic of every contender."""
@@ -57,15 +67,17 @@ class Rates:
     def _note(self, name: str, rate: float) -> None:
         if rate:
             self.best[name] = max(rate, self.best.get(name, 0.0))
+            self._rounds.setdefault(name, []).append(rate)
 
     def bound(self, nbytes: float, operations: float, isa: str) -> tuple[float, str]:
-        """(least seconds, the ceiling in words) of so much work."""
-        name = isa if isa in self.best else "float32"
-        reading_s = nbytes / self.best["read"]
-        computing_s = operations / self.best[name]
+        """(least seconds, the ceiling in words) of so much work, by the medians of these rounds."""
+        rates = {name: median(found) for name, found in self._rounds.items()}
+        name = isa if isa in rates else "float32"
+        reading_s = nbytes / rates["read"]
+        computing_s = operations / rates[name]
         if reading_s >= computing_s:
-            return reading_s, f"read {self.best['read'] / 1e9:.3g} GB/s"
-        return computing_s, f"{name} {self.best[name] / 1e9:.4g} GFLOP/s"
+            return reading_s, f"read {rates['read'] / 1e9:.3g} GB/s"
+        return computing_s, f"{name} {rates[name] / 1e9:.4g} GFLOP/s"
 
 
 def take_turns(
@@ -77,6 +89,7 @@ def take_turns(
     say: Progress,
 ) -> list[tuple[Contender, list[float]]]:
     """One sample a round of the best contender of each group; who fails lands in `skipped`."""
+    rates.begin()
     first_s: dict[str, float] = {}
     for contender in contenders:
         if contender.label not in skipped:

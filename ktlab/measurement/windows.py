@@ -76,8 +76,7 @@ def evaluate(
     total = sum(len(ids) - 1 for ids in texts.values())
     clone_a, clone_b = model.clone(), model.clone()
     bytes_of = TokenBytes(model)
-    tokenizer = model.checkpoint.tokenizer
-    bos = tokenizer.bos_id if tokenizer is not None and tokenizer.add_bos else None
+    bos = bos_of(model)
     with clone_a.override(**a), clone_b.override(**b):
         key = settings_key(clone_a)
         identical = key == settings_key(clone_b)
@@ -101,6 +100,12 @@ def evaluate(
                 identical=identical,
                 total_tokens=total,
             )
+
+
+def bos_of(model: "Model") -> int | None:
+    """What stands before every window; None for a model that was trained without."""
+    tokenizer = model.checkpoint.tokenizer
+    return tokenizer.bos_id if tokenizer is not None and tokenizer.add_bos else None
 
 
 def check_window(model: "Model", window: int) -> None:
@@ -175,27 +180,31 @@ def _encoded(
 def _in_turn(
     texts: Mapping[str, Tensor], window: int, first: int, bos: int | None
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, inputs, targets) of every window: the first of each text, the second of each, ...
+    """(name, inputs, targets) of every window: the first of each text, the second of each, ..."""
+    first = min(first, window)
+    sizes = [first] + [window] * (len(texts) - 1)  # only the very first answer needs to be quick
+    runs = [cut(ids, size, window, bos) for ids, size in zip(texts.values(), sizes, strict=True)]
+    for row in zip_longest(*runs):
+        for name, found in zip(texts, row, strict=True):
+            if found is not None:
+                yield name, *found
+
+
+def cut(ids_T: Tensor, first: int, window: int, bos: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """(inputs, targets) of windows of `first` tokens, then `window` each; all but the first token
+    of the text is predicted once.
 
     The first token of a later window is seen as `bos`, where the model has one.
     """
-
-    def cut(name: str, ids_T: Tensor, size: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-        start = 0
-        while start < len(ids_T) - 1:
-            stop = min(start + size, len(ids_T) - 1)
-            inputs_T = ids_T[start:stop]
-            if bos is not None and start:
-                # As llama.cpp's perplexity tool does: a text never starts without it in training.
-                inputs_T = torch.cat((torch.tensor([bos]), inputs_T[1:]))
-            yield name, inputs_T, ids_T[start + 1 : stop + 1]
-            start, size = stop, window
-
-    first = min(first, window)
-    sizes = [first] + [window] * (len(texts) - 1)  # only the very first answer needs to be quick
-    runs = [cut(name, ids, size) for (name, ids), size in zip(texts.items(), sizes, strict=True)]
-    for row in zip_longest(*runs):
-        yield from (window_ for window_ in row if window_ is not None)
+    start, size = 0, first
+    while start < len(ids_T) - 1:
+        stop = min(start + size, len(ids_T) - 1)
+        inputs_T = ids_T[start:stop]
+        if bos is not None and start:
+            # As llama.cpp's perplexity tool does: a text never starts without it in training.
+            inputs_T = torch.cat((torch.tensor([bos]), inputs_T[1:]))
+        yield inputs_T, ids_T[start + 1 : stop + 1]
+        start, size = stop, window
 
 
 def _baseline(

@@ -39,10 +39,11 @@ def _build_block(checkpoint: Checkpoint, index: int, rope: RoPE) -> Layer:
     if index < config.first_dense_layers:
         return DenseBlock(*common, mlp=_build_mlp(checkpoint, index, ""))
     bias = vector(checkpoint, f"{prefix}.exp_probs_b.bias") if config.score_correction else None
+    gate = Linear(checkpoint.tensor(f"{prefix}.ffn_gate_inp.weight"))
     bank = (checkpoint.tensor(f"{prefix}.ffn_{m}_exps.weight") for m in ("gate", "up", "down"))
     return MoEBlock(
         *common,
-        router=Router(config, index, vector(checkpoint, f"{prefix}.ffn_gate_inp.weight"), bias),
+        router=Router(config, index, gate, bias),
         experts=ExpertBank(index, *bank),
         shared=_build_mlp(checkpoint, index, "_shexp") if config.num_shared_experts else None,
     )

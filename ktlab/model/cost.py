@@ -133,8 +133,9 @@ def cost(model: "Model", tokens: int, context: int) -> Cost:
     for block in model.layers:
         rows.append(_attention(block.attention, block.index, tokens, context))
         if isinstance(block, MoEBlock):
-            gate = block.router.weight_ED
-            rows.append(_stage(block.index, "router", 2 * tokens * gate.numel(), gate.nbytes))
+            gate = block.router.gate
+            size = gate.stack.size  # held as float32, whatever the file has
+            rows.append(_stage(block.index, "router", 2 * tokens * size, 4 * size))
             rows.append(_experts(block, tokens))
             if block.shared is not None:
                 rows.append(_mlp(block.index, "shared", block.shared, tokens))

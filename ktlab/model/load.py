@@ -1,6 +1,7 @@
 """`ktlab.load`: from a name or a file to a model."""
 
 import sys
+import warnings
 from collections.abc import Mapping
 from os import PathLike, fspath
 
@@ -8,6 +9,7 @@ from ktlab.checkpoint.checkpoint import Checkpoint
 from ktlab.checkpoint.converted import ConvertedCheckpoint, Progress, Quantization
 from ktlab.checkpoint.opening import open_checkpoint
 from ktlab.model.model import Model
+from ktlab.model.residency import SlowFromDisk
 from ktlab.progress import ProgressBar
 
 
@@ -25,11 +27,20 @@ def load(
     format in the file: {"iq1_m": "q8_0"} because no fast kernel computes iq1_m. Both work expert by
     expert: the model is never in memory twice. `progress` is called with (done, total) weights;
     without it a bar is drawn where stderr is a terminal or a notebook.
-    Raises `CheckpointError` with everything that is wrong with the file.
+    Raises `CheckpointError` with everything that is wrong with the file; warns with `SlowFromDisk`
+    where memory cannot hold the weights, with the tokens a second that the disk allows.
     """
     checkpoint: Checkpoint = open_checkpoint(fspath(path_or_name))
     if not convert and not quantize:
-        return Model(checkpoint)
+        return _warned(Model(checkpoint))
     converted = ConvertedCheckpoint(checkpoint, convert, quantize=quantize)
     with converted.reporting(progress or ProgressBar(f"converting {converted.name}", sys.stderr)):
-        return Model(converted)
+        return _warned(Model(converted))
+
+
+def _warned(model: Model) -> Model:
+    """Said before the first token: memory cannot hold this model."""
+    disk = model.residency().disk
+    if disk is not None:
+        warnings.warn(f"{model.name} {disk}", SlowFromDisk, stacklevel=3)
+    return model

@@ -32,6 +32,7 @@ from ktlab.model.block import Layer, MoEBlock
 from ktlab.model.build import build_layers, vector
 from ktlab.model.cost import Cost, cost
 from ktlab.model.pack import pack_model
+from ktlab.model.residency import Residency, residency
 from ktlab.model.settings import SWITCHES, Change, Settings, apply, current
 from ktlab.model.trace import ModelIdentity, Trace
 from ktlab.probe import NO_PROBE, Probe, Recorder
@@ -109,6 +110,10 @@ class Model:
     def cost(self, tokens: int = 1, context: int = 512) -> Cost:
         """FLOP and bytes of each stage for a call of `tokens` tokens ending at `context`."""
         return cost(self, tokens, context)
+
+    def residency(self) -> Residency:
+        """Bytes mapped, resident and converted now; what decode would wait for from disk."""
+        return residency(self)
 
     # Running it ------------------------------------------------------------------------------
 
@@ -370,6 +375,7 @@ class Model:
             f"({config.first_dense_layers} dense), {config.num_experts} experts, trained k = "
             f"{config.top_k}, {html.byte_size(self.nbytes)})",
             f"  set to: {self.settings}",
+            *(f"  memory: {line}" for line in str(self.residency()).splitlines()),
         ]
         lines += [f"  layers[{b.index}]: {self._line(b)}" for b in self.layers]
         return "\n".join(lines)
@@ -394,6 +400,7 @@ class Model:
             "experts": f"{config.num_experts} routed (trained k = {config.top_k}) + "
             f"{config.num_shared_experts} shared, {config.topk_group} of {config.n_group} groups",
             "weights": html.byte_size(self.nbytes),
+            "memory": str(self.residency()),
             "set to": str(self.settings),
         }
         rows = []

@@ -1,6 +1,7 @@
 """Packing a whole model: every matrix that kernels compute, one after the other."""
 
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktlab.errors import SettingError
@@ -19,7 +20,7 @@ def pack_model(
     """See `Model.pack`."""
     folder = PackCache(fspath(cache)) if cache is not None else None
     path = model.checkpoint.path
-    identity = file_identity(path) if folder is not None and path is not None else ""
+    identity = _identity(path) if folder is not None and path is not None else ""
     packed: list[PackedTensor] = []
     left: dict[str, str] = {}
     for _, holder, name in component_stages(model):
@@ -31,3 +32,10 @@ def pack_model(
                 continue
             packed += report.tensors
     return PackReport(tensors=tuple(packed), left=left, threads=threads or default_threads())
+
+
+def _identity(path: Path) -> str:
+    """Of a model's file, or of all files in its folder."""
+    if path.is_file():
+        return file_identity(path)
+    return ":".join(file_identity(file) for file in sorted(path.iterdir()) if file.is_file())

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from ktlab.attention.cache import USUAL_FORMS
 from ktlab.errors import SettingError, nearest
 from ktlab.experts.bank import ExpertBank
 from ktlab.kernels import dispatch
@@ -54,7 +55,7 @@ class Settings:
         if rules != {FixedK(self.trained_top_k)}:
             parts.append(_collapsed(self.rules) if len(rules) == 1 else f"rules {dict(self.rules)}")
         usual_words = dict(backend={AUTO}, isa={AUTO}, layout={AUTO})
-        for name, usual in {"attention": {"absorbed", "grouped"}, **usual_words}.items():
+        for name, usual in {"attention": set(USUAL_FORMS), **usual_words}.items():
             values = getattr(self, name)
             if not set(values.values()) <= usual:
                 parts.append(f"{name} {_collapsed(values)}")

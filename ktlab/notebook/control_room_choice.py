@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ktlab.attention.cache import USUAL_FORMS
 from ktlab.errors import ContextError, SettingError, nearest
 from ktlab.kernels.dispatch import choose
 from ktlab.kernels.request import AUTO
@@ -91,7 +92,7 @@ class Choice:
         parts = [
             f"top_k={self.top_k}" if self.rule == "fixed k" else f"rule=ktlab.{self.selection()!r}"
         ]
-        if self.attention != "absorbed":
+        if self.attention not in USUAL_FORMS:
             parts.append(f"attention={self.attention!r}")
         parts += [f"{w}={v!r}" for w in WORDS if (v := getattr(self, w)) != AUTO]
         if self.experts != STORED:
@@ -110,11 +111,11 @@ class Choice:
         extras = [
             value
             for value, usual in (
-                (self.experts, STORED),
-                (self.attention, "absorbed"),
-                *((getattr(self, word), AUTO) for word in WORDS),
+                (self.experts, (STORED,)),
+                (self.attention, USUAL_FORMS),
+                *((getattr(self, word), (AUTO,)) for word in WORDS),
             )
-            if value != usual
+            if value not in usual
         ]
         return " · ".join([name, *extras])
 

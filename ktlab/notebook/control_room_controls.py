@@ -55,7 +55,8 @@ class Controls:
                 readout_format=".2f",
             ),
             "attention": widgets.ToggleButtons(
-                options=["absorbed", "naive"], tooltips=["latent cache", "keys and values cached"]
+                options=list(forms := config.attention.cache_elements),
+                tooltips=[f"{n:,} numbers cached a token and layer" for n in forms.values()],
             ),
             "experts": widgets.Dropdown(options=formats(model)),
             **{word: widgets.Dropdown(options=[AUTO]) for word in WORDS},
@@ -88,7 +89,8 @@ class Controls:
     def _row(self, state: State) -> widgets.Box:
         labels = {
             "quick_k": "experts", "top_k": "", "rule": "rule", "threshold": "", "text": "text",
-            "attention": "MLA", "experts": "experts as", "layout": "layout", "backend": "backend",
+            "attention": "attention", "experts": "experts as", "layout": "layout",
+            "backend": "backend",
             "isa": "instruction set", "baseline": "against",
         }  # fmt: skip
         cells = [

@@ -80,7 +80,8 @@ class ControlRoom:
         own = text is not None and text not in library
         usual = "english" if "english" in library else next(iter(library))
         start = OWN if own or not library.domains else (text or usual)
-        trained = Choice(top_k=model.config.top_k)
+        form = model.layers[0].attention.forms[0]
+        trained = Choice(top_k=model.config.top_k, attention=form)
         self.state = State(
             choice=trained,
             baseline=trained,

@@ -9,9 +9,9 @@ from typing import Any
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.embedded import data_path
 from ktlab.checkpoint.published import published_model
+from ktlab.html import decimal_bytes
 from ktlab.placement.ledger import Ledger
 from ktlab.placement.placed import Placed
-from ktlab.placement.sizes import size_text
 from ktlab.record import Record
 
 NEAR = 0.05
@@ -37,8 +37,8 @@ class Known(Record):
     def __str__(self) -> str:
         why = f"; theirs includes {self.includes}" if abs(self.difference) > NEAR else ""
         return (
-            f"{self.who}: {size_text(self.published)} on {self.device}, planned "
-            f"{size_text(self.planned)} ({self.difference:+.1%}){why} ({self.source})"
+            f"{self.who}: {decimal_bytes(self.published)} on {self.device}, planned "
+            f"{decimal_bytes(self.planned)} ({self.difference:+.1%}){why} ({self.source})"
         )
 
 

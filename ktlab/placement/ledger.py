@@ -7,17 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ktlab.checkpoint.config import MLASizes, ModelConfig
+from ktlab.html import decimal_bytes
 from ktlab.placement.machine import CPU, GPU, Device
 from ktlab.placement.placed import Placed
-from ktlab.placement.sizes import size_text
 from ktlab.record import Record
 
 ELEMENT_BYTES = {CPU: 4, GPU: 2}
 """Of activations and cache: float32 on the CPU, bfloat16 on a GPU."""
 CACHE_FORMATS = {CPU: "f32", GPU: "bf16"}
-RUNTIME_BYTES = {CPU: 400_000_000, GPU: 500_000_000}
-"""What is there before any weight: Python, torch and the kernels' tables; CUDA's own context and
-the work space of its libraries. Rounded from what such processes show."""
+RUNTIME_BYTES = {CPU: 300_000_000, GPU: 500_000_000}
+"""What is there before any weight. Python, torch and the kernels: a process showed a peak of 297 MB
+after two tokens of the embedded model. CUDA's context and its libraries' work space: what is usual,
+not measured by us."""
 KINDS = ("weights", "converted", "copies", "cache", "activations", "runtime")
 
 
@@ -62,16 +63,16 @@ class Ledger(Record):
     @property
     def verdict(self) -> str:
         """One line."""
-        needs = f"{self.device} needs {size_text(self.needed)}"
+        needs = f"{self.device} needs {decimal_bytes(self.needed)}"
         if self.capacity is None or self.headroom is None:
             return f"{needs}; no limit given"
-        of = f"{needs} of {size_text(self.capacity)}"
+        of = f"{needs} of {decimal_bytes(self.capacity)}"
         longest = f"the largest context that fits is {self.largest_context:,} tokens"
         if self.headroom >= 0:
-            return f"fits: {of}, {size_text(self.headroom)} are left; {longest}"
+            return f"fits: {of}, {decimal_bytes(self.headroom)} are left; {longest}"
         if self.largest_context:
-            return f"does not fit: {of}, {size_text(-self.headroom)} too much; {longest}"
-        return f"does not fit: {of}, {size_text(-self.headroom)} too much at any context"
+            return f"does not fit: {of}, {decimal_bytes(-self.headroom)} too much; {longest}"
+        return f"does not fit: {of}, {decimal_bytes(-self.headroom)} too much at any context"
 
 
 def ledger(

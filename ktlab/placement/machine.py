@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ktlab.errors import SettingError, nearest
+from ktlab.html import decimal_bytes
 from ktlab.memory import memory
-from ktlab.placement.sizes import parse_size, size_text
+from ktlab.placement.sizes import parse_size
 from ktlab.record import Record
 
 CPU, GPU, DISK = "cpu", "cuda:0", "disk"
@@ -23,7 +24,7 @@ class Device(Record):
     about: str = ""
 
     def __str__(self) -> str:
-        size = "any size" if self.capacity is None else size_text(self.capacity)
+        size = "any size" if self.capacity is None else decimal_bytes(self.capacity)
         return f"{self.name} ({size}{', ' + self.about if self.about else ''})"
 
 

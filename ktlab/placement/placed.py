@@ -60,9 +60,6 @@ def place(
     `gpu_formats` overrides the 4 bits, {component: format}.
     """
     groups = grouped(facts)
-    # llama.cpp and this kit keep one tensor for both; a GPU that computes the output has a copy.
-    if GPU in machine and facts.config.tied_output:
-        groups[None, "output"] = groups[None, "embedding"]
 
     def format_of(tensor: TensorFacts, component: str, device: str) -> str:
         if device == GPU:
@@ -74,10 +71,18 @@ def place(
             tensor, component, wanted_format(tensor.name, tensor.shape, stored, convert, quantize)
         )
 
-    return [
-        _placed(facts.config, layer, component, tensors, device_of(component, machine), format_of)
-        for (layer, component), tensors in groups.items()
-    ]
+    def placed(layer: int | None, component: str, tensors: list[TensorFacts]) -> Placed:
+        device = device_of(component, machine)
+        return _placed(facts.config, layer, component, tensors, device, format_of)
+
+    found = [placed(layer, component, tensors) for (layer, component), tensors in groups.items()]
+    if facts.config.tied_output:
+        output = placed(None, "output", groups[None, "embedding"])
+        # One tensor serves both: in one memory it is there once, a GPU has a copy of its own.
+        if output.device == CPU:
+            output = replace(output, in_place=0, converted=0)
+        found.append(replace(output, part=replace(output.part, parameters=0, bytes=0)))
+    return found
 
 
 def device_of(component: str, machine: Machine) -> str:

@@ -13,14 +13,14 @@ from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.converted import Quantization
 from ktlab.checkpoint.facts import ModelFacts, read_facts
 from ktlab.errors import SettingError, nearest
+from ktlab.html import decimal_bytes
+from ktlab.model.from_disk import FromDisk, from_disk
 from ktlab.placement import view
-from ktlab.placement.disk import FromDisk, from_disk
 from ktlab.placement.known import Known, known
 from ktlab.placement.ledger import CACHE_FORMATS, ELEMENT_BYTES, Ledger, cache_bytes, ledger
 from ktlab.placement.machine import CPU, GPU, Machine, Size, get_machine
 from ktlab.placement.parts import COMPONENTS, cache_part
 from ktlab.placement.placed import Placed, device_of, place
-from ktlab.placement.sizes import size_text
 from ktlab.quantization import get_format
 from ktlab.record import Record
 
@@ -325,7 +325,7 @@ def _notes(
         made = sorted(
             {m for row in rows if row.device == CPU for m in row.conversions if m.endswith("f32")}
         )
-        notes.append(f"float32 copies in host memory, {size_text(floats)}: {', '.join(made)}")
+        notes.append(f"float32 copies in host memory, {decimal_bytes(floats)}: {', '.join(made)}")
     if GPU in machine:
         notes.append("the GPU's part is made anew while loading; its file pages can be dropped")
         spare = sum(one.headroom or 0 for one in ledgers if one.device == GPU)

@@ -31,13 +31,3 @@ def parse_size(what: str, size: "str | int | float") -> int:
     if not math.isfinite(value) or not 0 < value < 2**60:
         raise SettingError(f"{what}={size!r} is no size of a memory: {expected}")
     return round(value)
-
-
-def size_text(count: float) -> str:
-    """Bytes in powers of ten, as memory and files are sold: 404488847360 -> "404 GB"."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= 0.9995 * factor:
-            value = count / factor
-            digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-            return f"{value:,.{digits}f} {unit}"
-    return f"{count:.0f} B"

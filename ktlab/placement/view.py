@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ktlab import figures, html
+from ktlab.html import decimal_bytes
 from ktlab.placement.ledger import KINDS, Ledger
 from ktlab.placement.parts import COMPONENTS
 from ktlab.placement.placed import Placed
-from ktlab.placement.sizes import size_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,9 +129,9 @@ def _component_lines(plan: "Plan") -> list[tuple[str, ...]]:
                 "+".join(total.devices),
                 stored,
                 formats if formats != stored else "as stored",
-                size_text(total.bytes),
+                decimal_bytes(total.bytes),
                 html.quantity(total.flop_per_token),
-                size_text(total.bytes_per_token),
+                decimal_bytes(total.bytes_per_token),
                 f"{total.intensity:.3g}",
                 f"{total.use:.3g}",
             )
@@ -143,10 +143,10 @@ def _ledger_lines(ledgers: Iterable[Ledger]) -> list[tuple[str, ...]]:
     return [
         (
             one.device,
-            *(size_text(getattr(one, kind)) if getattr(one, kind) else "" for kind in KINDS),
-            size_text(one.needed),
-            "" if one.capacity is None else size_text(one.capacity),
-            "" if one.headroom is None else size_text(one.headroom),
+            *(decimal_bytes(getattr(one, kind)) if getattr(one, kind) else "" for kind in KINDS),
+            decimal_bytes(one.needed),
+            "" if one.capacity is None else decimal_bytes(one.capacity),
+            "" if one.headroom is None else decimal_bytes(one.headroom),
         )
         for one in ledgers
     ]
@@ -158,12 +158,12 @@ LEDGER_HEADERS = ("device", *KINDS, "needed", "capacity", "headroom")
 def _head(plan: "Plan") -> str:
     return (
         f"{plan.model}: {html.quantity(plan.parameters)} parameters, "
-        f"{html.quantity(plan.active_parameters)} a token, {size_text(plan.stored_bytes)}"
+        f"{html.quantity(plan.active_parameters)} a token, {decimal_bytes(plan.stored_bytes)}"
     )
 
 
 def _context_line(plan: "Plan") -> str:
-    caches = ", ".join(f"{form} {size_text(size)}" for form, size in plan.cache_bytes.items())
+    caches = ", ".join(f"{form} {decimal_bytes(size)}" for form, size in plan.cache_bytes.items())
     return f"context {plan.context:,} ({plan.attention}); cache {caches}"
 
 
@@ -233,7 +233,7 @@ def _cell(row: Placed | None) -> str:
     if row is None:
         return "<td></td>"
     about = f"layer {row.part.layer}, {row.part.component}: {'+'.join(row.formats)}, "
-    about += f"{size_text(row.bytes)} on {row.device}"
+    about += f"{decimal_bytes(row.bytes)} on {row.device}"
     color = _COLORS.get(row.device, figures.PURPLE)
     return f'<td><i title="{html.text(about)}" style="background:{color}"></i></td>'
 

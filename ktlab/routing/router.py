@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ktlab import html
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.errors import SettingError
+from ktlab.kernels.linear import Linear
 from ktlab.routing.rules import FixedK, SelectionRule
 
 
@@ -36,15 +37,20 @@ class Router:
     """
 
     def __init__(
-        self, config: ModelConfig, layer: int, weight_ED: Tensor, bias_E: Tensor | None
+        self, config: ModelConfig, layer: int, gate: Linear, bias_E: Tensor | None
     ) -> None:
         self.config = config
         self.layer = layer
-        self.weight_ED = weight_ED
+        self.gate = gate
         self.bias_E = bias_E
         self.rule: SelectionRule = FixedK(config.top_k)
         self.mask: frozenset[int] = frozenset()
         self.force: tuple[int, ...] = ()
+
+    @property
+    def weight_ED(self) -> Tensor:
+        """The gate's weight, float32; read from the file at first use, shared by clones."""
+        return self.gate.weight_OI
 
     def forward(self, hidden_TD: Tensor) -> Routing:
         """Route (T, D) float32 hidden states."""
@@ -158,7 +164,7 @@ class Router:
             {
                 "experts": config.num_experts,
                 "rule": f"{self.rule} (trained with {config.top_k})",
-                "gate": f"{config.gating}, weight {tuple(self.weight_ED.shape)} float32",
+                "gate": f"{config.gating}, weight {self.gate.stack.shape} float32",
                 "e_score_correction_bias": "none"
                 if self.bias_E is None
                 else f"{self.bias_E.min():+.3f} to {self.bias_E.max():+.3f}",

@@ -46,26 +46,32 @@ static ktl_act_key int8_act_key(int format) {
     return ktl_act_int8(format, ktl_formats[format].zero);
 }
 
-static void int8_prepare(ktl_act_key key, const float *x, int cols, void *act) {
-    DECODE.prepare(key, x, cols, act);
+static void int8_prepare(ktl_act_key key, const float *x, int cols, float most, void *act) {
+    DECODE.prepare(key, x, cols, most, act);
 }
 
-/* The sums of up to 32 tokens x 2 panels, waiting to be added to the result while the tiles compute
- * the next ones. */
+/* Columns of which the integer sums are one: two chunks where the activations' scale is one. */
+KTL_INLINE int sub_of(int format) {
+    return format == KTL_INT8_CHANNEL ? KTL_SPAN : ktl_formats[format].sub;
+}
+
+/* Which sums: of `tokens` (up to 32) from t on, 2 panels from p on, sub-block s. `next`: bytes to
+ * the second chunk's activations, 0 if there is none. */
+typedef struct {
+    int64_t t, next;
+    int tokens, p, s;
+} place;
+
+/* Such sums, waiting to be added to the result. That is done a few rows after each product of the
+ * next ones: the processor reorders less than one round of them. */
 typedef struct KTL_ALIGNED {
     union {
         int32_t dot[2][2][16][16]; /* [A][B][token][row] */
         float sum[2][2][16][16];
     };
-    int64_t t;
-    int tokens, p, s;
 } waiting;
 
-KTL_INLINE void take(waiting *w, int64_t t, int tokens, int p, int s) {
-    w->t = t;
-    w->tokens = tokens;
-    w->p = p;
-    w->s = s;
+KTL_INLINE void take(waiting *w, int tokens) {
     TILE_STORE(0, w->dot[0][0], 64);
     TILE_STORE(1, w->dot[0][1], 64);
     if (tokens > 16) {
@@ -74,16 +80,20 @@ KTL_INLINE void take(waiting *w, int64_t t, int tokens, int p, int s) {
     }
 }
 
-KTL_INLINE void int8_add(int format, const waiting *w, const ktl_tile *tiles, const ktl_job *job) {
-    const int sub = ktl_formats[format].sub, group = sub > KTL_GROUP ? sub : KTL_GROUP;
-    const int has_offset = ktl_formats[format].has_min || format == KTL_Q2_K, s = w->s;
-    const ktl_tile *tile = tiles + w->p;
+/* Adds `rows` tokens of them, from row `from` on. */
+KTL_INLINE void int8_add(int format, const waiting *w, place at, int from, int rows,
+                         const ktl_tile *tiles, const ktl_job *job) {
+    const int sub = sub_of(format), group = sub > KTL_GROUP ? sub : KTL_GROUP;
+    const int has_offset = ktl_formats[format].has_min || format == KTL_Q2_K, s = at.s;
+    const ktl_tile *tile = tiles + at.p;
     const rows_f scales[2] = {*(const rows_f *)tile[0].scale[s], *(const rows_f *)tile[1].scale[s]};
-    for (int i = 0; i < w->tokens; i++) {
-        const ktl_act *a = (const ktl_act *)job->act + w->t + i;
-        const int32_t init = a->init[s];
+    const int end = from + rows < at.tokens ? from + rows : at.tokens;
+    for (int i = from; i < end; i++) {
+        const ktl_act *a = (const ktl_act *)job->act + at.t + i;
+        int32_t init = a->init[s];
+        if (at.next) init += ((const ktl_act *)((const uint8_t *)a + at.next))->init[s];
         const float scale = a->scale[s * sub / group], sum = a->sum[s];
-        rows_f *to = (rows_f *)(ktl_sums(job, w->t + i) + w->p * KTL_PANEL);
+        rows_f *to = (rows_f *)(ktl_sums(job, at.t + i) + at.p * KTL_PANEL);
 #pragma GCC unroll 2
         for (int b = 0; b < 2; b++) {
             const rows_i dot = *(const rows_i *)w->dot[i / 16][b][i % 16] + init;
@@ -94,33 +104,56 @@ KTL_INLINE void int8_add(int format, const waiting *w, const ktl_tile *tiles, co
     }
 }
 
+/* The four products of two A and two B tiles, and after each what `between` does. */
+#define FOUR_PRODUCTS(a0, a1, stride, b0, b1, two, DOT, between)                                    \
+    do {                                                                                            \
+        TILE_LOAD(4, a0, stride);                                                                   \
+        TILE_LOAD(6, b0, 64);                                                                       \
+        DOT(0, 4, 6);                                                                               \
+        between;                                                                                    \
+        TILE_LOAD(7, b1, 64);                                                                       \
+        DOT(1, 4, 7);                                                                               \
+        between;                                                                                    \
+        if (two) {                                                                                  \
+            TILE_LOAD(5, a1, stride);                                                               \
+            DOT(2, 5, 6);                                                                           \
+            between;                                                                                \
+            DOT(3, 5, 7);                                                                           \
+            between;                                                                                \
+        }                                                                                           \
+    } while (0)
+
 KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, int groups,
                                  const ktl_job *job) {
-    const ktl_format_info *f = &ktl_formats[format];
-    const int cols = groups * KTL_GROUP, sub = f->sub, k = sub < 64 ? sub : 64;
+    const int cols = groups * KTL_GROUP, sub = sub_of(format), k = sub < 64 ? sub : 64;
+    const int rows = sub < 64 ? 0 : 8 * k / sub; /* to add after a product; few products: after all */
     ktl_ahead ahead = job->ahead;
     waiting sums[2];
+    place last = {0}, here = {.next = cols > KTL_CHUNK ? job->act_next : 0};
     int turn = 0;
     uint8_t half[2][1024] KTL_ALIGNED; /* the last 32 columns, padded to 64 */
     const ktl_act *acts = job->act;
-    sums[1].tokens = sums[1].p = sums[1].s = 0; /* nothing to add yet */
-    for (int64_t t = 0; t < job->n; t += 32) {
+    for (here.t = 0; here.t < job->n; here.t += 32) {
+        const int64_t t = here.t;
         const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
+        here.tokens = tokens;
         if (t == 0 || tokens < 32) {
             tile_config config = config_for(tokens, k);
             TILE_CONFIG(&config);
         }
         const int8_t *a0 = acts[t].q, *a1 = acts[two ? t + 16 : t].q;
         ktl_fetch(&ahead, tokens, job->n);
-        for (int p = 0; p < panels; p += 2)
-            for (int s = 0; s * sub < cols; s++) {
+        for (here.p = 0; here.p < panels; here.p += 2)
+            for (here.s = 0; here.s * sub < cols; here.s++) {
+                const uint8_t *codes[2] = {tiles[here.p].codes, tiles[here.p + 1].codes};
+                int row = 0;
                 TILE_ZERO(0);
                 TILE_ZERO(1);
                 TILE_ZERO(2);
                 TILE_ZERO(3);
-                const int end = (s + 1) * sub < cols ? (s + 1) * sub : cols;
-                for (int c = s * sub; c < end; c += k) {
-                    const uint8_t *b0 = tiles[p].codes + c * 16, *b1 = tiles[p + 1].codes + c * 16;
+                const int start = here.s * sub, end = start + sub < cols ? start + sub : cols;
+                for (int c = start; c < end; c += k) {
+                    const uint8_t *b0 = codes[0] + c * 16, *b1 = codes[1] + c * 16;
                     if (c + k > end) {
                         memcpy(half[0], b0, 512);
                         memcpy(half[1], b1, 512);
@@ -129,23 +162,18 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
                         b0 = half[0];
                         b1 = half[1];
                     }
-                    TILE_LOAD(4, a0 + c, sizeof(ktl_act));
-                    TILE_LOAD(6, b0, 64);
-                    TILE_LOAD(7, b1, 64);
-                    TILE_DOT_S8U8(0, 4, 6);
-                    TILE_DOT_S8U8(1, 4, 7);
-                    if (two) {
-                        TILE_LOAD(5, a1 + c, sizeof(ktl_act));
-                        TILE_DOT_S8U8(2, 5, 6);
-                        TILE_DOT_S8U8(3, 5, 7);
-                    }
+                    const int64_t a = c < KTL_CHUNK ? c : here.next + c - KTL_CHUNK;
+                    FOUR_PRODUCTS(a0 + a, a1 + a, sizeof(ktl_act), b0, b1, two, TILE_DOT_S8U8,
+                                  (int8_add(format, &sums[!turn], last, row, rows, tiles, job),
+                                   row += rows));
                 }
-                int8_add(format, &sums[!turn], tiles, job);
-                take(&sums[turn], t, tokens, p, s);
+                int8_add(format, &sums[!turn], last, row, 32, tiles, job);
+                take(&sums[turn], tokens);
+                last = here;
                 turn ^= 1;
             }
     }
-    int8_add(format, &sums[!turn], tiles, job);
+    int8_add(format, &sums[!turn], last, 0, 32, tiles, job);
     TILE_RELEASE();
 }
 
@@ -162,6 +190,11 @@ static void int8_multiply(int format, const ktl_tile *tiles, int panels, int gro
 
 static void int8_decode_packed(int format, const uint8_t *head, const uint8_t *chunk, int groups,
                                ktl_tile *tile) {
+    if (format == KTL_INT8_CHANNEL) { /* packed it is the B tile already, of any number of chunks */
+        memcpy(tile->scale[0], head, sizeof tile->scale[0]);
+        tile->codes = chunk;
+        return;
+    }
     DECODE.decode_packed(format, head, chunk, groups, tile);
 }
 
@@ -173,12 +206,13 @@ static void int8_decode_blocks(int format, const uint8_t *row, int64_t row_bytes
 /* ---- bf16: any format, decoded to bfloat16 in the cache, without a scale in the inner loop --------- */
 static ktl_act_key bf16_act_key(int format) {
     (void)format;
-    return (ktl_act_key){KTL_ACT_BF16, 0, 0, 1};
+    return (ktl_act_key){KTL_ACT_BF16, 0, 0, 0, 1};
 }
 
-static void bf16_prepare(ktl_act_key key, const float *x, int cols, void *act) {
+static void bf16_prepare(ktl_act_key key, const float *x, int cols, float most, void *act) {
     uint16_t *to = act;
     (void)key;
+    (void)most;
     for (int i = 0; i < cols; i++) to[i] = ktl_to_bf16(x[i]);
     memset(to + cols, 0, (size_t)(KTL_CHUNK - cols) * 2);
 }
@@ -249,11 +283,12 @@ static void bf16_decode_blocks(int format, const uint8_t *row, int64_t row_bytes
     else bf16_from_tile(format, groups, &from, tile);
 }
 
-KTL_INLINE void bf16_add(const waiting *w, const ktl_job *job) {
-    for (int i = 0; i < w->tokens; i++) {
-        rows_f *acc = (rows_f *)(ktl_sums(job, w->t + i) + w->p * KTL_PANEL);
-        acc[0] += *(const rows_f *)w->sum[i / 16][0][i % 16];
-        acc[1] += *(const rows_f *)w->sum[i / 16][1][i % 16];
+KTL_INLINE void bf16_add(const waiting *w, place at, int from, int rows, const ktl_job *job) {
+    const int end = from + rows < at.tokens ? from + rows : at.tokens;
+    for (int i = from; i < end; i++) {
+        rows_f *to = (rows_f *)(ktl_sums(job, at.t + i) + at.p * KTL_PANEL);
+        to[0] += *(const rows_f *)w->sum[i / 16][0][i % 16];
+        to[1] += *(const rows_f *)w->sum[i / 16][1][i % 16];
     }
 }
 
@@ -262,46 +297,43 @@ static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int gro
     const uint16_t *acts = job->act;
     ktl_ahead ahead = job->ahead;
     waiting sums[2];
+    place last = {0}, here = {0};
     int turn = 0;
     (void)format;
-    sums[1].tokens = 0;
-    for (int64_t t = 0; t < job->n; t += 32) {
+    for (here.t = 0; here.t < job->n; here.t += 32) {
+        const int64_t t = here.t;
         const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
+        here.tokens = tokens;
         if (t == 0 || tokens < 32) {
             tile_config config = config_for(tokens, 64);
             TILE_CONFIG(&config);
         }
         const uint16_t *a0 = acts + t * KTL_CHUNK, *a1 = acts + (two ? t + 16 : t) * KTL_CHUNK;
         ktl_fetch(&ahead, tokens, job->n);
-        for (int p = 0; p < panels; p += 2) {
+        for (here.p = 0; here.p < panels; here.p += 2) {
+            const uint8_t *codes[2] = {tiles[here.p].codes, tiles[here.p + 1].codes};
+            int row = 0;
             TILE_ZERO(0);
             TILE_ZERO(1);
             TILE_ZERO(2);
             TILE_ZERO(3);
-            for (int g = 0; g < groups; g++) {
-                TILE_LOAD(4, a0 + g * KTL_GROUP, KTL_CHUNK * 2);
-                TILE_LOAD(6, tiles[p].codes + g * 1024, 64);
-                TILE_LOAD(7, tiles[p + 1].codes + g * 1024, 64);
-                TILE_DOT_BF16(0, 4, 6);
-                TILE_DOT_BF16(1, 4, 7);
-                if (two) {
-                    TILE_LOAD(5, a1 + g * KTL_GROUP, KTL_CHUNK * 2);
-                    TILE_DOT_BF16(2, 5, 6);
-                    TILE_DOT_BF16(3, 5, 7);
-                }
-            }
-            bf16_add(&sums[!turn], job);
-            take(&sums[turn], t, tokens, p, 0);
+            for (int g = 0; g < groups; g++)
+                FOUR_PRODUCTS(a0 + g * KTL_GROUP, a1 + g * KTL_GROUP, KTL_CHUNK * 2,
+                              codes[0] + g * 1024, codes[1] + g * 1024, two, TILE_DOT_BF16,
+                              (bf16_add(&sums[!turn], last, row, 1, job), row++));
+            bf16_add(&sums[!turn], last, row, 32, job);
+            take(&sums[turn], tokens);
+            last = here;
             turn ^= 1;
         }
     }
-    bf16_add(&sums[!turn], job);
+    bf16_add(&sums[!turn], last, 0, 32, job);
     TILE_RELEASE();
 }
 
 #define INT8_KERNELS                                                                                \
     {int8_act_key, int8_prepare, int8_decode_packed, int8_decode_blocks, int8_multiply,             \
-     NULL,         NULL,         ktl_silu_mul,       ktl_scale_row}
+     NULL,         NULL,         1,                  ktl_silu_mul,    ktl_scale_row}
 #define BF16_KERNELS                                                                                \
     {bf16_act_key, bf16_prepare, bf16_decode_packed, bf16_decode_blocks, bf16_multiply,             \
-     NULL,         NULL,         ktl_silu_mul,       ktl_scale_row}
+     NULL,         NULL,         0,                  ktl_silu_mul,    ktl_scale_row}

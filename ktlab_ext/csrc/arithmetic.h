@@ -45,12 +45,13 @@ static inline void ktl_scale_row(float *x, float factor, int64_t count) {
 }
 
 /* 256 activations to int8: absmax / 127 is the scale of each group, codes are rounded to nearest.
- * A group with a NaN or an infinity gets the scale NaN, so that it shows in every product. */
-KTL_INLINE void ktl_quantize_act(ktl_act_key key, const float *x, ktl_act *a) {
-    const int group = key.sub > KTL_GROUP ? key.sub : KTL_GROUP;
+ * A group with a NaN or an infinity gets the scale NaN, so that it shows in every product.
+ * `most_of_span` is the largest magnitude of a group that is longer than the chunk. */
+KTL_INLINE void ktl_quantize_act(ktl_act_key key, const float *x, float most_of_span, ktl_act *a) {
+    const int group = key.group < KTL_CHUNK ? key.group : KTL_CHUNK;
     for (int g = 0; g < KTL_CHUNK / group; g++) {
         const float *v = x + g * group;
-        const float most = ktl_largest(v, group);
+        const float most = key.group > KTL_CHUNK ? most_of_span : ktl_largest(v, group);
         const int finite = most <= 3.4028235e38f, some = finite && most > 1e-35f;
         const float inverse = some ? 127.0f / most : 0;
         a->scale[g] = finite ? (some ? most / 127.0f : 0) : 0.0f * most * (most - most);

@@ -64,7 +64,7 @@ typedef struct {
 } ktl_raw;
 
 /* ---- activations ------------------------------------------------------------------------------ */
-/* 256 activations of one token as int8 with a scale per group of max(sub, 32) columns. `sum` and
+/* 256 activations of one token as int8 with a scale per group of columns (ktl_act_key). `sum` and
  * `init` are per sub-block: scale * (sum of q), and -zero * (sum of q), the starting value of the
  * integer sums that turns unsigned codes back into signed ones. */
 typedef struct KTL_ALIGNED {
@@ -77,18 +77,23 @@ typedef struct KTL_ALIGNED {
 
 typedef enum { KTL_ACT_INT8, KTL_ACT_F32, KTL_ACT_BF16 } ktl_act_kind;
 
+/* int8_channel's activations share a scale so far: the integer sums of two chunks can be one. */
+enum { KTL_SPAN = 2 * KTL_CHUNK };
+
 /* How a kernel wants its activations: equal keys can share them. */
 typedef struct {
     int kind;
     int sub, zero; /* int8 only */
+    int group;     /* int8: columns that share a scale; KTL_SPAN: two chunks do */
     /* int8: 2 adds what rounding left over, rounded once more: 16 bits in all. For q8_0, whose users
      * want its values and not twice its rounding error. */
     int terms;
 } ktl_act_key;
 
 KTL_INLINE ktl_act_key ktl_act_int8(int format, int zero) {
-    const ktl_act_key key = {KTL_ACT_INT8, ktl_formats[format].sub, zero, format == KTL_Q8_0 ? 2 : 1};
-    return key;
+    const int sub = ktl_formats[format].sub;
+    const int group = format == KTL_INT8_CHANNEL ? KTL_SPAN : sub > KTL_GROUP ? sub : KTL_GROUP;
+    return (ktl_act_key){KTL_ACT_INT8, sub, zero, group, format == KTL_Q8_0 ? 2 : 1};
 }
 
 KTL_INLINE size_t ktl_act_bytes(int kind) {
@@ -133,6 +138,7 @@ KTL_INLINE void ktl_fetch(ktl_ahead *a, int64_t part, int64_t whole) {
  * acc + acc_index[i] * acc_stride (i if NULL); the indices of acc are distinct. */
 typedef struct {
     const void *act; /* of the chunk: rows of ktl_act_bytes */
+    int64_t act_next; /* bytes from there to the next chunk's, where `multiply` takes two */
     const int32_t *act_index;
     float *acc;
     int64_t acc_stride;
@@ -148,8 +154,9 @@ KTL_INLINE float *ktl_sums(const ktl_job *job, int64_t i) {
 /* ---- one instruction set ------------------------------------------------------------------------- */
 typedef struct {
     ktl_act_key (*act_key)(int format);
-    /* One row's `cols` (at most 256) activations to an act row; the rest is zero. */
-    void (*prepare)(ktl_act_key key, const float *x, int cols, void *act);
+    /* One row's `cols` (at most 256) activations to an act row; the rest is zero. `most`: the
+     * largest magnitude of the span, for groups that are longer than a chunk. */
+    void (*prepare)(ktl_act_key key, const float *x, int cols, float most, void *act);
     /* A packed chunk of `groups` groups of 32 columns; `head` is the panel's. */
     void (*decode_packed)(int format, const uint8_t *head, const uint8_t *chunk, int groups,
                           ktl_tile *tile);
@@ -166,6 +173,7 @@ typedef struct {
     /* Few tokens on a packed chunk of 16 rows: sums[i * stride + 0..15] +=. NULL: none, tiles do. */
     void (*dot_packed)(int format, const uint8_t *head, const uint8_t *chunk, int groups,
                        const ktl_job *job);
+    int spans; /* whether `multiply` takes packed int8_channel by two chunks, `groups` up to 16 */
     void (*silu_mul)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
     void (*scale_row)(float *x, float factor, int64_t count);
 } ktl_kernels;

@@ -6,15 +6,15 @@
 #include "blocks.h"
 
 static ktl_act_key act_key(int format) {
-    const ktl_act_key floats = {KTL_ACT_F32, 0, 0, 1};
+    const ktl_act_key floats = {KTL_ACT_F32, 0, 0, 0, 1};
     return ktl_is_float(format) ? floats : ktl_act_int8(format, ktl_formats[format].zero);
 }
 
-static void prepare(ktl_act_key key, const float *x, int cols, void *out) {
+static void prepare(ktl_act_key key, const float *x, int cols, float most, void *out) {
     float padded[KTL_CHUNK] = {0};
     memcpy(padded, x, (size_t)cols * sizeof(float));
     if (key.kind == KTL_ACT_F32) memcpy(out, padded, sizeof padded);
-    else ktl_quantize_act(key, padded, out);
+    else ktl_quantize_act(key, padded, most, out);
 }
 
 /* A table's levels are made unsigned by adding 128, so that every format has codes and a zero. */
@@ -144,4 +144,4 @@ static void multiply(int format, const ktl_tile *tiles, int panels, int groups, 
 }
 
 const ktl_kernels ktl_kernels_serial = {act_key, prepare, decode_packed, decode_blocks, multiply,
-                                        NULL,    NULL,    ktl_silu_mul,  ktl_scale_row};
+                                        NULL,    NULL,    0,             ktl_silu_mul,  ktl_scale_row};

@@ -47,7 +47,7 @@ KTL_INLINE int zero_of(int format) {
 }
 
 static ktl_act_key act_key(int format) {
-    const ktl_act_key floats = {KTL_ACT_F32, 0, 0, 1};
+    const ktl_act_key floats = {KTL_ACT_F32, 0, 0, 0, 1};
     return ktl_is_float(format) ? floats : ktl_act_int8(format, zero_of(format));
 }
 
@@ -177,7 +177,7 @@ KTL_INLINE void decode_blocks_as(int format, const uint8_t *row, int64_t row_byt
 }
 
 /* ---- activations ---------------------------------------------------------------------------------- */
-static void prepare(ktl_act_key key, const float *x, int cols, void *out) {
+static void prepare(ktl_act_key key, const float *x, int cols, float most, void *out) {
     float padded[KTL_CHUNK] KTL_ALIGNED;
     if (key.kind == KTL_ACT_F32) {
         memcpy(out, x, (size_t)cols * 4);
@@ -189,7 +189,7 @@ static void prepare(ktl_act_key key, const float *x, int cols, void *out) {
         memset(padded + cols, 0, (size_t)(KTL_CHUNK - cols) * 4);
         x = padded;
     }
-    ktl_quantize_act(key, x, (ktl_act *)out);
+    ktl_quantize_act(key, x, most, (ktl_act *)out);
 }
 
 #include "few.inc.h"
@@ -238,4 +238,4 @@ static void dot_packed(int format, const uint8_t *head, const uint8_t *chunk, in
 
 #define KERNELS                                                                                     \
     {act_key,    prepare,    decode_packed, decode_blocks, multiply,                                \
-     dot_blocks, dot_packed, ktl_silu_mul,  ktl_scale_row}
+     dot_blocks, dot_packed, 0,             ktl_silu_mul,  ktl_scale_row}

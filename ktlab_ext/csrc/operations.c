@@ -2,7 +2,7 @@
  *
  * Every sum of the result is formed by one task in a fixed order, so the bits depend neither on the
  * number of threads nor on who steals what. */
-#include "internal.h"
+#include "arithmetic.h"
 
 enum {
     MAX_TOKENS = 2048,   /* of one pass; more are done in several */
@@ -49,22 +49,27 @@ static int acts_alloc(ktl_pool *pool, int slot, acts *a, int64_t rows, int64_t c
 
 static void acts_fill(const acts *a, int64_t row, const void *x, int x_type, int64_t cols) {
     const size_t bytes = ktl_act_bytes(a->key.kind);
+    float line[KTL_SPAN], most = 0;
     for (int64_t c = 0; c < cols; c += KTL_CHUNK) {
-        float line[KTL_CHUNK];
-        const float *from = (const float *)x + c;
-        int n = (int)(cols - c < KTL_CHUNK ? cols - c : KTL_CHUNK);
+        const int64_t start = c - c % KTL_SPAN;
+        const float *from = (const float *)x + start;
+        const int span = (int)(cols - start < KTL_SPAN ? cols - start : KTL_SPAN);
+        const int n = (int)(cols - c < KTL_CHUNK ? cols - c : KTL_CHUNK);
         if (x_type == KTL_X_BF16) {
-            for (int i = 0; i < n; i++) line[i] = ktl_bf16(((const uint16_t *)x)[c + i]);
+            for (int i = 0; i < span && c == start; i++)
+                line[i] = ktl_bf16(((const uint16_t *)x)[start + i]);
             from = line;
         }
+        if (c == start && a->key.group == KTL_SPAN) most = ktl_largest(from, span);
+        from += c - start;
         uint8_t *to = a->base + c / KTL_CHUNK * a->chunk_bytes + (size_t)row * bytes;
-        a->kernels->prepare(a->key, from, n, to);
+        a->kernels->prepare(a->key, from, n, most, to);
         if (a->key.terms < 2) continue;
         const ktl_act *first = (const ktl_act *)to;
-        const int group = a->key.sub > KTL_GROUP ? a->key.sub : KTL_GROUP;
         float rest[KTL_CHUNK];
-        for (int i = 0; i < n; i++) rest[i] = from[i] - (float)first->q[i] * first->scale[i / group];
-        a->kernels->prepare(a->key, rest, n, to + a->term_bytes);
+        for (int i = 0; i < n; i++)
+            rest[i] = from[i] - (float)first->q[i] * first->scale[i / a->key.group];
+        a->kernels->prepare(a->key, rest, n, 0, to + a->term_bytes);
     }
 }
 
@@ -111,8 +116,9 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
                                 act + term * a->term_bytes, a->chunk_bytes, job);
         return;
     }
-    for (int64_t c = 0; c < m->cols; c += KTL_CHUNK) {
-        const int cols = (int)(m->cols - c < KTL_CHUNK ? m->cols - c : KTL_CHUNK);
+    const int span = packed && kernels->spans && a->key.group == KTL_SPAN ? KTL_SPAN : KTL_CHUNK;
+    for (int64_t c = 0; c < m->cols; c += span) {
+        const int cols = (int)(m->cols - c < span ? m->cols - c : span);
         const int groups = (cols + KTL_GROUP - 1) / KTL_GROUP;
         ktl_job part = *job;
         const uint8_t *terms = act + c / KTL_CHUNK * a->chunk_bytes;
@@ -138,8 +144,9 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
             /* The next tiles' share of memory. */
             const int64_t next = first + KTL_TILES * KTL_PANEL < rows ? first + KTL_TILES * KTL_PANEL : 0;
             part.ahead = (ktl_ahead){data + (row0 + next) / KTL_PANEL * panel_bytes +
-                                         ktl_head_bytes(m->format) + (c / KTL_CHUNK + !next) * chunk_bytes,
-                                     panel_bytes, packed ? (int)(chunk_bytes / 64) : 0, 0, 0};
+                                         ktl_head_bytes(m->format) + (c + !next * span) / KTL_CHUNK * chunk_bytes,
+                                     panel_bytes, packed ? (int)(chunk_bytes / 64 * (span / KTL_CHUNK)) : 0, 0, 0};
+            part.act_next = a->chunk_bytes;
             part.acc = job->acc + first;
             for (int term = 0; term < a->key.terms; term++) {
                 part.act = terms + term * a->term_bytes;
@@ -192,7 +199,7 @@ static void linear_rows(void *context, int64_t task, int worker) {
     const int64_t rows = l->w->rows - row0 < size ? l->w->rows - row0 : size;
     const int64_t stride = size + SPREAD;
     memset(acc, 0, (size_t)(l->tokens * stride) * sizeof(float));
-    ktl_job job = {NULL, NULL, acc, stride, NULL, l->tokens, {0}};
+    ktl_job job = {NULL, 0, NULL, acc, stride, NULL, l->tokens, {0}};
     rows_times(l->kernels, l->fuse, l->w, l->expert, row0, rows, &l->a, 0, &job, tiles);
     for (int64_t t = 0; t < l->tokens; t++)
         memcpy(l->y + t * l->y_stride + row0, acc + t * stride, (size_t)rows * sizeof(float));
@@ -343,7 +350,7 @@ static void moe_gate_up(void *context, int64_t task, int worker) {
     memset(sums[0], 0, (size_t)(2 * g->n * stride) * sizeof(float));
     for (int i = 0; i < 2; i++) {
         const int list = m->inner_acts[g->few][i];
-        ktl_job job = {NULL, g->fuse ? m->token + g->first : NULL, sums[i], stride, NULL, g->n, {0}};
+        ktl_job job = {NULL, 0, g->fuse ? m->token + g->first : NULL, sums[i], stride, NULL, g->n, {0}};
         rows_times(kernels, g->fuse, i ? m->up : m->gate, g->expert, row0, rows,
                    g->fuse ? &m->list[list] : &m->gathered[list], g->fuse ? 0 : g->first, &job, tiles);
     }
@@ -373,7 +380,7 @@ static void moe_down(void *context, int64_t task, int worker) {
     memset(acc, 0, (size_t)(m->tokens * stride) * sizeof(float));
     for (int64_t i = 0; i < m->groups; i++) {
         const group *g = &m->group[i];
-        ktl_job job = {NULL, NULL, acc, stride, m->token + g->first, g->n, {0}};
+        ktl_job job = {NULL, 0, NULL, acc, stride, m->token + g->first, g->n, {0}};
         rows_times(m->kernels[g->few], g->fuse, m->down, g->expert, row0, rows,
                    &m->hidden_acts[g->few], g->first, &job, tiles);
     }
@@ -397,7 +404,13 @@ static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64
             if (error < 0) return error;
             m->inner_acts[f][i] = error;
         }
-        m->hidden_acts[f] = (acts){m->kernels[f]->act_key(m->down->format), m->kernels[f], NULL, 0, 0};
+        ktl_act_key key = m->kernels[f]->act_key(m->down->format);
+        /* A second term in `down` is lost behind what gate and up round away with one. */
+        for (int i = 0; i < 2; i++)
+            if (m->list[m->inner_acts[f][i]].key.terms < key.terms) key.terms = 1;
+        /* SwiGLU's tails are heavy: over two chunks rounding would cost 12 % more of the error. */
+        if (key.group > KTL_CHUNK) key.group = KTL_CHUNK;
+        m->hidden_acts[f] = (acts){key, m->kernels[f], NULL, 0, 0};
         error = acts_alloc(m->pool, SLOT_HIDDEN_ACTS + f, &m->hidden_acts[f], m->slots, m->down->cols);
         if (error) return error;
     }

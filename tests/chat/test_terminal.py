@@ -89,6 +89,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
 
     try:
         wait_until(lambda seen: b"> " in seen)
+        time.sleep(0.5)  # readline misses a signal between writing its prompt and waiting
         process.send_signal(signal.SIGINT)  # at the prompt: a hint, nothing else
         wait_until(lambda seen: b"/quit or Ctrl-D leaves" in seen)
         for question in (b"one", b"two"):
@@ -125,6 +126,7 @@ def test_local_chat_by_its_own_names(gguf, tmp_path, typed, capsys):
     length = len("<[u]From a file.[a]")  # one token for <bos>
     assert f"prefill {length} tokens at" in said.err and "context 128 tokens" in said.err
     typed(f"\n/clear\n{prompt}\n")  # an empty line, and the file's name
+    names[1] = str(Path(gguf).parent)  # the folder names the model, too
     assert local_chat.main([*names, "--force-think", "True"]) == 0
     said = capsys.readouterr()
     assert said.err.count(f"prefill {length + len('<think>!')} tokens at") == 2

@@ -25,7 +25,7 @@ Weights = dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "model"
-    transformers_model(synthesize(TINY_TEST_CONFIG)).to(torch.bfloat16).save_pretrained(folder)
+    transformers_model(synthesize(TINY_TEST_CONFIG)).bfloat16().save_pretrained(folder)
     return folder
 
 
@@ -110,7 +110,7 @@ def test_a_folder_without_a_configuration(folder: Path) -> None:
 
 def test_a_folder_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    refused(folder, "is a folder without *.safetensors")
+    refused(folder, "is a folder with neither", "*.safetensors")
 
 
 def test_a_file_of_the_folder_names_it(folder: Path) -> None:

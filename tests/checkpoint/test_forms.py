@@ -67,7 +67,7 @@ def split() -> MemoryCheckpoint:
     return synthesize(TINY_TEST_CONFIG)
 
 
-def fused(split: MemoryCheckpoint, quantized: bool = False) -> Arrays:
+def fused(split: Checkpoint, quantized: bool = False) -> Arrays:
     """With attn_kv_b in place of attn_k_b and attn_v_b."""
     tensors, sizes = arrays(split), split.config.mla
     for layer in range(split.config.num_layers):
@@ -81,7 +81,7 @@ def fused(split: MemoryCheckpoint, quantized: bool = False) -> Arrays:
     return tensors
 
 
-def old_fields(split: MemoryCheckpoint) -> dict[str, Field]:
+def old_fields(split: Checkpoint) -> dict[str, Field]:
     """As before llama.cpp absorbed MLA: true head sizes in the plain keys."""
     fields, sizes = metadata_from_config(split.config), split.config.mla
     u32 = gguf.GGUFValueType.UINT32
@@ -183,6 +183,15 @@ def test_a_needed_tensor_of_a_type_that_nothing_computes(
         "token_embd.weight and 1 more tensors: I32, which no kernel here computes; usable: F32"
     )
     with pytest.raises(CheckpointError, match=expected):
+        open_checkpoint(path)
+
+
+def test_a_vocabulary_larger_than_the_embedding(split: MemoryCheckpoint, tmp_path: Path) -> None:
+    fields = metadata_from_config(split.config)
+    tokens = [f"token{i}" for i in range(273)]
+    fields["tokenizer.ggml.tokens"] = (tokens, gguf.GGUFValueType.ARRAY)
+    path = write_raw(tmp_path / "words.gguf", fields, arrays(split))
+    with pytest.raises(CheckpointError, match="has 273 tokens, the embedding only 272 rows"):
         open_checkpoint(path)
 
 

@@ -136,12 +136,19 @@ def test_figures(backend: str) -> None:
 
 def test_the_larger_time_is_the_bound() -> None:
     rates = rounds.Rates(1)
-    rates.best = {"read": 10e9, "float32": 100e9, "avx512_vnni": 1000e9}
+    for number in (1.0, 0.5, 3.0):
+        for name, rate in {"read": 10e9, "float32": 100e9, "avx512_vnni": 1000e9}.items():
+            rates._note(name, number * rate)
     assert rates.bound(1e9, 1e9, "avx512_vnni") == (0.1, "read 10 GB/s")
     least_s, name = rates.bound(1e6, 1e12, "avx512_vnni")
     assert least_s == pytest.approx(1.0) and name == "avx512_vnni 1000 GFLOP/s"
     least_s, name = rates.bound(1e6, 1e12, "amx_int8")  # not measured here
     assert least_s == pytest.approx(10.0) and name.startswith("float32")
+    assert rates.best["read"] == 30e9
+    rates.begin()  # earlier rounds bound nothing of later ones
+    for name, rate in {"read": 5e9, "float32": 100e9}.items():
+        rates._note(name, rate)
+    assert rates.bound(1e9, 1e9, "avx512_vnni") == (0.2, "read 5 GB/s")
 
 
 def test_largest_cache(tmp_path: Path) -> None:

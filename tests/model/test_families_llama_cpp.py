@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFValueType
 
 import ktlab
-from ktlab.checkpoint import write_gguf
+from ktlab.checkpoint import open_checkpoint, write_gguf
 from ktlab.checkpoint.config import ModelConfig, YarnScaling
+from ktlab.checkpoint.gguf_file import GGUFCheckpoint
 from ktlab.checkpoint.synthesis import (
     TINY_OLMOE_CONFIG,
     TINY_QWEN3MOE_CONFIG,
@@ -19,6 +21,7 @@ from ktlab.checkpoint.synthesis import (
     TINY_YARN_CONFIG,
     synthesize,
 )
+from tests.checkpoint.test_forms import fused, old_fields, write_raw
 from tests.model.llama import NEEDS_LLAMA_CPP, answers
 
 pytestmark = NEEDS_LLAMA_CPP
@@ -40,6 +43,7 @@ CONFIGS = {
     ),
     "olmoe": TINY_OLMOE_CONFIG,
 }
+FUSED = "v3, keys and values fused"
 TOKENS = 24
 
 
@@ -60,6 +64,18 @@ def write(config: ModelConfig, path: Path) -> Path:
     return write_gguf(path, config, tensors, tokenizer)
 
 
+def as_before_absorption(path: Path) -> Path:
+    """The same model with attn_kv_b and the keys of that time."""
+    checkpoint = open_checkpoint(path)
+    assert isinstance(checkpoint, GGUFCheckpoint)
+    fields = old_fields(checkpoint)
+    for key, value in checkpoint.metadata.items():
+        if key.startswith("tokenizer."):
+            kind = GGUFValueType.UINT32 if key.endswith("_id") else GGUFValueType.get_type(value)
+            fields[key] = (value, kind)
+    return write_raw(path.with_stem("fused"), fields, fused(checkpoint))
+
+
 @pytest.fixture(scope="module")
 def completions(
     tmp_path_factory: pytest.TempPathFactory,
@@ -69,17 +85,18 @@ def completions(
         name: write(config, folder / f"{place}.gguf")
         for place, (name, config) in enumerate(CONFIGS.items())
     }
-    jobs = {paths[name]: [prompt(config)] for name, config in CONFIGS.items()}
+    paths[FUSED] = as_before_absorption(paths["v3"])
+    jobs = {path: [prompt(CONFIGS.get(name, TINY_TEST_CONFIG))] for name, path in paths.items()}
     found = answers(jobs, tokens=TOKENS, probs=272, exact=True)
-    return dict(zip(CONFIGS, zip(paths.values(), found, strict=True), strict=True))
+    return dict(zip(paths, zip(paths.values(), found, strict=True), strict=True))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, FUSED])
 def test_greedy_text_and_probabilities(
     name: str, completions: dict[str, tuple[Path, dict[str, Any]]]
 ) -> None:
     path, answer = completions[name]
-    model, ids = ktlab.load(path), prompt(CONFIGS[name])
+    model, ids = ktlab.load(path), prompt(CONFIGS.get(name, TINY_TEST_CONFIG))
     steps = answer["choices"][0]["logprobs"]["content"]
     written = [step["id"] for step in steps]
     found = [t.id for t in model.stream(ids, max_new_tokens=TOKENS, stop_at_eos=False)]

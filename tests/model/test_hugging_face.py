@@ -8,10 +8,12 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,7 +24,7 @@ from ktlab.checkpoint.hugging_face import SafetensorsCheckpoint
 from ktlab.checkpoint.hugging_face_names import origin
 from ktlab.checkpoint.names import expected_tensors
 from ktlab.checkpoint.synthesis import synthesize
-from ktlab.errors import FormatError
+from ktlab.errors import CheckpointError, FormatError
 from ktlab.model.model import Model
 from ktlab.quantization import get_format
 from tests.model.peer import transformers_model
@@ -47,7 +49,7 @@ def peer(name: str) -> PreTrainedModel:
     return transformers_model(synthesize(CONFIGS[name], seed=7))
 
 
-def saved(name: str, folder: Path, dtype: torch.dtype, **options: object) -> Path:
+def saved(name: str, folder: Path, dtype: torch.dtype, **options: Any) -> Path:
     """What `save_pretrained` writes of the random model, which stays float32 itself."""
     model = peer(name)
     weights = {k: v.to(dtype) for k, v in model.state_dict().items()}
@@ -68,25 +70,27 @@ def mean_kl(expected: torch.Tensor, found: torch.Tensor) -> float:
 def check_logits(folder: Path, model: Model) -> None:
     """Against transformers' own reading of the folder, in float32."""
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = some_ids(model.config, 40)
+    ids = some_ids(model.config, 100)  # beyond the original context of those with yarn
     with torch.no_grad():
         expected = theirs(ids[None]).logits[0]
     with model.override(backend="torch"):
         found = model.forward(ids)
     assert (found - expected).norm() < 1e-4 * expected.norm()
-    assert mean_kl(expected, model.forward(ids)) < 1e-3  # kernels round activations
+    assert mean_kl(expected, found) < 1e-6
+    # Kernels round activations, which on random weights now and then selects another expert.
+    assert mean_kl(expected, model.forward(ids)) < 2e-2
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layout", ["one file", "shards", "stacked"])
 def test_logits_of_a_saved_model(name: str, layout: str, tmp_path: Path) -> None:
-    options: dict[str, object] = {
+    layouts: dict[str, dict[str, Any]] = {
         "one file": {},
         "shards": {"max_shard_size": "200KB"},
         "stacked": {"save_original_format": False},  # experts as transformers 5 has them in memory
-    }[layout]
+    }
     dtype = torch.float32 if layout == "one file" else torch.bfloat16
-    folder = saved(name, tmp_path / "model", dtype, **options)
+    folder = saved(name, tmp_path / "model", dtype, **layouts[layout])
     files = len(list(folder.glob("*.safetensors")))
     assert files > 3 if layout == "shards" else files == 1
     model = ktlab.load(folder)
@@ -251,12 +255,14 @@ def test_fp8_with_block_scales(fp8: tuple[Path, Path]) -> None:
     check_logits(plain, model)
 
 
-def test_fp8_is_quantized_like_its_values(fp8: tuple[Path, Path]) -> None:
-    model, floats = ktlab.load(fp8[1], quantize="q8_0"), open_checkpoint(fp8[0])
+@pytest.mark.parametrize("wanted", ["q8_0", "int8_channel"])
+def test_fp8_is_quantized_like_its_values(wanted: str, fp8: tuple[Path, Path]) -> None:
+    model, floats = ktlab.load(fp8[1], quantize=wanted), open_checkpoint(fp8[0])
     for name in floats.names():
         tensor, values = model.checkpoint.tensor(name), floats.tensor(name)
         np.testing.assert_array_equal(tensor.blocks, values.requantize(tensor.format).blocks)
-    assert set(model.checkpoint.formats) == {"q8_0", "f16", "f32"}  # f16: k_b has rows of 48
+    formats = {format for _, format, _, _ in model.checkpoint.listing()}
+    assert formats == {wanted, "f32"} | ({"f16"} if wanted == "q8_0" else set())  # k_b: rows of 48
 
 
 # Quantized while loading -------------------------------------------------------------------------
@@ -346,6 +352,52 @@ def test_quantized_by_name_with_progress(tmp_path: Path) -> None:
     assert len(seen) > 16 * 6  # expert by expert
     listing = {name: (f, n) for name, f, _, n in model.checkpoint.listing()}
     assert listing["blk.1.ffn_up_exps.weight"] == ("int4_group32", 16 * 32 * 64 * 18 // 32)
+
+
+def test_a_bar_only_where_somebody_looks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved("v3", tmp_path / "model", torch.bfloat16)
+    capsys.readouterr()
+    ktlab.load(folder, quantize="q8_0")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("ktlab.progress.in_notebook", lambda: True)
+    monkeypatch.setattr("ktlab.progress.EVERY_S", 0)
+    ktlab.load(folder, quantize="q8_0")
+    shown = capsys.readouterr().err
+    assert "converting model [" in shown and "left" in shown and "took" in shown
+
+
+def test_packed_weights_are_cached_for_a_folder(tmp_path: Path) -> None:
+    folder = saved("v3", tmp_path / "model", torch.bfloat16)
+    for how in ("packed", "mapped from the cache"):
+        model = ktlab.load(folder, quantize="int8_channel")
+        report = model.pack(cache=tmp_path / "cache")
+        assert {tensor.how for tensor in report.tensors} == {how}
+    edit_weights(folder, lambda weights: weights["lm_head.weight"].mul_(2))
+    with pytest.warns(UserWarning, match="packed from another model"):
+        report = ktlab.load(folder, quantize="int8_channel").pack(cache=tmp_path / "cache")
+    assert {tensor.how for tensor in report.tensors} == {"packed"}
+
+
+def test_tokenizer_beside_the_weights(tmp_path: Path) -> None:
+    folder = saved("v3", tmp_path / "model", torch.bfloat16)
+    assert open_checkpoint(folder).tokenizer is None
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    for size in (272, 300):
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=size, special_tokens=["<bos>", "<eos>"], initial_alphabet=alphabet,
+            show_progress=False,
+        )  # fmt: skip
+        bpe.train_from_iterator(["the theory then thaws, they thought; " * 9] * 9, trainer)
+        bpe.save(str(folder / "tokenizer.json"))
+        if size == 272:
+            tokenizer = ktlab.load(folder).tokenizer
+            assert tokenizer.encode("they thaw", bos=False) == bpe.encode("they thaw").ids
+    with pytest.raises(CheckpointError, match="tokenizer has 2.. tokens, the embedding only 272"):
+        _ = ktlab.load(folder).tokenizer
 
 
 def test_stopped_in_the_middle(large: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
+from ktlab.checkpoint.synthesis import TINY_QWEN3MOE_CONFIG, TINY_TEST_CONFIG, synthesize
 from ktlab.errors import ContextError, SettingError
 from ktlab.model.model import Model
 from ktlab.notebook import control_room
@@ -53,6 +53,21 @@ def test_everything_is_measured_and_reachable(room, model):
     assert room.front and set(room.front) <= set(room.points)
     assert set(room.figures) == {"router", "plane"}
     assert model.settings == before, "the reader's model was changed"
+
+
+def test_a_model_of_another_family():
+    other = Model(synthesize(TINY_QWEN3MOE_CONFIG, formats="q8_0"))
+    opened = control_room(other, texts=TEXTS, **QUICK)
+    try:
+        opened.set(top_k=3)
+        assert opened.wait(WAIT_S) and opened.phase == "done" and opened.message == ""
+        assert {point.label for point in opened.points} == {"k=3", "k=4"}
+        assert opened.results is not None and opened.results.quality is not None
+        assert opened.results.quality.kl_mean.value > 0
+        with pytest.raises(SettingError, match="'naive' is none of GQA's"):
+            opened.set(attention="naive")
+    finally:
+        opened.close()
 
 
 def test_the_numbers_are_those_of_compare(room, model):

@@ -1,5 +1,6 @@
 """Will it fit? Published totals, the largest context, values that go to JSON and back."""
 
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -155,6 +156,22 @@ def test_the_ledger_adds_up() -> None:
     assert found.stored_bytes == sum(
         row.part.bytes for row in found.rows if row.part.component != "cache"
     )
+
+
+def test_a_tied_output_works_and_is_there_once(tmp_path: Path) -> None:
+    config = replace(TINY_TEST_CONFIG, tied_output=True)
+    paths = {}
+    for one in (config, TINY_TEST_CONFIG):
+        written = synthesize(one)
+        tensors = {name: written.tensor(name) for name in written.names()}
+        paths[one.tied_output] = write_gguf(tmp_path / f"{one.tied_output}.gguf", one, tensors)
+    tied, untied = plan(paths[True]), plan(paths[False])
+    matrix = config.vocab_size * config.hidden_size
+    assert tied.flop_per_token == untied.flop_per_token
+    assert untied["cpu"].weights - tied["cpu"].weights == 4 * matrix
+    on_gpu = plan(paths[True], vram="1GB")
+    assert on_gpu.by_component()["output"].devices == ("cuda:0",)
+    assert on_gpu.by_component()["output"].bytes > 0
 
 
 def test_host_memory_holds_float32_copies_of_the_matrices_a_head() -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from ktlab.errors import SettingError
+from ktlab.html import decimal_bytes
 from ktlab.memory import disk_rate, memory, resident_bytes
-from ktlab.placement.disk import from_disk
-from ktlab.placement.sizes import parse_size, size_text
+from ktlab.model.from_disk import from_disk
+from ktlab.placement.sizes import parse_size
 
 
 @pytest.mark.parametrize(
@@ -34,8 +35,8 @@ def test_no_sizes(text: object) -> None:
 
 
 def test_text() -> None:
-    assert [size_text(n) for n in (404488847360, 9_180_000, 999_999, 12)] == [
-        "404 GB", "9.18 MB", "1.00 MB", "12 B",
+    assert [decimal_bytes(n) for n in (404488847360, 9_180_000, 999_999, 12)] == [
+        "404 GB", "9.18 MB", "1 MB", "12 B",
     ]  # fmt: skip
 
 

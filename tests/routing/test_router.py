@@ -12,6 +12,8 @@ from hypothesis.extra.numpy import arrays
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, TINY_V2_CONFIG, TINY_V2_GROUPS_CONFIG
 from ktlab.errors import SettingError
+from ktlab.kernels.linear import Linear
+from ktlab.quantization import QTensor
 from ktlab.routing import CumulativeProbability, FixedK, RelativeThreshold, Router
 
 TOKENS = 40
@@ -21,7 +23,8 @@ def make_router(config: ModelConfig, seed: int = 0, bias: float = 0.3) -> Router
     generator = torch.manual_seed(seed)
     weight = torch.randn(config.num_experts, config.hidden_size, generator=generator) / 8
     correction = bias * torch.randn(config.num_experts, generator=generator)
-    return Router(config, 1, weight, correction if config.gating == "sigmoid" else None)
+    gate = Linear(QTensor.from_array("gate", weight.numpy()))
+    return Router(config, 1, gate, correction if config.gating == "sigmoid" else None)
 
 
 def make_hidden(config: ModelConfig) -> torch.Tensor:

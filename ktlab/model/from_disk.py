@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+from ktlab.html import decimal_bytes
 from ktlab.memory import disk_rate
-from ktlab.placement.sizes import size_text
 from ktlab.record import Record
 
 
@@ -27,14 +28,13 @@ class FromDisk(Record):
 
     def __str__(self) -> str:
         what = (
-            f"from disk: memory has no room for {size_text(self.missing_bytes)} of the weights; a "
-            f"token reads about {size_text(self.bytes_per_token)} of them"
+            f"from disk: memory has no room for {decimal_bytes(self.missing_bytes)} of the "
+            f"weights; a token reads about {decimal_bytes(self.bytes_per_token)} of them"
         )
         if self.rate is None or self.tokens_per_s is None:
             return f"{what} (the disk's rate could not be measured)"
-        return (
-            f"{what}, at {size_text(self.rate)}/s at most {self.tokens_per_s:.3g} tokens a second"
-        )
+        speed = f"{self.tokens_per_s:.3g} tokens a second"
+        return f"{what}, at {decimal_bytes(self.rate)}/s at most {speed}"
 
 
 def from_disk(
@@ -58,5 +58,11 @@ def from_disk(
     hot_misses = max(0, others - max(0, capacity))
     per_token = experts_per_token * (1 - min(1.0, room / experts)) + hot_misses
     if rate is None and files:
-        rate = disk_rate(max(files, key=lambda path: path.stat().st_size))
+        rate = _rate(max(files, key=lambda path: path.stat().st_size))
     return FromDisk(missing_bytes=missing, bytes_per_token=per_token, rate=rate)
+
+
+@lru_cache(maxsize=16)
+def _rate(path: Path) -> float | None:
+    """Measured once in a process: a model that is printed twice must not read twice."""
+    return disk_rate(path)

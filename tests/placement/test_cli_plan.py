@@ -1,0 +1,26 @@
+"""`ktlab plan` from the command line."""
+
+import json
+
+import pytest
+
+from ktlab.cli import main
+
+
+def test_text_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "deepseek-v2-lite", "--format", "q4_k_m", "--vram", "8GB"]
+    assert main([*arguments, "--ram", "64GB"]) == 0
+    assert "the largest context that fits" in capsys.readouterr().out
+    assert main([*arguments, "--ram", "4GB"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny", "--machine", "this", "--context", "64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["context"] == 64 and found["ledgers"][0]["device"] == "cpu"
+
+
+def test_a_bad_size_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny", "--ram", "lots"]) == 2
+    assert capsys.readouterr().err.startswith("ktlab: ram='lots': expected bytes")
