@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from ktlab.attention.cache import Form, LayerCache
 from ktlab.attention.rope import RoPE
 from ktlab.attention.stage import Attention, write
 from ktlab.checkpoint.config import GQASizes, ModelConfig
 from ktlab.kernels.linear import Linear
+from ktlab.kernels.norm import rms_norm
 from ktlab.probe import Probe
 
 
@@ -51,18 +51,19 @@ class GQA(Attention):
         """(B, T, D) to (B, T, D)."""
         assert cache.values is not None
         w, sizes = self.weights, self.sizes
-        cos, sin = (table[:, :, None] for table in self._rope.tables(positions_BT))
+        places = self._rope.places(positions_BT)
+        turns = places.turns_BTr[:, :, None]
         q_BTHd = self._heads(w.q(hidden_BTD), w.q_norm)
         k_BTGd = self._heads(w.k(hidden_BTD), w.k_norm)
         v_BTGd = self._heads(w.v(hidden_BTD), None)
         self.record(probe, "q", q_BTHd)
         self.record(probe, "k", k_BTGd)
         self.record(probe, "v", v_BTGd)
-        q_BTHd, k_BTGd = (self._rope.rotate(x, cos, sin) for x in (q_BTHd, k_BTGd))
+        q_BTHd, k_BTGd = (self._rope.rotate(x, turns) for x in (q_BTHd, k_BTGd))
 
-        write(cache.keys, k_BTGd.transpose(1, 2), positions_BT)
-        write(cache.values, v_BTGd.transpose(1, 2), positions_BT)
-        seen = int(positions_BT[:, -1].max()) + 1
+        write(cache.keys, k_BTGd.transpose(1, 2), places)
+        write(cache.values, v_BTGd.transpose(1, 2), places)
+        seen = places.seen
         keys_BGSd, values_BGSd = cache.keys[:, :, :seen], cache.values[:, :, :seen]
         # The queries that share a key head are rows of one product: its cache is read once.
         q_BGHTd = q_BTHd.transpose(1, 2).unflatten(1, (sizes.num_kv_heads, -1))
@@ -79,8 +80,8 @@ class GQA(Attention):
         """(B, T, heads * d) to (B, T, heads, d), normalised over what `norm` is as long as."""
         head_dim, eps = self.sizes.head_dim, self.config.rms_eps
         if norm is not None and self.sizes.qk_norm == "projection":
-            projected = F.rms_norm(projected, norm.shape, norm, eps=eps)
+            projected = rms_norm(projected, norm, eps)
         heads = projected.unflatten(-1, (-1, head_dim))
         if norm is not None and self.sizes.qk_norm == "head":
-            heads = F.rms_norm(heads, norm.shape, norm, eps=eps)
+            heads = rms_norm(heads, norm, eps)
         return heads

@@ -13,11 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ktlab.attention.cache import FORMS, Form, LayerCache
-from ktlab.attention.rope import RoPE
-from ktlab.attention.stage import Attention, write
+from ktlab.attention.rope import Places, RoPE
+from ktlab.attention.stage import Attention, causal_pairs, visible, write
 from ktlab.checkpoint.config import MLASizes, ModelConfig
 from ktlab.kernels.linear import Linear
+from ktlab.kernels.norm import rms_norm
 from ktlab.probe import Probe
+
+DECOMPRESSED_BYTES = 64 << 20
+"""Keys and values of so many heads are made at once where a prompt is computed the naive way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +61,30 @@ class MLA(Attention):
         self, hidden_BTD: Tensor, cache: LayerCache, positions_BT: Tensor, probe: Probe
     ) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        sizes, w, eps = self.sizes, self.weights, self.config.rms_eps
-        q_BTHd = self._queries(hidden_BTD)
-        q_nope, q_rope = q_BTHd.split((sizes.qk_nope_dim, sizes.qk_rope_dim), dim=-1)
-        latent_BTC, k_rope_BTR = w.kv_a(hidden_BTD).split(
-            (sizes.kv_lora_rank, sizes.qk_rope_dim), dim=-1
+        sizes, w = self.sizes, self.weights
+        rank = sizes.kv_lora_rank
+        q_BTHd, kv_BTc = self._queries(hidden_BTD), w.kv_a(hidden_BTD)
+        places = self._rope.places(positions_BT)
+        new = _New(
+            q_nope_BTHN=q_BTHd[..., : sizes.qk_nope_dim],
+            q_rope_BTHR=self._rope.rotate(
+                q_BTHd[..., sizes.qk_nope_dim :], places.turns_BTr[:, :, None]
+            ),
+            latent_BTC=rms_norm(kv_BTc[..., :rank], w.kv_a_norm_C, self.config.rms_eps),
+            k_rope_BTR=self._rope.rotate(kv_BTc[..., rank:], places.turns_BTr),
+            positions_BT=positions_BT,
+            places=places,
         )
-        latent_BTC = F.rms_norm(latent_BTC, (sizes.kv_lora_rank,), w.kv_a_norm_C, eps=eps)
-        cos, sin = self._rope.tables(positions_BT)
-        q_rope = self._rope.rotate(q_rope, cos[:, :, None], sin[:, :, None])
-        k_rope_BTR = self._rope.rotate(k_rope_BTR, cos, sin)
-
-        attend = self._absorbed if self.form == "absorbed" else self._naive
-        out_BTHV = attend(q_nope, q_rope, latent_BTC, k_rope_BTR, cache, positions_BT)
+        if self.form == "naive":
+            out_BTHV = self._naive(new, cache)
+        else:
+            write(cache.keys[..., :rank], new.latent_BTC, places)
+            write(cache.keys[..., rank:], new.k_rope_BTR, places)
+            many = self._decompression_pays(hidden_BTD.shape[1])
+            latent = self._decompressed if many else self._absorbed
+            out_BTHV = latent(new, cache.keys[:, : places.seen])
         self.record(probe, "q", q_BTHd)
-        self.record(probe, "latent", latent_BTC)
+        self.record(probe, "latent", new.latent_BTC)
         return w.output(out_BTHV.flatten(2))
 
     def _queries(self, hidden_BTD: Tensor) -> Tensor:
@@ -79,54 +92,98 @@ class MLA(Attention):
         compressed = hidden_BTD
         if w.q_a is not None:
             compressed = w.q_a(hidden_BTD)
-            compressed = F.rms_norm(
-                compressed, compressed.shape[-1:], w.q_a_norm_Q, eps=self.config.rms_eps
-            )
+            assert w.q_a_norm_Q is not None
+            compressed = rms_norm(compressed, w.q_a_norm_Q, self.config.rms_eps)
         return w.q_b(compressed).unflatten(-1, (sizes.num_heads, sizes.qk_dim))
 
-    def _absorbed(
-        self,
-        q_nope_BTHN: Tensor,
-        q_rope_BTHR: Tensor,
-        latent_BTC: Tensor,
-        k_rope_BTR: Tensor,
-        cache: LayerCache,
-        positions_BT: Tensor,
-    ) -> Tensor:
-        rank = self.sizes.kv_lora_rank
-        write(cache.keys, torch.cat((latent_BTC, k_rope_BTR), dim=-1), positions_BT)
-        seen = int(positions_BT[:, -1].max()) + 1
-        keys_BSc = cache.keys[:, :seen]
+    def _absorbed(self, new: "_New", keys_BSc: Tensor) -> Tensor:
         # q k^T with k = latent k_b is (q k_b) latent^T: one matrix for all heads' keys.
-        q_latent_BHTC = q_nope_BTHN.transpose(1, 2) @ self.weights.k_b.weight_OI.transpose(-1, -2)
-        q_BHTc = torch.cat((q_latent_BHTC, q_rope_BTHR.transpose(1, 2)), dim=-1)
+        q_latent_THC = self.weights.k_b.by_head(new.q_nope_BTHN.flatten(0, 1))
+        q_latent_BTHC = q_latent_THC.view(*new.q_nope_BTHN.shape[:3], -1)
+        q_BHTc = torch.cat((q_latent_BTHC, new.q_rope_BTHR), dim=-1).transpose(1, 2)
         # All heads share the keys, so heads and tokens are rows of one product: the cache is read
         # once, which is where absorption gets its arithmetic intensity.
         heads_tokens = q_BHTc.shape[1:3]
-        scores_BHTS = q_BHTc.flatten(1, 2) @ keys_BSc.transpose(-1, -2)
-        weights_BHTS = self.softmax(scores_BHTS.unflatten(1, heads_tokens), positions_BT)
-        mixed_BHTC = weights_BHTS.flatten(1, 2) @ keys_BSc[..., :rank]
-        mixed_BHTC = mixed_BHTC.unflatten(1, heads_tokens)
-        return (mixed_BHTC @ self.weights.v_b.weight_OI.transpose(-1, -2)).transpose(1, 2)
+        # Positions as the product's rows: with one token's 16 queries of 576 and 512 positions it
+        # took 0.38 ms so and 0.69 ms the other way round.
+        scores_BSr = keys_BSc @ q_BHTc.flatten(1, 2).transpose(-1, -2)
+        scores_BHTS = scores_BSr.transpose(-1, -2).unflatten(1, heads_tokens)
+        weights_BHTS = self.softmax(scores_BHTS, new.positions_BT)
+        mixed_BHTC = weights_BHTS.flatten(1, 2) @ keys_BSc[..., : self.sizes.kv_lora_rank]
+        mixed_BTHC = mixed_BHTC.unflatten(1, heads_tokens).transpose(1, 2)
+        out_THV = self.weights.v_b.by_head(mixed_BTHC.flatten(0, 1))
+        return out_THV.view(*mixed_BTHC.shape[:3], -1)
 
-    def _naive(
-        self,
-        q_nope_BTHN: Tensor,
-        q_rope_BTHR: Tensor,
-        latent_BTC: Tensor,
-        k_rope_BTR: Tensor,
-        cache: LayerCache,
-        positions_BT: Tensor,
-    ) -> Tensor:
+    def _decompression_pays(self, tokens: int) -> bool:
+        """Whether so many queries share the work of making keys and values from the latent anew."""
+        pair = self.sizes.flop_per_pair
+        fits = self.sizes.v_dim <= self.sizes.qk_dim
+        return fits and tokens * (pair["absorbed"] - pair["naive"]) > self._flop_decompressing
+
+    @property
+    def _flop_decompressing(self) -> int:
+        """Of one cached position: its key and value for all heads."""
+        return 2 * (self.weights.k_b.stack.size + self.weights.v_b.stack.size)
+
+    def flop(self, tokens: int, context: int) -> float:
+        """As it is computed: a long prompt in the absorbed form makes keys and values anew."""
+        if self.form == "naive" or not self._decompression_pays(tokens):
+            return super().flop(tokens, context)
+        projections = sum(2 * linear.stack.size for linear in self.linears.values())
+        others = tokens * (projections - self._flop_decompressing)
+        pairs = causal_pairs(tokens, context) * self.sizes.flop_per_pair["naive"]
+        return others + context * self._flop_decompressing + pairs
+
+    def _decompressed(self, new: "_New", keys_BSc: Tensor) -> Tensor:
+        """The naive form's products over the absorbed form's cache, a few heads at a time."""
+        sizes, w = self.sizes, self.weights
+        rank = sizes.kv_lora_rank
+        latent_B1SC, k_rope_B1SR = keys_BSc[:, None].split((rank, sizes.qk_rope_dim), dim=-1)
+        batch, seen, _ = keys_BSc.shape
+        causal = batch == 1 and new.places.starts == (0,)
+        mask = None if causal else visible(new.positions_BT, seen)
+        # torch's fused attention wants values as long as keys; what is added is cut off again.
+        head_bytes = 4 * batch * seen * 2 * sizes.qk_dim
+        group = max(1, min(sizes.num_heads, DECOMPRESSED_BYTES // head_bytes))
+        outputs = []
+        for first in range(0, sizes.num_heads, group):
+            heads = slice(first, first + group)
+            k_nope_BHSN = latent_B1SC @ w.k_b.weight_OI[heads]
+            value_BHSV = latent_B1SC @ w.v_b.weight_OI[heads].transpose(-1, -2)
+            k_rope_BHSR = k_rope_B1SR.expand(-1, k_nope_BHSN.shape[1], -1, -1)
+            q_BTHd = torch.cat((new.q_nope_BTHN[:, :, heads], new.q_rope_BTHR[:, :, heads]), dim=-1)
+            mixed_BHTd = F.scaled_dot_product_attention(
+                q_BTHd.transpose(1, 2),
+                torch.cat((k_nope_BHSN, k_rope_BHSR), dim=-1),
+                F.pad(value_BHSV, (0, sizes.qk_dim - sizes.v_dim)),
+                attn_mask=mask,
+                is_causal=causal,
+                scale=self._scale,
+            )
+            outputs.append(mixed_BHTd[..., : sizes.v_dim])
+        return torch.cat(outputs, dim=1).transpose(1, 2)
+
+    def _naive(self, new: "_New", cache: LayerCache) -> Tensor:
         assert cache.values is not None
-        heads = self.sizes.num_heads
-        k_nope_BHTN = latent_BTC[:, None] @ self.weights.k_b.weight_OI
-        k_rope_BHTR = k_rope_BTR[:, None].expand(-1, heads, -1, -1)
-        value_BHTV = latent_BTC[:, None] @ self.weights.v_b.weight_OI.transpose(-1, -2)
-        write(cache.keys, torch.cat((k_nope_BHTN, k_rope_BHTR), dim=-1), positions_BT)
-        write(cache.values, value_BHTV, positions_BT)
-        seen = int(positions_BT[:, -1].max()) + 1
-        q_BHTd = torch.cat((q_nope_BTHN, q_rope_BTHR), dim=-1).transpose(1, 2)
+        heads, seen = self.sizes.num_heads, new.places.seen
+        k_nope_BHTN = new.latent_BTC[:, None] @ self.weights.k_b.weight_OI
+        k_rope_BHTR = new.k_rope_BTR[:, None].expand(-1, heads, -1, -1)
+        value_BHTV = new.latent_BTC[:, None] @ self.weights.v_b.weight_OI.transpose(-1, -2)
+        write(cache.keys, torch.cat((k_nope_BHTN, k_rope_BHTR), dim=-1), new.places)
+        write(cache.values, value_BHTV, new.places)
+        q_BHTd = torch.cat((new.q_nope_BTHN, new.q_rope_BTHR), dim=-1).transpose(1, 2)
         scores_BHTS = q_BHTd @ cache.keys[:, :, :seen].transpose(-1, -2)
-        weights_BHTS = self.softmax(scores_BHTS, positions_BT)
+        weights_BHTS = self.softmax(scores_BHTS, new.positions_BT)
         return (weights_BHTS @ cache.values[:, :, :seen]).transpose(1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _New:
+    """What one call brings: queries, and what is to be cached of its tokens."""
+
+    q_nope_BTHN: Tensor
+    q_rope_BTHR: Tensor
+    latent_BTC: Tensor
+    k_rope_BTR: Tensor
+    positions_BT: Tensor
+    places: Places

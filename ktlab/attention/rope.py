@@ -7,6 +7,7 @@ DeepSeek-V2 (2405.04434) 3.1.4.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,6 +55,18 @@ def _correction_range(config: ModelConfig, yarn: YarnScaling) -> tuple[float, fl
     return low, high if high > low else low + 0.001
 
 
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where the tokens of a call stand."""
+
+    turns_BTr: Tensor
+    """Complex, (B, T, R/2): by how much each pair is turned (and stretched, by YaRN)."""
+    starts: tuple[int, ...]
+    """First position of each sequence."""
+    seen: int
+    """Positions up to the last one of any sequence: so many are attended to."""
+
+
 class RoPE:
     """Turns queries and keys by their positions; one serves all layers of a model."""
 
@@ -66,22 +79,27 @@ class RoPE:
             if yarn is not None
             else 1.0
         )
-        self._latest: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self._latest: tuple[Tensor, Places] | None = None
 
-    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cosine and sine, (..., R/2), of positions (...)."""
-        # Every layer of a call asks with the same tensor: compute for the first, keep for the rest.
+    def places(self, positions_BT: Tensor) -> "Places":
+        """What every layer of a call needs of its positions."""
+        # They ask with the same tensor: compute for the first, keep for the rest.
         latest = self._latest
-        if latest is None or latest[0] is not positions:
-            angles = positions[..., None].to(torch.float32) * self._frequencies
-            tables = (angles.cos() * self._magnitude, angles.sin() * self._magnitude)
-            self._latest = latest = (positions, tables)
+        if latest is None or latest[0] is not positions_BT:
+            angles = positions_BT[..., None].to(torch.float32) * self._frequencies
+            turns = torch.polar(torch.full_like(angles, self._magnitude), angles)
+            last, starts = positions_BT[:, -1].tolist(), positions_BT[:, 0].tolist()
+            found = Places(turns_BTr=turns, starts=tuple(starts), seen=max(last) + 1)
+            self._latest = latest = (positions_BT, found)
         return latest[1]
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (..., R), with cos and sin (..., R/2) broadcast against it."""
+    def rotate(self, x: Tensor, turns: Tensor) -> Tensor:
+        """x (..., R), with complex turns (..., R/2) broadcast against it.
+
+        A pair is a complex number; to turn it by an angle is to multiply it.
+        """
         if self._halves:
-            first, second = x.chunk(2, dim=-1)
-            return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
-        even, odd = x[..., 0::2], x[..., 1::2]
-        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+            turned = torch.complex(*x.chunk(2, dim=-1)) * turns
+            return torch.cat((turned.real, turned.imag), dim=-1)
+        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns
+        return torch.view_as_real(turned).flatten(-2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ktlab import html
 from ktlab.attention.cache import Form, LayerCache, elements_per_token
-from ktlab.attention.rope import RoPE, softmax_scale
+from ktlab.attention.rope import Places, RoPE, softmax_scale
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.errors import SettingError, nearest
 from ktlab.kernels.linear import Linear
@@ -74,6 +74,8 @@ class Attention:
 
     def record(self, probe: Probe, what: str, values_BT: Tensor) -> None:
         """Offer one activation of this layer to the probe."""
+        if probe is NO_PROBE:
+            return
         probe.record(f"layers.{self.layer}.attention.{what}", values_BT.flatten(0, 1))
 
     @property
@@ -98,8 +100,7 @@ class Attention:
         scores_BHTS = scores_BHTS.mul_(self._scale)
         tokens, seen = scores_BHTS.shape[-2:]
         if tokens > 1 or positions_BT.shape[0] > 1:
-            hidden_BTS = torch.arange(seen) > positions_BT[..., None]
-            scores_BHTS = scores_BHTS.masked_fill_(hidden_BTS[:, None], -torch.inf)
+            scores_BHTS = scores_BHTS.masked_fill_(~visible(positions_BT, seen), -torch.inf)
         return scores_BHTS.softmax(-1)
 
     def cache_bytes_per_token(self, form: Form | None = None) -> int:
@@ -160,8 +161,13 @@ def causal_pairs(tokens: int, context: int) -> float:
     return tokens * context - tokens * (tokens - 1) / 2
 
 
-def write(target: Tensor, values: Tensor, positions_BT: Tensor) -> None:
+def write(target: Tensor, values: Tensor, places: Places) -> None:
     """Put (B, [H,] T, d) into (B, [H,] S, d) at each sequence's positions."""
-    tokens = positions_BT.shape[1]
-    for sequence, start in enumerate(positions_BT[:, 0].tolist()):
+    tokens = values.shape[-2]
+    for sequence, start in enumerate(places.starts):
         target[sequence].narrow(-2, start, tokens).copy_(values[sequence])
+
+
+def visible(positions_BT: Tensor, seen: int) -> Tensor:
+    """(B, 1, T, S) bool: the cached positions up to a query's own."""
+    return (torch.arange(seen) <= positions_BT[..., None])[:, None]

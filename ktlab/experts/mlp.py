@@ -29,12 +29,18 @@ class MLP:
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D), float32."""
         kernel = self.gate.kernel
-        if kernel.backend == "native" and self.up.kernel == self.down.kernel == kernel:
+        if kernel.backend == "native" and self._alike:
             # A bank of one expert that everybody selects: one call instead of five.
             tokens = len(hidden_TD)
             stacks = (self.gate.stack, self.up.stack, self.down.stack)
             return products.moe(kernel, stacks, hidden_TD, *_everybody(tokens))
         return self.down(F.silu(self.gate(hidden_TD)).mul_(self.up(hidden_TD)))
+
+    @property
+    def _alike(self) -> bool:
+        """Whether one call computes all three; where few tokens become many may differ."""
+        kernels = (linear.kernel for linear in (self.gate, self.up, self.down))
+        return len({(k.isa, k.layout, k.threads, k.numa) for k in kernels}) == 1
 
     @property
     def linears(self) -> dict[str, Linear]:

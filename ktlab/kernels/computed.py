@@ -34,15 +34,22 @@ class Computed:
 
     @request.setter
     def request(self, request: Request) -> None:
-        self._kernel = dispatch.choose(request, self.formats)
+        self._kernel = self._choose(request)
         self._request = request
 
     @property
     def kernel(self) -> Kernel:
         """What computes it, chosen once for its formats."""
         if self._kernel is None:
-            self._kernel = dispatch.choose(self._request, self.formats)
+            self._kernel = self._choose(self._request)
         return self._kernel
+
+    def _choose(self, request: Request) -> Kernel:
+        return dispatch.choose(self._settled(request), self.formats)
+
+    def _settled(self, request: Request) -> Request:
+        """The request with what its owner settles before the dispatch table is asked."""
+        return request
 
     @property
     def backend(self) -> str:
@@ -93,4 +100,4 @@ class Computed:
 
         `tokens` of one expert decide between the path for few and the one for many.
         """
-        return dispatch.explain(self._request, self.formats, tokens)
+        return dispatch.explain(self._settled(self._request), self.formats, tokens)

@@ -4,16 +4,26 @@ import copy
 
 from torch import Tensor
 
-from ktlab.kernels import packing, products
+from ktlab.kernels import dispatch, packing, products
 from ktlab.kernels.computed import Computed
+from ktlab.kernels.request import AUTO, PACKED, Request
 from ktlab.kernels.stack import Stack
 from ktlab.quantization import QTensor, fallback_format
+
+SMALL = 1 << 17
+"""Matrices by head with no more weights than this are multiplied by torch: calls would weigh more
+than reading a float32 copy from the cache."""
+
+
+PACKED_BYTES = 64 << 20
+"""Up to here a matrix is packed at its first use: a second copy of all of a model's small matrices
+is a few percent of its experts, and short or odd rows are read up to ten times faster from it."""
 
 
 class Linear(Computed):
     """y = x W^T with W (out, in); `weight` is the QTensor, `request` the live switch.
 
-    A weight with leading axes (one matrix a head) is not called but read as `weight_OI`.
+    A weight with leading axes (one matrix a head) is applied by `by_head`.
     """
 
     def __init__(self, weight: QTensor) -> None:
@@ -33,11 +43,6 @@ class Linear(Computed):
         return self.stack.floats
 
     @property
-    def computes(self) -> bool:
-        """Whether this is one matrix, to be multiplied; one a head is read by its owner."""
-        return len(self.stack.shape) == 2
-
-    @property
     def stack(self) -> Stack:
         """The matrix, with what kernels have made of it."""
         return self.stacks[0]
@@ -52,6 +57,20 @@ class Linear(Computed):
             return products.linear(self.kernel, self.stack, x)
         y = products.linear(self.kernel, self.stack, x.reshape(-1, x.shape[-1]))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _settled(self, request: Request) -> Request:
+        """Where nothing else is named, native kernels get a small matrix packed."""
+        if request.layout != AUTO or self.stack.nbytes > PACKED_BYTES:
+            return request
+        if dispatch.choose(request, self.formats).backend != "native":
+            return request
+        return request.with_(layout=PACKED)
+
+    def by_head(self, x_THK: Tensor) -> Tensor:
+        """Each head's vectors through its own matrix: (T, H, K) -> (T, H, N), W (H, N, K)."""
+        if self.stack.size > SMALL and self.kernel.backend == "native":
+            return products.linear_by_head(self.kernel, self.stack, x_THK)
+        return (x_THK.transpose(0, 1) @ self.weight_OI.transpose(1, 2)).transpose(0, 1)
 
     def clone(self) -> "Linear":
         """The same weights and operands under a switch of its own."""

@@ -132,6 +132,17 @@ def linear(kernel: Kernel, matrix: Any, x_TK: Tensor, expert: int = 0) -> Tensor
     return y_TN
 
 
+def linear_by_head(kernel: Kernel, matrix: Any, x_THK: Tensor) -> Tensor:
+    """x[:, h] W[h]^T for every matrix of a stack, (T, H, N) float32."""
+    tokens, heads, _ = x_THK.shape
+    y_THN = torch.empty((tokens, heads, matrix.rows), dtype=torch.float32)
+    x, y = _rows(x_THK).numpy(), y_THN.numpy()
+    compute, threads = _native().linear, pool(kernel.threads, kernel.numa)
+    for head in range(heads):
+        compute(threads, kernel.isa, kernel.few, matrix, head, x[:, head], y[:, head])
+    return y_THN
+
+
 def moe(
     kernel: Kernel,
     matrices: Sequence[Any],

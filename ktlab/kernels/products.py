@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ktlab.kernels import native, numba_backend, reference, torch_moe
-from ktlab.kernels.request import Kernel
+from ktlab.kernels.request import PACKED, Kernel
 from ktlab.kernels.stack import Stack
 
 
@@ -26,6 +26,16 @@ def linear(kernel: Kernel, stack: Stack, x_TK: Tensor) -> Tensor:
         weights = stack.weights(kernel.layout, kernel)
         return torch.from_numpy(numba_backend.linear(kernel, weights, x))
     return torch.from_numpy(reference.linear(stack.tensor, x))
+
+
+def linear_by_head(kernel: Kernel, stack: Stack, x_THK: Tensor) -> Tensor:
+    """(T, H, N) float32: x[:, h] W[h]^T with W (H, N, K); native only.
+
+    On packed data whatever the kernel's layout: it is little, and rows are short.
+    """
+    weights = stack.weights(PACKED, kernel)
+    matrix = stack.operand(("native", PACKED), lambda: native.matrix(weights))
+    return native.linear_by_head(kernel, matrix, x_THK)
 
 
 def moe(

@@ -7,7 +7,6 @@ import copy
 from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from ktlab import html
 from ktlab.attention.cache import LayerCache
@@ -16,6 +15,7 @@ from ktlab.checkpoint.config import ModelConfig
 from ktlab.errors import StageError
 from ktlab.experts.bank import ExpertBank
 from ktlab.experts.mlp import MLP
+from ktlab.kernels.norm import rms_norm
 from ktlab.probe import NO_PROBE, Probe
 from ktlab.routing.router import Router
 
@@ -43,11 +43,11 @@ class Block:
         self, hidden_BTD: Tensor, cache: LayerCache, positions_BT: Tensor, probe: Probe = NO_PROBE
     ) -> Tensor:
         """(B, T, D) -> (B, T, D); writes this layer's cache."""
-        eps, shape = self.config.rms_eps, (self.config.hidden_size,)
+        eps = self.config.rms_eps
         with probe.stage(f"layers.{self.index}.attention"):
-            normed = F.rms_norm(hidden_BTD, shape, self.attention_norm_D, eps=eps)
+            normed = rms_norm(hidden_BTD, self.attention_norm_D, eps)
             hidden_BTD = hidden_BTD + self.attention.forward(normed, cache, positions_BT, probe)
-        normed = F.rms_norm(hidden_BTD, shape, self.mlp_norm_D, eps=eps)
+        normed = rms_norm(hidden_BTD, self.mlp_norm_D, eps)
         mixed_TD = self.feed_forward(normed.flatten(0, 1), probe)
         hidden_BTD = hidden_BTD + mixed_TD.view_as(hidden_BTD)
         probe.record(f"layers.{self.index}.hidden", hidden_BTD.flatten(0, 1))

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from ktlab import html
 from ktlab.attention.cache import Cache
@@ -26,6 +25,7 @@ from ktlab.checkpoint.tokenizer import Tokenizer
 from ktlab.errors import CheckpointError, ContextError, SettingError, TraceError, nearest
 from ktlab.experts.banks import ExpertBanks
 from ktlab.kernels.linear import Linear
+from ktlab.kernels.norm import rms_norm
 from ktlab.kernels.pack_run import PackReport
 from ktlab.model import generation
 from ktlab.model.block import Layer, MoEBlock
@@ -212,8 +212,7 @@ class Model:
 
     def _head(self, hidden: Tensor, probe: Probe) -> Tensor:
         with probe.stage("output"):
-            eps = self.config.rms_eps
-            normed = F.rms_norm(hidden, hidden.shape[-1:], self.output_norm_D, eps=eps)
+            normed = rms_norm(hidden, self.output_norm_D, self.config.rms_eps)
             logits = self.output(normed)
         probe.record("norm", normed.flatten(0, -2))
         probe.record("logits", logits.flatten(0, -2))

@@ -127,8 +127,7 @@ def products(stage: Any) -> list[Computed]:
     """What kernels compute in a stage: the bank, or its matrices."""
     if isinstance(stage, ExpertBank):
         return [stage]
-    linears = [stage] if isinstance(stage, Linear) else stage.linears.values()
-    return [linear for linear in linears if linear.computes]
+    return [stage] if isinstance(stage, Linear) else list(stage.linears.values())
 
 
 def component_stages(model: "Model") -> Iterator[tuple[str, Any, str]]:

@@ -60,23 +60,26 @@ class Router:
         else:
             scores_TE = logits_TE.softmax(-1)
         ids_TK = self._ranked(scores_TE)
-        scores_TK = scores_TE.gather(-1, ids_TK)
-        kept_TK = self.rule.keep(scores_TK)
-        weights_TK = scores_TK * kept_TK
+        weights_TK = scores_TE.gather(-1, ids_TK)
+        if not isinstance(self.rule, FixedK):  # which keeps all
+            kept_TK = self.rule.keep(weights_TK)
+            weights_TK = weights_TK * kept_TK
+            ids_TK = ids_TK.masked_fill(~kept_TK, -1)
         if self.config.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        scale = self.config.routed_scaling_factor
         return Routing(
             logits_TE=logits_TE,
             scores_TE=scores_TE,
-            ids_TK=ids_TK.masked_fill(~kept_TK, -1),
-            weights_TK=weights_TK * self.config.routed_scaling_factor,
+            ids_TK=ids_TK,
+            weights_TK=weights_TK if scale == 1.0 else weights_TK * scale,
         )
 
     def _ranked(self, scores_TE: Tensor) -> Tensor:
         """(T, k_max) ids in order of choice: forced first, then by score plus bias."""
         choice_TE = scores_TE if self.bias_E is None else scores_TE + self.bias_E
         if self.config.n_group > 1:
-            choice_TE = choice_TE.masked_fill(~self._open_groups(choice_TE), -torch.inf)
+            choice_TE = self._in_open_groups(choice_TE)
         elif self.force or self.mask:
             choice_TE = choice_TE.clone()
         if self.force:
@@ -86,8 +89,8 @@ class Router:
             choice_TE[:, sorted(self.mask)] = -torch.inf
         return choice_TE.topk(self.rule.k_max, dim=-1).indices
 
-    def _open_groups(self, choice_TE: Tensor) -> Tensor:
-        """(T, E) bool: experts whose group is among the token's `topk_group` best.
+    def _in_open_groups(self, choice_TE: Tensor) -> Tensor:
+        """(T, E) with -inf for experts whose group is not among the token's `topk_group` best.
 
         A group's score is its two best experts' sum where the bias corrects (V3, noaux_tc), and
         its best expert where there is none (V2, group_limited_greedy).
@@ -99,8 +102,8 @@ class Router:
         else:
             score_TG = choice_TGE.topk(min(2, choice_TGE.shape[-1]), dim=-1).values.sum(-1)
         best_TG = score_TG.topk(config.topk_group, dim=-1).indices
-        open_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter_(-1, best_TG, True)
-        return open_TG.repeat_interleave(choice_TGE.shape[-1], dim=-1)
+        shut_TG = torch.ones_like(score_TG, dtype=torch.bool).scatter_(-1, best_TG, False)
+        return choice_TGE.masked_fill(shut_TG[..., None], -torch.inf).flatten(-2)
 
     def check(self) -> None:
         """Raise `SettingError` if rule, mask and force cannot work together on this layer."""

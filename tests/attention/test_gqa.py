@@ -81,7 +81,8 @@ def test_halves_turn_by_the_distance_alone(config: ModelConfig) -> None:
     q, k = torch.randn(2, config.attention.rope_dim, generator=torch.manual_seed(1))
 
     def score(at: int, seen: int) -> float:
-        turned = [rope.rotate(x, *rope.tables(torch.tensor(p))) for x, p in ((q, at), (k, seen))]
+        turns = (rope.places(torch.tensor([[p]])).turns_BTr[0, 0] for p in (at, seen))
+        turned = [rope.rotate(x, turn) for x, turn in zip((q, k), turns, strict=True)]
         return float(turned[0] @ turned[1])
 
     assert score(9, 4) == pytest.approx(score(105, 100), rel=1e-3)

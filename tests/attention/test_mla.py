@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+import ktlab
+from ktlab.attention import mla
 from ktlab.attention.cache import Cache, elements_per_token
+from ktlab.attention.mla import MLA
 from ktlab.attention.rope import RoPE, frequencies, softmax_scale
 from ktlab.checkpoint.synthesis import (
     TINY_TEST_CONFIG,
@@ -48,7 +51,8 @@ def test_rope_scores_depend_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 16, generator=torch.manual_seed(1))
 
     def score(at: int, seen: int) -> float:
-        turned = [rope.rotate(x, *rope.tables(torch.tensor(p))) for x, p in ((q, at), (k, seen))]
+        turns = (rope.places(torch.tensor([[p]])).turns_BTr[0, 0] for p in (at, seen))
+        turned = [rope.rotate(x, turn) for x, turn in zip((q, k), turns, strict=True)]
         return float(turned[0] @ turned[1])
 
     assert score(9, 4) == pytest.approx(score(105, 100), rel=1e-4)
@@ -79,3 +83,38 @@ def test_impossible_caches_and_forms() -> None:
         Cache(TINY_TEST_CONFIG, ["naive"], batch=1, context=513)
     with pytest.raises(SettingError, match="expected one of absorbed, naive"):
         Model(synthesize(TINY_TEST_CONFIG)).set(attention="flash")
+
+
+@pytest.mark.parametrize("bytes_at_once", [1, 1 << 26], ids=["head by head", "all heads"])
+def test_long_prompts_over_the_latent_give_the_same_numbers(
+    bytes_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values made anew for many queries, from an empty cache and beyond a filled one."""
+    monkeypatch.setattr(mla, "DECOMPRESSED_BYTES", bytes_at_once)
+    model = Model(synthesize(TINY_YARN_CONFIG))
+    attention = model.layers[0].attention
+    hidden = torch.randn(2, 30, 64, generator=torch.manual_seed(0))
+    outputs = []
+    for pays in (False, True):
+        monkeypatch.setattr(MLA, "_decompression_pays", lambda self, tokens, pays=pays: pays)
+        cache = model.new_cache(batch=2, context=40).layers[0]
+        at = torch.stack((torch.arange(20), torch.arange(20)))
+        first = attention.forward(hidden[:, :20], cache, at)
+        # The second sequence goes on at another place, as after a shorter text.
+        then = torch.stack((torch.arange(20, 30), torch.arange(15, 25)))
+        outputs.append(torch.cat((first, attention.forward(hidden[:, 20:], cache, then)), dim=1))
+        alone = model.new_cache(context=40).layers[0]
+        outputs[-1] = torch.cat(
+            (outputs[-1], attention.forward(hidden[:1], alone, torch.arange(30)[None]))
+        )
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+
+
+def test_decompression_pays_for_prompts_and_not_for_tokens() -> None:
+    attention = ktlab.load("tiny").layers[0].attention
+    assert isinstance(attention, MLA)
+    assert not attention._decompression_pays(1) and attention._decompression_pays(512)
+    absorbed = attention.config.attention.flop_per_pair["absorbed"]
+    pairs = 512 * 513 / 2
+    projections = sum(2 * linear.stack.size for linear in attention.linears.values())
+    assert attention.flop(512, 512) < 512 * projections + pairs * absorbed

@@ -1,0 +1,130 @@
+"""The benchmark of whole models: what it reports, taking turns with a peer, what it refuses."""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ktlab
+from ktlab import cli
+from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
+from ktlab.checkpoint.writer import write_gguf
+from ktlab.errors import ContextError, SettingError
+from ktlab.kernels import native
+from ktlab.measurement import model_bench
+from ktlab.measurement.model_bench import ModelBench, bench_model, run
+from ktlab.measurement.peers import client
+from ktlab.model.model import Model
+
+ADAPTER = """
+import os
+
+class Model:
+    def __init__(self, file, method, threads, context):
+        if method == "refuses":
+            raise ValueError("cannot read " + os.path.basename(file))
+        self.method = method
+
+    def describe(self):
+        return {"version": "fake 1"}
+
+    def run(self, prompt, following):
+        if self.method == "dies":
+            os._exit(7)
+        return {"prefill_s": 1e-3 * len(prompt), "decode_s": [0.01] * len(following),
+                "ids": [0] * (1 + len(following))}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _short_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_bench, "LEAST_BUFFER", 1 << 20)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = synthesize(TINY_TEST_CONFIG, formats="q8_0")
+    tensors = {name: made.tensor(name) for name in made.names()}
+    return write_gguf(tmp_path_factory.mktemp("bench") / "m.gguf", TINY_TEST_CONFIG, tensors)
+
+
+@pytest.fixture
+def peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "fake" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "fake" / "ready").touch()
+    (tmp_path / "adapter.py").write_text(ADAPTER)
+    monkeypatch.setenv(client.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setitem(client.MODEL_ADAPTERS, "fake", str(tmp_path / "adapter.py"))
+    methods = [client.Method(peer="fake", name=n, formats=()) for n in ("works", "refuses", "dies")]
+    monkeypatch.setattr(client, "MODEL_METHODS", tuple(methods))
+
+
+def test_a_model_beside_peers_that_work_refuse_and_die(file: Path, peers: None) -> None:
+    found = bench_model(partial(ktlab.load, file), prompt=20, generate=4, rounds=3, peers=())
+    assert [case.who for case in found.cases] == ["ktlab", "fake/works"]
+    assert "cannot read m.gguf" in found.skipped["fake/refuses"]
+    assert "exit code 7" in found.skipped["fake/dies"]
+    own, peer = found.cases
+    assert peer.prefill_tokens_per_s == pytest.approx(1000)
+    assert peer.decode_tokens_per_s == pytest.approx(100) and peer.decode_spread < 1e-6
+    assert own.same_next_id == 1 and 0 <= peer.same_next_id < 0.5
+    ratio = np.median([a / b for a, b in zip(own.decode_samples, peer.decode_samples, strict=True)])
+    assert found.ratios["fake/works"]["decode"] == pytest.approx(ratio)
+    assert found.decode_tokens_per_s == own.decode_tokens_per_s > 0
+    assert {"attention", "router", "experts", "shared", "other"} <= found.decode_stages_s.keys()
+    assert found.peak_resident_bytes > found.model_bytes > 0
+    if not native.unavailable():
+        assert 0 < found.glue_share <= 1 and 0 < found.prefill_ceiling_share < 1
+    assert ModelBench.from_json(found.to_json()) == found
+    assert "of the decoding speed of fake/works" in str(found)
+
+
+def test_ids_are_those_that_forward_would_choose() -> None:
+    model = Model(synthesize(TINY_TEST_CONFIG))
+    ids = list(range(30))
+    found = run(model, ids[:20], ids[20:])
+    assert list(found.ids) == model.forward(ids).argmax(-1)[19:].tolist()
+    assert len(found.decode_s) == 10
+
+
+@pytest.mark.skipif(bool(native.unavailable()), reason="no native kernels here")
+def test_idle_kernels_compute_nothing_and_come_back() -> None:
+    bank = Model(synthesize(TINY_TEST_CONFIG)).moe_blocks[0].experts
+    call = (torch.ones(1, 64), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    before = bank.forward(*call)
+    with native.idle():
+        calls: list[str] = []
+        assert native._native().linear(calls) is None and native._native().moe() is None
+    assert torch.equal(bank.forward(*call), before)
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "match"),
+    [
+        ({"rounds": 0}, SettingError, "rounds=0: expected at least 1"),
+        ({"prompt": 500, "generate": 100}, ContextError, "do not fit the context"),
+        ({"peers": ["ollama"]}, SettingError, "runs no whole models"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    words: dict[str, int], error: type[Exception], match: str
+) -> None:
+    load: Callable[[], Model] = lambda: Model(synthesize(TINY_TEST_CONFIG))  # noqa: E731
+    with pytest.raises(error, match=match):
+        bench_model(load, **words)  # type: ignore[arg-type]
+
+
+def test_the_command_prints_one_json_line(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "model", str(file), "--prompt", "8", "--generate", "2", "--rounds", "1"]
+    assert cli.main([*command, "--threads", "1", "--set", "top_k=2", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert found["prompt"] == 8 and found["threads"] == 1 and len(found["cases"]) == 1
