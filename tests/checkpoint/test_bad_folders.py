@@ -110,7 +110,7 @@ def test_a_folder_without_a_configuration(folder: Path) -> None:
 
 def test_a_folder_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    refused(folder, "is a folder with neither", "*.safetensors")
+    refused(folder, "is a folder without", "*.safetensors")
 
 
 def test_a_file_of_the_folder_names_it(folder: Path) -> None:
