@@ -137,7 +137,9 @@ def linear_by_head(kernel: Kernel, matrix: Any, x_THK: Tensor) -> Tensor:
     tokens, heads, _ = x_THK.shape
     y_THN = torch.empty((tokens, heads, matrix.rows), dtype=torch.float32)
     x, y = _rows(x_THK).numpy(), y_THN.numpy()
-    compute, threads = _native().linear, pool(kernel.threads, kernel.numa)
+    # One head's matrix and a few tokens take 5 us, less than threads need to find each other.
+    few = tokens <= kernel.few
+    compute, threads = _native().linear, pool(1 if few else kernel.threads, kernel.numa)
     for head in range(heads):
         compute(threads, kernel.isa, kernel.few, matrix, head, x[:, head], y[:, head])
     return y_THN

@@ -325,7 +325,7 @@ def _watched(
     for ids in (prompt, following[:1]):
         recorder = Recorder()
         start = perf_counter()
-        model.forward(list(ids), cache, probe=recorder, chunk=CHUNK)
+        model.next_logits(np.array([ids]), cache, probe=recorder, chunk=CHUNK)
         total = perf_counter() - start
         kinds: dict[str, float] = {}
         for name, seconds in recorder.seconds.items():

@@ -1,6 +1,7 @@
-"""Measurements kept as data: what `ktlab bench experts --peers` printed on a machine, and which.
+"""Measurements kept as data: what `ktlab bench ... --peers` printed on a machine, and which.
 
-data/measurements/expert_kernels.json holds runs: the command, the machine in words, the cases.
+data/measurements/ holds runs: of expert_kernels.json the command, the machine in words, the cases;
+of whole_models.json the command and all that it printed.
 """
 
 import json
@@ -8,9 +9,11 @@ from dataclasses import dataclass
 
 from ktlab.checkpoint.embedded import data_path
 from ktlab.measurement.bench import KernelCase
+from ktlab.measurement.model_bench import ModelBench
 from ktlab.record import Record
 
 FILE = ("measurements", "expert_kernels.json")
+MODELS_FILE = ("measurements", "whole_models.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,20 @@ class RecordedRun(Record):
             f"| {shape} | {format} | {who}, {isa} | {' | '.join(medians.values())} |"
             for (shape, format, who, isa), medians in lines.items()
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedModel(Record):
+    """One run of the benchmark of whole models."""
+
+    command: str
+    result: ModelBench
+
+
+def recorded_models() -> tuple[RecordedModel, ...]:
+    """All runs of the file of whole models, in its order."""
+    table = json.loads(data_path(*MODELS_FILE).read_text(encoding="utf-8"))
+    return tuple(RecordedModel.from_dict(run) for run in table["runs"])
 
 
 def recorded_runs() -> tuple[RecordedRun, ...]:

@@ -145,13 +145,19 @@ class Model:
 
     @torch.inference_mode()
     def next_logits(
-        self, ids: Ids, cache: Cache, *, lengths: Sequence[int] | None = None, chunk: int = 512
+        self,
+        ids: Ids,
+        cache: Cache,
+        *,
+        lengths: Sequence[int] | None = None,
+        probe: Probe = NO_PROBE,
+        chunk: int = 512,
     ) -> Tensor:
         """(B, V) logits after the last (true) token of each sequence: what decoding needs."""
         ids_BT, _ = self._ids(ids)
-        hidden_BTD = self._hidden(ids_BT, cache, lengths, NO_PROBE, chunk)
+        hidden_BTD = self._hidden(ids_BT, cache, lengths, probe, chunk)
         last = torch.tensor(lengths) - 1 if lengths is not None else ids_BT.shape[1] - 1
-        return self._head(hidden_BTD[torch.arange(len(ids_BT)), last], NO_PROBE)
+        return self._head(hidden_BTD[torch.arange(len(ids_BT)), last], probe)
 
     def _ids(self, ids: Ids) -> tuple[Tensor, bool]:
         if isinstance(ids, str):

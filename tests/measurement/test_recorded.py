@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ktlab.measurement.recorded import recorded_runs
+from ktlab.measurement.recorded import recorded_models, recorded_runs
 from ktlab.measurement.synthetic import get_shape
 
 README = Path(__file__).parents[2] / "README.md"
@@ -28,3 +28,14 @@ def test_recorded_runs_say_where_they_come_from() -> None:
             operations = 2 * case.tokens * case.top_k * weights
             assert case.gflops * case.median_s == pytest.approx(1e-9 * operations)
             assert 0 < case.ceiling_share <= 1 and 0 < case.relative_error < 0.05
+
+
+def test_recorded_models_ran_beside_llama_cpp_and_computed_the_same() -> None:
+    runs = recorded_models()
+    assert {run.result.model.split(",")[0] for run in runs} == {"deepseek-v2-lite", "deepseek-v3"}
+    for run in runs:
+        assert run.command.startswith("ktlab bench model") and "--peers" in run.command
+        own, peer = run.result.cases
+        assert (own.who, peer.who) == ("ktlab", "llama.cpp/cpu")
+        assert peer.same_next_id > 0.8, "another model was computed"
+        assert len(own.decode_samples) == len(peer.decode_samples) == run.result.rounds
