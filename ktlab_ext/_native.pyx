@@ -229,13 +229,85 @@ def linear(Pool pool not None, str isa not None, int few, Matrix matrix not None
         take_y(y, &v[1], v[0].shape[0], matrix.m.rows, &y_stride)
         apart(&v[0], &v[1])
         with nogil:
-            code = ktl_linear(pool.pool, isa_number, few, &matrix.m, expert, v[0].buf, x_type,
-                              v[0].shape[0], x_stride, <float *>v[1].buf, y_stride)
+            code = ktl_linear(pool.pool, isa_number, few, &matrix.m, expert, 1, v[0].buf, x_type,
+                              v[0].shape[0], x_stride, 0, <float *>v[1].buf, y_stride, 0)
         if code != KTL_OK:
             fail(code, "linear", matrix, isa)
     finally:
         PyBuffer_Release(&v[0])
         PyBuffer_Release(&v[1])
+
+
+def linear_by_head(Pool pool not None, str isa not None, int few, Matrix matrix not None, x, y):
+    """y[:, h] (T x N) = x[:, h] (T x K) W[h]^T with every matrix of the stack.
+
+    x: (T x H x K) float32, rows contiguous, other distances free; y: (T x H x N) float32,
+    C-contiguous, overwritten. few: as in linear.
+    """
+    cdef Py_buffer v[2]
+    cdef int code, isa_number = isa_of(isa)
+    cdef int64_t heads = matrix.m.experts, size = 4
+    memset(v, 0, sizeof(v))
+    try:
+        take(x, &v[0], "x", 3, b'f', b'f', "3 dimensions of float32", False)
+        take(y, &v[1], "y", 3, b'f', b'f', "3 dimensions of float32", True)
+        whole(&v[1], "y")
+        if (v[0].shape[1], v[0].shape[2]) != (heads, matrix.m.cols):
+            raise ValueError(f"x: expected shape (T, {heads}, {matrix.m.cols}), found "
+                             f"({v[0].shape[0]}, {v[0].shape[1]}, {v[0].shape[2]})")
+        if (v[1].shape[0], v[1].shape[1], v[1].shape[2]) != (v[0].shape[0], heads, matrix.m.rows):
+            raise ValueError(f"y: expected shape ({v[0].shape[0]}, {heads}, {matrix.m.rows}), found "
+                             f"({v[1].shape[0]}, {v[1].shape[1]}, {v[1].shape[2]})")
+        if v[0].len and (v[0].strides[2] != size or v[0].strides[0] < 0 or v[0].strides[1] < 0
+                         or v[0].strides[0] % size or v[0].strides[1] % size):
+            raise ValueError("x: expected contiguous rows; use numpy.ascontiguousarray")
+        with nogil:
+            code = ktl_linear(pool.pool, isa_number, few, &matrix.m, 0, heads, v[0].buf, KTL_X_F32,
+                              v[0].shape[0], v[0].strides[0] // size, v[0].strides[1] // size,
+                              <float *>v[1].buf, heads * matrix.m.rows, matrix.m.rows)
+        if code != KTL_OK:
+            fail(code, "linear_by_head", matrix, isa)
+    finally:
+        PyBuffer_Release(&v[0])
+        PyBuffer_Release(&v[1])
+
+
+def attend(Pool pool not None, str isa not None, q, keys, float scale, y):
+    """y (H x V) = softmax(scale q keys^T) keys[:, :V]: one query a head, keys shared by all heads.
+
+    q: (H x C), y: (H x V) with V <= C, both C-contiguous; keys: (S x C), rows contiguous, the
+    distance between them is free. All float32; y is overwritten.
+    """
+    cdef Py_buffer v[3]
+    cdef int64_t stride
+    cdef int code, i, isa_number = isa_of(isa)
+    memset(v, 0, sizeof(v))
+    try:
+        take(q, &v[0], "q", 2, b'f', b'f', "2 dimensions of float32", False)
+        take(keys, &v[1], "keys", 2, b'f', b'f', "2 dimensions of float32", False)
+        take(y, &v[2], "y", 2, b'f', b'f', "2 dimensions of float32", True)
+        whole(&v[0], "q")
+        whole(&v[2], "y")
+        stride = row_stride(&v[1], "keys", False)
+        if v[1].shape[1] != v[0].shape[1] or v[1].shape[0] < 1:
+            raise ValueError(f"keys: expected at least one row of {v[0].shape[1]}, found shape "
+                             f"({v[1].shape[0]}, {v[1].shape[1]})")
+        if v[2].shape[0] != v[0].shape[0] or not 0 < v[2].shape[1] <= v[0].shape[1]:
+            raise ValueError(f"y: expected shape ({v[0].shape[0]}, 1 to {v[0].shape[1]}), found "
+                             f"({v[2].shape[0]}, {v[2].shape[1]})")
+        apart(&v[0], &v[2])
+        apart(&v[1], &v[2])
+        with nogil:
+            code = ktl_attend(pool.pool, isa_number, <const float *>v[0].buf, v[0].shape[0],
+                              v[0].shape[1], <const float *>v[1].buf, v[1].shape[0], stride,
+                              v[2].shape[1], scale, <float *>v[2].buf)
+        if code == KTL_ERR_MEMORY:
+            raise MemoryError(f"attend: no memory for scratch of {v[1].shape[0]} positions")
+        if code != KTL_OK:
+            raise ValueError(f"attend: {isa} cannot be used: {isas()[isa]}")
+    finally:
+        for i in range(3):
+            PyBuffer_Release(&v[i])
 
 
 def moe(Pool pool not None, str isa not None, int few, Matrix gate not None, Matrix up not None,

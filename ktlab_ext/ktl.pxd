@@ -32,9 +32,12 @@ cdef extern from "ktl.h" nogil:
     int ktl_isa_computes(int isa, int format)
     ktl_pool *ktl_pool_new(int threads, const int *cpus, int cpu_count)
     void ktl_pool_free(ktl_pool *pool)
-    int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t expert,
-                   const void *x, int x_type, int64_t tokens, int64_t x_stride,
-                   float *y, int64_t y_stride)
+    int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t first,
+                   int64_t heads, const void *x, int x_type, int64_t tokens, int64_t x_stride,
+                   int64_t x_head, float *y, int64_t y_stride, int64_t y_head)
+    int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t cols,
+                   const float *keys, int64_t positions, int64_t stride, int64_t values,
+                   float scale, float *y)
     int ktl_moe(ktl_pool *pool, int isa, int few, const ktl_matrix *gate, const ktl_matrix *up,
                 const ktl_matrix *down, const void *x, int x_type, int64_t tokens,
                 int64_t x_stride, const int64_t *ids, const float *weights, int64_t top_k,

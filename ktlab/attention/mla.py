@@ -16,6 +16,7 @@ from ktlab.attention.cache import FORMS, Form, LayerCache
 from ktlab.attention.rope import Places, RoPE
 from ktlab.attention.stage import Attention, causal_pairs, visible, write
 from ktlab.checkpoint.config import MLASizes, ModelConfig
+from ktlab.kernels import products
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.norm import rms_norm
 from ktlab.probe import Probe
@@ -100,19 +101,32 @@ class MLA(Attention):
         # q k^T with k = latent k_b is (q k_b) latent^T: one matrix for all heads' keys.
         q_latent_THC = self.weights.k_b.by_head(new.q_nope_BTHN.flatten(0, 1))
         q_latent_BTHC = q_latent_THC.view(*new.q_nope_BTHN.shape[:3], -1)
-        q_BHTc = torch.cat((q_latent_BTHC, new.q_rope_BTHR), dim=-1).transpose(1, 2)
+        q_BTHc = torch.cat((q_latent_BTHC, new.q_rope_BTHR), dim=-1)
+        if q_BTHc.shape[1] == 1:
+            mixed_BTHC = self._attended(q_BTHc, keys_BSc, new.places)
+        else:
+            mixed_BTHC = self._mixed(q_BTHc.transpose(1, 2), keys_BSc, new.positions_BT)
+        out_THV = self.weights.v_b.by_head(mixed_BTHC.flatten(0, 1))
+        return out_THV.view(*mixed_BTHC.shape[:3], -1)
+
+    def _attended(self, q_B1Hc: Tensor, keys_BSc: Tensor, places: Places) -> Tensor:
+        """One token of each sequence, against the positions up to its own."""
+        kernel, rank = self.weights.k_b.kernel, self.sizes.kv_lora_rank
+        mixed_BHC = [
+            products.attend(kernel, q_1Hc[0], keys_Sc[: start + 1], rank, self._scale)
+            for q_1Hc, keys_Sc, start in zip(q_B1Hc, keys_BSc, places.starts, strict=True)
+        ]
+        return torch.stack(mixed_BHC)[:, None]
+
+    def _mixed(self, q_BHTc: Tensor, keys_BSc: Tensor, positions_BT: Tensor) -> Tensor:
         # All heads share the keys, so heads and tokens are rows of one product: the cache is read
         # once, which is where absorption gets its arithmetic intensity.
         heads_tokens = q_BHTc.shape[1:3]
-        # Positions as the product's rows: with one token's 16 queries of 576 and 512 positions it
-        # took 0.38 ms so and 0.69 ms the other way round.
-        scores_BSr = keys_BSc @ q_BHTc.flatten(1, 2).transpose(-1, -2)
-        scores_BHTS = scores_BSr.transpose(-1, -2).unflatten(1, heads_tokens)
-        weights_BHTS = self.softmax(scores_BHTS, new.positions_BT)
+        scores_BrS = q_BHTc.flatten(1, 2) @ keys_BSc.transpose(-1, -2)
+        scores_BHTS = scores_BrS.unflatten(1, heads_tokens)
+        weights_BHTS = self.softmax(scores_BHTS, positions_BT)
         mixed_BHTC = weights_BHTS.flatten(1, 2) @ keys_BSc[..., : self.sizes.kv_lora_rank]
-        mixed_BTHC = mixed_BHTC.unflatten(1, heads_tokens).transpose(1, 2)
-        out_THV = self.weights.v_b.by_head(mixed_BTHC.flatten(0, 1))
-        return out_THV.view(*mixed_BTHC.shape[:3], -1)
+        return mixed_BHTC.unflatten(1, heads_tokens).transpose(1, 2)
 
     def _decompression_pays(self, tokens: int) -> bool:
         """Whether so many queries share the work of making keys and values from the latent anew."""
@@ -135,25 +149,28 @@ class MLA(Attention):
         return others + context * self._flop_decompressing + pairs
 
     def _decompressed(self, new: "_New", keys_BSc: Tensor) -> Tensor:
-        """The naive form's products over the absorbed form's cache, a few heads at a time."""
-        sizes, w = self.sizes, self.weights
-        rank = sizes.kv_lora_rank
-        latent_B1SC, k_rope_B1SR = keys_BSc[:, None].split((rank, sizes.qk_rope_dim), dim=-1)
+        """The naive form's products over the absorbed form's cache, a few heads at a time.
+
+        In bfloat16 where the kernels of k_b and v_b compute in it, else in float32."""
+        sizes = self.sizes
+        k_b_HCN, v_b_HVC = self.weights.k_b.values_OI, self.weights.v_b.values_OI
+        keys_B1Sc = keys_BSc[:, None].to(v_b_HVC.dtype)
+        latent_B1SC, k_rope_B1SR = keys_B1Sc.split((sizes.kv_lora_rank, sizes.qk_rope_dim), dim=-1)
         batch, seen, _ = keys_BSc.shape
         causal = batch == 1 and new.places.starts == (0,)
         mask = None if causal else visible(new.positions_BT, seen)
         # torch's fused attention wants values as long as keys; what is added is cut off again.
-        head_bytes = 4 * batch * seen * 2 * sizes.qk_dim
+        head_bytes = v_b_HVC.itemsize * batch * seen * 2 * sizes.qk_dim
         group = max(1, min(sizes.num_heads, DECOMPRESSED_BYTES // head_bytes))
         outputs = []
         for first in range(0, sizes.num_heads, group):
             heads = slice(first, first + group)
-            k_nope_BHSN = latent_B1SC @ w.k_b.weight_OI[heads]
-            value_BHSV = latent_B1SC @ w.v_b.weight_OI[heads].transpose(-1, -2)
+            k_nope_BHSN = latent_B1SC @ k_b_HCN[heads]
+            value_BHSV = latent_B1SC @ v_b_HVC[heads].transpose(-1, -2)
             k_rope_BHSR = k_rope_B1SR.expand(-1, k_nope_BHSN.shape[1], -1, -1)
             q_BTHd = torch.cat((new.q_nope_BTHN[:, :, heads], new.q_rope_BTHR[:, :, heads]), dim=-1)
             mixed_BHTd = F.scaled_dot_product_attention(
-                q_BTHd.transpose(1, 2),
+                q_BTHd.transpose(1, 2).to(v_b_HVC.dtype),
                 torch.cat((k_nope_BHSN, k_rope_BHSR), dim=-1),
                 F.pad(value_BHSV, (0, sizes.qk_dim - sizes.v_dim)),
                 attn_mask=mask,
@@ -161,7 +178,7 @@ class MLA(Attention):
                 scale=self._scale,
             )
             outputs.append(mixed_BHTd[..., : sizes.v_dim])
-        return torch.cat(outputs, dim=1).transpose(1, 2)
+        return torch.cat(outputs, dim=1).transpose(1, 2).float()
 
     def _naive(self, new: "_New", cache: LayerCache) -> Tensor:
         assert cache.values is not None

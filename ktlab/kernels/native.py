@@ -45,7 +45,7 @@ class _Idle:
     def linear(self, *_: Any) -> None:
         pass
 
-    moe = linear
+    moe = linear_by_head = attend = linear
 
 
 @contextmanager
@@ -136,13 +136,29 @@ def linear_by_head(kernel: Kernel, matrix: Any, x_THK: Tensor) -> Tensor:
     """x[:, h] W[h]^T for every matrix of a stack, (T, H, N) float32."""
     tokens, heads, _ = x_THK.shape
     y_THN = torch.empty((tokens, heads, matrix.rows), dtype=torch.float32)
-    x, y = _rows(x_THK).numpy(), y_THN.numpy()
-    # One head's matrix and a few tokens take 5 us, less than threads need to find each other.
-    few = tokens <= kernel.few
-    compute, threads = _native().linear, pool(1 if few else kernel.threads, kernel.numa)
-    for head in range(heads):
-        compute(threads, kernel.isa, kernel.few, matrix, head, x[:, head], y[:, head])
+    _native().linear_by_head(
+        pool(kernel.threads, kernel.numa),
+        kernel.isa,
+        kernel.few,
+        matrix,
+        _rows(x_THK).numpy(),
+        y_THN.numpy(),
+    )
     return y_THN
+
+
+def attend(kernel: Kernel, q_HC: Tensor, keys_SC: Tensor, values: int, scale: float) -> Tensor:
+    """softmax(scale q K^T) V, (H, V) float32: one query a head, V the first columns of the keys."""
+    y_HV = torch.empty((q_HC.shape[0], values), dtype=torch.float32)
+    _native().attend(
+        pool(kernel.threads, kernel.numa),
+        kernel.isa,
+        q_HC.contiguous().numpy(),
+        keys_SC.numpy(),
+        scale,
+        y_HV.numpy(),
+    )
+    return y_HV
 
 
 def moe(

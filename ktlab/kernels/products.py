@@ -1,4 +1,4 @@
-"""The two operations on quantized matrices, by backend: `linear` and `moe`.
+"""What kernels compute, by backend: `linear` and `moe` on quantized matrices, and `attend`.
 
 T tokens, D hidden, E experts, K selected (or columns of one matrix), N rows.
 """
@@ -36,6 +36,15 @@ def linear_by_head(kernel: Kernel, stack: Stack, x_THK: Tensor) -> Tensor:
     weights = stack.weights(PACKED, kernel)
     matrix = stack.operand(("native", PACKED), lambda: native.matrix(weights))
     return native.linear_by_head(kernel, matrix, x_THK)
+
+
+def attend(kernel: Kernel, q_HC: Tensor, keys_SC: Tensor, values: int, scale: float) -> Tensor:
+    """softmax(scale q K^T) V, (H, V) float32: one query a head; keys that all heads share, whose
+    first `values` columns are the values. What decoding with absorbed MLA does."""
+    if kernel.backend == "native":
+        return native.attend(kernel, q_HC, keys_SC, values, scale)
+    weights_HS = (q_HC @ keys_SC.T).mul_(scale).softmax(-1)
+    return weights_HS @ keys_SC[:, :values]
 
 
 def moe(

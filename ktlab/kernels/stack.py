@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ktlab.errors import FormatError
@@ -17,7 +18,7 @@ from ktlab.kernels.torch_moe import float_tensor
 from ktlab.kernels.weights import Weights
 from ktlab.quantization import QTensor
 
-FLOATS = "float32"
+FLOATS, HALVES = "float32", "bfloat16"
 
 Operand = TypeVar("Operand")
 
@@ -99,6 +100,11 @@ class Stack:
         return self.operand(FLOATS, lambda: float_tensor(self.tensor))
 
     @property
+    def halves(self) -> Tensor:
+        """The values rounded to bfloat16, of `shape`."""
+        return self.operand(HALVES, lambda: float_tensor(self.tensor).to(torch.bfloat16))
+
+    @property
     def packed(self) -> bool:
         """Whether it has been packed already."""
         return PACKED in self._operands
@@ -118,7 +124,7 @@ class Stack:
     def operand_bytes(self) -> dict[str, int]:
         """Bytes of the copies made so far, by what they are."""
         found = {}
-        for key in (PACKED, FLOATS):
+        for key in (PACKED, FLOATS, HALVES):
             made = self._operands.get(key)
             if made is not None:
                 found[key] = int(made.nbytes)

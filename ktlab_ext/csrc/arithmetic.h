@@ -44,6 +44,19 @@ static inline void ktl_scale_row(float *x, float factor, int64_t count) {
     for (int64_t i = 0; i < count; i++) x[i] *= factor;
 }
 
+/* Scores of a part to exp(score - most), most and total a head. */
+static inline void ktl_attend_softmax(const ktl_attend_part *a) {
+    for (int64_t h = 0; h < a->heads; h++) {
+        float *w = a->weights + h * a->n, sums[16] = {0}, most = w[0], total = 0;
+        for (int64_t i = 1; i < a->n; i++) most = w[i] > most ? w[i] : most;
+        for (int64_t i = 0; i < a->n; i++) w[i] = ktl_exp(w[i] - most);
+        for (int64_t i = 0; i < a->n; i++) sums[i % 16] += w[i];
+        for (int i = 0; i < 16; i++) total += sums[i];
+        a->most[h] = most;
+        a->total[h] = total;
+    }
+}
+
 /* 256 activations to int8: absmax / 127 is the scale of each group, codes are rounded to nearest.
  * A group with a NaN or an infinity gets the scale NaN, so that it shows in every product.
  * `most_of_span` is the largest magnitude of a group that is longer than the chunk. */

@@ -1,6 +1,8 @@
 /* Few tokens: each weight is read once, decoded and multiplied in registers; in the words of
  * kernel.inc.h. */
 
+enum { FEW = 4 /* tokens a pass on packed data */, FAR = 4096 };
+
 /* ---- few tokens on file blocks: one row at a time, no tile ------------------------------------------ */
 KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes, int rows,
                               int64_t cols, const void *act, int64_t chunk_bytes,
@@ -16,15 +18,13 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
             for (int64_t column = 0; column < cols; column += KTL_CHUNK) {
                 const uint8_t *x = (const uint8_t *)act + column / KTL_CHUNK * chunk_bytes;
                 int n = (int)(cols - column < KTL_CHUNK ? cols - column : KTL_CHUNK);
+                /* Rows follow each other in memory: what comes FAR bytes on is fetched meanwhile. */
+                fetch(p + bytes_of_columns(format, column) + FAR,
+                      (size_t)bytes_of_columns(format, KTL_CHUNK));
                 if (ktl_is_float(format)) {
                     float line[KTL_CHUNK] KTL_ALIGNED;
-                    const uint8_t *q = p + column * f->block_bytes;
                     if (n < KTL_CHUNK) memset(line, 0, sizeof line);
-                    if (format == KTL_F32) memcpy(line, q, (size_t)n * 4);
-                    else if (format == KTL_BF16)
-                        for (int i = 0; i < n; i++) line[i] = ktl_bf16(ktl_load16(q + 2 * i));
-                    else
-                        for (int i = 0; i < n; i++) line[i] = ktl_f16(ktl_load16(q + 2 * i));
+                    to_floats(format, p + column * f->block_bytes, n, line);
                     for (int t = 0; t < T; t++) {
                         int64_t a = job->act_index ? job->act_index[first + t] : first + t;
                         const float *xa = (const float *)(x + (size_t)a * act_bytes);
@@ -38,14 +38,12 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
                     continue;
                 }
                 row_chunk chunk;
-                /* Rows follow each other in memory: what comes 2 KB on is fetched meanwhile. */
-                fetch(p + bytes_of_columns(format, column) + 2048,
-                      (size_t)bytes_of_columns(format, KTL_CHUNK));
                 row_load(format, p, column, n, &chunk);
                 for (int t = 0; t < T; t++) {
                     int64_t a = job->act_index ? job->act_index[first + t] : first + t;
-                    sum[t] = dot_row(format, &chunk, (const ktl_act *)(x + (size_t)a * act_bytes),
-                                     sum[t]);
+                    const uint8_t *xa = x + (size_t)a * act_bytes;
+                    for (int term = 0; term < job->terms; term++, xa += job->term_bytes)
+                        sum[t] = dot_row(format, &chunk, (const ktl_act *)xa, sum[t]);
                 }
             }
             for (int t = 0; t < T; t++) {
@@ -57,8 +55,6 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
 }
 
 /* ---- few tokens on packed data: codes go from memory to the sums without a tile in between ------------ */
-enum { FEW = 4 /* tokens a pass */, FAR = 4096 };
-
 KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const uint8_t *p, int groups,
                                 const ktl_act *const *act, float *const *acc) {
     const ktl_format_info *f = &ktl_formats[format];
@@ -154,14 +150,7 @@ KTL_INLINE void dot_packed_float(int format, int T, const uint8_t *chunk, int gr
         float w[2][KTL_PANEL] KTL_ALIGNED;
         const uint8_t *p = chunk + c * KTL_PANEL * size;
         if (format == KTL_F32) memcpy(w, p, sizeof w);
-        else
-            for (int r = 0; r < KTL_PANEL; r++) {
-                uint32_t pair;
-                memcpy(&pair, p + 4 * r, 4);
-                w[0][r] = format == KTL_BF16 ? ktl_bf16((uint16_t)pair) : ktl_f16((uint16_t)pair);
-                w[1][r] = format == KTL_BF16 ? ktl_bf16((uint16_t)(pair >> 16))
-                                             : ktl_f16((uint16_t)(pair >> 16));
-            }
+        else pair_to_floats(format, p, w[0], w[1]);
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) {
             const float *x = act[t] + c;

@@ -145,11 +145,22 @@ typedef struct {
     const int32_t *acc_index;
     int64_t n;
     ktl_ahead ahead; /* for `multiply` to fetch on the way */
+    int terms; /* for `dot_blocks`: of a token's activations, and bytes from one to the next */
+    int64_t term_bytes;
 } ktl_job;
 
 KTL_INLINE float *ktl_sums(const ktl_job *job, int64_t i) {
     return job->acc + (job->acc_index ? job->acc_index[i] : i) * job->acc_stride;
 }
+
+/* Queries of all heads against a part of the cached positions. */
+typedef struct {
+    const float *q, *keys; /* heads x cols; n rows, `stride` floats apart */
+    int64_t heads, cols, values /* the first columns of keys */, stride, n;
+    float scale;
+    float *weights;            /* scratch, heads x n */
+    float *out, *most, *total; /* heads x values, not yet divided by total = sum of exp(score - most) */
+} ktl_attend_part;
 
 /* ---- one instruction set ------------------------------------------------------------------------- */
 typedef struct {
@@ -176,6 +187,7 @@ typedef struct {
     int spans; /* whether `multiply` takes packed int8_channel by two chunks, `groups` up to 16 */
     void (*silu_mul)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
     void (*scale_row)(float *x, float factor, int64_t count);
+    void (*attend)(const ktl_attend_part *part);
 } ktl_kernels;
 
 extern const ktl_kernels ktl_kernels_serial, ktl_kernels_avx2, ktl_kernels_avx512,

@@ -42,6 +42,7 @@
 #define ZEROF() _mm256_setzero_ps()
 #define TO_FLOAT(v) _mm256_cvtepi32_ps(v)
 #define F16X16(src, dst) f16x16(src, dst)
+#define BF16X16(src, dst) bf16x16(src, dst)
 #define SUMF(v) sum_lanes(v)
 #define LOOKUP(codes) lookup(codes)
 #define TRANSPOSE16(src, stride, dst) transpose16(src, stride, dst)
@@ -54,6 +55,13 @@ KTL_INLINE __m256i dot_wide(__m256i sum, __m256i code, __m256i s) {
 KTL_INLINE void f16x16(const uint8_t *src, float *dst) {
     _mm256_storeu_ps(dst, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)src)));
     _mm256_storeu_ps(dst + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(src + 16))));
+}
+
+KTL_INLINE void bf16x16(const uint8_t *src, float *dst) {
+    for (int i = 0; i < 16; i += 8) {
+        const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(src + 2 * i)));
+        _mm256_storeu_si256((__m256i *)(dst + i), _mm256_slli_epi32(words, 16));
+    }
 }
 
 KTL_INLINE float sum_lanes(__m256 v) {

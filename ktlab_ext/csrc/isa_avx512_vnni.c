@@ -45,6 +45,8 @@ KTL_INLINE __m512i dot4(__m512i sum, __m512i u, __m512i s) {
 #define SUMF(v) _mm512_reduce_add_ps(v)
 #define F16X16(src, dst) \
     _mm512_storeu_ps(dst, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(src))))
+#define BF16X16(src, dst) \
+    _mm512_storeu_si512(dst, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(src))), 16))
 
 /* The table's levels + 128: codes that VPDPBUSD takes as unsigned, with zero = 128. */
 KTL_INLINE __m512i lookup(__m512i codes) {
@@ -238,6 +240,13 @@ KTL_INLINE void row_load(int format, const uint8_t *row, int64_t column, int col
                          row_chunk *chunk) {
     if (cols == KTL_CHUNK) {
         row_load_whole(format, row, column, chunk);
+        return;
+    }
+    const ktl_format_info *f = &ktl_formats[format];
+    if (f->block_cols == 32) { /* the rest are blocks of zeros */
+        uint8_t blocks[8 * 34] = {0};
+        memcpy(blocks, row + column / 32 * f->block_bytes, (size_t)(cols / 32 * f->block_bytes));
+        row_load_whole(format, blocks, 0, chunk);
         return;
     }
     ktl_raw raw;

@@ -143,5 +143,24 @@ static void multiply(int format, const ktl_tile *tiles, int panels, int groups, 
     }
 }
 
+static void attend(const ktl_attend_part *a) {
+    for (int64_t h = 0; h < a->heads; h++)
+        for (int64_t p = 0; p < a->n; p++) {
+            float sum = 0;
+            for (int64_t c = 0; c < a->cols; c++)
+                sum += a->q[h * a->cols + c] * a->keys[p * a->stride + c];
+            a->weights[h * a->n + p] = sum * a->scale;
+        }
+    ktl_attend_softmax(a);
+    for (int64_t h = 0; h < a->heads; h++)
+        for (int64_t v = 0; v < a->values; v++) {
+            float sum = 0;
+            for (int64_t p = 0; p < a->n; p++)
+                sum += a->weights[h * a->n + p] * a->keys[p * a->stride + v];
+            a->out[h * a->values + v] = sum;
+        }
+}
+
 const ktl_kernels ktl_kernels_serial = {act_key, prepare, decode_packed, decode_blocks, multiply,
-                                        NULL,    NULL,    0,             ktl_silu_mul,  ktl_scale_row};
+                                        NULL,    NULL,    0,             ktl_silu_mul,  ktl_scale_row,
+                                        attend};

@@ -19,7 +19,7 @@
  *     row_load(format, row, column, cols, chunk)   row_store(chunk, code, scale, offset)
  *     dot_row(format, chunk, act, sum)             the chunk times one token's
  *     TRANSPOSE16(src, stride, dst)   16 x 16 words of 32 bits
- *     F16X16(src, dst)                16 float16 to float32
+ *     F16X16(src, dst) BF16X16(src, dst)   16 float16 or bfloat16 to float32
  */
 #include "arithmetic.h"
 #include "blocks.h"
@@ -27,6 +27,38 @@
 enum { VN = 64 / VB };
 
 typedef uint16_t lanes16 __attribute__((vector_size(VB), may_alias, aligned(1)));
+typedef uint16_t halves_16 __attribute__((vector_size(32), may_alias, aligned(1)));
+typedef uint32_t words_16 __attribute__((vector_size(64), may_alias, aligned(1)));
+
+/* `n` numbers of f32, f16 or bf16 to float32. */
+KTL_INLINE void to_floats(int format, const uint8_t *p, int n, float *to) {
+    int i = 0;
+    if (format == KTL_F32) {
+        memcpy(to, p, (size_t)n * 4);
+        return;
+    }
+    for (; i + 16 <= n; i += 16)
+        if (format == KTL_F16) F16X16(p + 2 * i, to + i);
+        else BF16X16(p + 2 * i, to + i);
+    for (; i < n; i++) {
+        const uint16_t h = ktl_load16(p + 2 * i);
+        to[i] = format == KTL_F16 ? ktl_f16(h) : ktl_bf16(h);
+    }
+}
+
+/* Two packed columns of 16 rows, a row's two f16 or bf16 side by side, to float32. */
+KTL_INLINE void pair_to_floats(int format, const uint8_t *p, float *first, float *second) {
+    const words_16 w = *(const words_16 *)p;
+    if (format == KTL_BF16) {
+        *(words_16 *)first = w << 16;
+        *(words_16 *)second = w & 0xffff0000u;
+        return;
+    }
+    const halves_16 low = __builtin_convertvector(w, halves_16);
+    const halves_16 high = __builtin_convertvector(w >> 16, halves_16);
+    F16X16((const uint8_t *)&low, first);
+    F16X16((const uint8_t *)&high, second);
+}
 
 /* Bytes of so many columns in blocks form. */
 KTL_INLINE int64_t bytes_of_columns(int format, int64_t cols) {
@@ -83,12 +115,8 @@ KTL_INLINE void decode_packed_as(int format, const uint8_t *head, const uint8_t 
             return;
         }
         for (int i = 0; i < pairs; i++)
-            for (int j = 0; j < 2; j++)
-                for (int r = 0; r < KTL_PANEL; r++) {
-                    uint16_t h = (uint16_t)(((const uint32_t *)(const void *)p)[16 * i + r] >> 16 * j);
-                    tile->f32[(2 * i + j) * KTL_PANEL + r] =
-                        format == KTL_BF16 ? ktl_bf16(h) : ktl_f16(h);
-                }
+            pair_to_floats(format, p + 64 * i, tile->f32 + 2 * i * KTL_PANEL,
+                           tile->f32 + (2 * i + 1) * KTL_PANEL);
         return;
     }
     tile->codes = f->base_bits == 8 ? p : tile->code;
@@ -142,11 +170,7 @@ KTL_INLINE void decode_blocks_as(int format, const uint8_t *row, int64_t row_byt
         for (int r = 0; r < KTL_PANEL; r++) {
             const uint8_t *p = row + r * row_bytes + column * ktl_formats[format].block_bytes;
             int n = r < rows ? cols : 0;
-            if (format == KTL_F32) memcpy(line[r], p, (size_t)n * 4);
-            else
-                for (int i = 0; i < n; i++)
-                    line[r][i] = format == KTL_BF16 ? ktl_bf16(ktl_load16(p + 2 * i))
-                                                    : ktl_f16(ktl_load16(p + 2 * i));
+            to_floats(format, p, n, line[r]);
             memset(line[r] + n, 0, (size_t)(padded - n) * 4);
         }
         for (int c = 0; c < padded; c += 16)
@@ -194,6 +218,7 @@ static void prepare(ktl_act_key key, const float *x, int cols, float most, void 
 
 #include "few.inc.h"
 #include "many.inc.h"
+#include "attend.inc.h"
 
 /* ---- one copy of each per format, chosen by a constant ------------------------------------------------- */
 #define EACH_FORMAT(X) X(KTL_F32) X(KTL_F16) X(KTL_BF16) X(KTL_Q8_0) X(KTL_Q4_0) X(KTL_Q5_0) \
@@ -238,4 +263,4 @@ static void dot_packed(int format, const uint8_t *head, const uint8_t *chunk, in
 
 #define KERNELS                                                                                     \
     {act_key,    prepare,    decode_packed, decode_blocks, multiply,                                \
-     dot_blocks, dot_packed, 0,             ktl_silu_mul,  ktl_scale_row}
+     dot_blocks, dot_packed, 0,             ktl_silu_mul,  ktl_scale_row, attend}

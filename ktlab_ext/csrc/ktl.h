@@ -109,11 +109,18 @@ void *ktl_pool_scratch(ktl_pool *pool, int slot, size_t bytes);
 /* ---- operations ---------------------------------------------------------------------------------- */
 typedef enum { KTL_X_F32, KTL_X_BF16 } ktl_x_type;
 
-/* y (T x N) = x (T x K) W^T for matrix `expert` of the stack; strides in elements. Where T <= few
- * the path for few tokens runs, else the one for many (amx_*: below it avx512_vnni computes). */
-int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t expert,
-               const void *x, int x_type, int64_t tokens, int64_t x_stride,
-               float *y, int64_t y_stride);
+/* y[h] (T x N) = x[h] (T x K) W[first + h]^T for `heads` matrices of the stack; strides in elements,
+ * from token to token and from head to head. Where T <= few the path for few tokens runs, else the
+ * one for many (amx_*: below it avx512_vnni computes). */
+int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t first, int64_t heads,
+               const void *x, int x_type, int64_t tokens, int64_t x_stride, int64_t x_head,
+               float *y, int64_t y_stride, int64_t y_head);
+
+/* y (heads x values) = softmax(scale q K^T) V: one query a head, q (heads x cols), `positions` keys of
+ * `cols`, `stride` floats apart, of which the first `values` columns are the values. Floats only. */
+int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t cols,
+               const float *keys, int64_t positions, int64_t stride, int64_t values, float scale,
+               float *y);
 
 /* y (T x D) = sum over k of weights[t,k] * down(silu(gate(x)) * up(x)) of expert ids[t,k]; id -1 is
  * nobody; an id may repeat within a token. gate, up: E x (F x D), down: E x (D x F). `few` counts

@@ -111,9 +111,11 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
                                         &part);
                 }
         }
-        for (int term = 0; !packed && term < a->key.terms; term++)
-            kernels->dot_blocks(m->format, data + row0 * row_bytes, row_bytes, (int)rows, m->cols,
-                                act + term * a->term_bytes, a->chunk_bytes, job);
+        part.terms = a->key.terms;
+        part.term_bytes = a->term_bytes;
+        if (!packed)
+            kernels->dot_blocks(m->format, data + row0 * row_bytes, row_bytes, (int)rows, m->cols, act,
+                                a->chunk_bytes, &part);
         return;
     }
     const int span = packed && kernels->spans && a->key.group == KTL_SPAN ? KTL_SPAN : KTL_CHUNK;
@@ -179,54 +181,62 @@ typedef struct {
     const ktl_kernels *kernels;
     int fuse, x_type;
     const ktl_matrix *w;
-    int64_t expert, tokens, x_stride, y_stride, task_rows;
+    int64_t first, heads, tokens, x_stride, x_head, y_stride, y_head, task_rows;
     const void *x;
     float *y;
     acts a;
 } linear_work;
 
-static void linear_prepare(void *context, int64_t t, int worker) {
+/* Prepared rows lie head by head. */
+static void linear_prepare(void *context, int64_t row, int worker) {
     linear_work *l = context;
     (void)worker;
-    acts_fill(&l->a, t, x_row(l->x, l->x_type, l->x_stride, t), l->x_type, l->w->cols);
+    const void *x = x_row(l->x, l->x_type, l->x_head, row / l->tokens);
+    acts_fill(&l->a, row, x_row(x, l->x_type, l->x_stride, row % l->tokens), l->x_type, l->w->cols);
 }
 
 static void linear_rows(void *context, int64_t task, int worker) {
     linear_work *l = context;
     ktl_tile *tiles = ktl_pool_scratch(l->pool, worker, 0);
     float *acc = (float *)(tiles + KTL_TILES);
-    const int64_t size = l->task_rows, row0 = task * size;
+    const int64_t size = l->task_rows, tasks = ktl_ceil(l->w->rows, size);
+    const int64_t head = task / tasks, row0 = task % tasks * size;
     const int64_t rows = l->w->rows - row0 < size ? l->w->rows - row0 : size;
     const int64_t stride = size + SPREAD;
     memset(acc, 0, (size_t)(l->tokens * stride) * sizeof(float));
-    ktl_job job = {NULL, 0, NULL, acc, stride, NULL, l->tokens, {0}};
-    rows_times(l->kernels, l->fuse, l->w, l->expert, row0, rows, &l->a, 0, &job, tiles);
+    ktl_job job = {.acc = acc, .acc_stride = stride, .n = l->tokens};
+    rows_times(l->kernels, l->fuse, l->w, l->first + head, row0, rows, &l->a, head * l->tokens, &job,
+               tiles);
+    float *y = l->y + head * l->y_head + row0;
     for (int64_t t = 0; t < l->tokens; t++)
-        memcpy(l->y + t * l->y_stride + row0, acc + t * stride, (size_t)rows * sizeof(float));
+        memcpy(y + t * l->y_stride, acc + t * stride, (size_t)rows * sizeof(float));
 }
 
-int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t expert,
-               const void *x, int x_type, int64_t tokens, int64_t x_stride,
-               float *y, int64_t y_stride) {
+int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t first, int64_t heads,
+               const void *x, int x_type, int64_t tokens, int64_t x_stride, int64_t x_head,
+               float *y, int64_t y_stride, int64_t y_head) {
     if (isa < 0 || isa >= KTL_ISAS || *ktl_isa_reason(isa)) return KTL_ERR_ISA;
     if (!ktl_isa_computes(isa, w->format)) return KTL_ERR_FORMAT;
-    if (expert < 0 || expert >= w->experts || tokens < 0) return KTL_ERR_SHAPE;
-    if (!tokens || !w->rows) return KTL_OK;
+    if (first < 0 || heads < 0 || first + heads > w->experts || tokens < 0) return KTL_ERR_SHAPE;
+    if (!tokens || !heads || !w->rows) return KTL_OK;
     int error = KTL_OK;
     ktl_pool_lock(pool);
     for (int64_t t = 0; t < tokens && !error; t += MAX_TOKENS) {
         int64_t n = tokens - t < MAX_TOKENS ? tokens - t : MAX_TOKENS;
-        linear_work l = {pool, ktl_kernels_of(isa, n <= few), fuses(isa, few, n), x_type, w, expert, n,
-                         x_stride, y_stride, task_rows(pool, w->rows, 1),
-                         x_row(x, x_type, x_stride, t), y + t * y_stride, {{0}}};
+        linear_work l = {.pool = pool, .kernels = ktl_kernels_of(isa, n <= few),
+                         .fuse = fuses(isa, few, n), .x_type = x_type, .w = w, .first = first,
+                         .heads = heads, .tokens = n, .x_stride = x_stride, .x_head = x_head,
+                         .y_stride = y_stride, .y_head = y_head,
+                         .task_rows = task_rows(pool, w->rows, heads),
+                         .x = x_row(x, x_type, x_stride, t), .y = y + t * y_stride};
         l.a.kernels = l.kernels;
         l.a.key = l.kernels->act_key(w->format);
-        error = acts_alloc(pool, SLOT_ACTS, &l.a, n, w->cols);
+        error = acts_alloc(pool, SLOT_ACTS, &l.a, n * heads, w->cols);
         if (!error) error = worker_scratch(pool, n * (l.task_rows + SPREAD));
         if (error) break;
-        int small = n * w->rows * w->cols < SMALL_WORK;
-        run(pool, small || n * w->cols < SMALL_WORK / 4, linear_prepare, &l, n);
-        run(pool, small, linear_rows, &l, ktl_ceil(w->rows, l.task_rows));
+        int small = n * heads * w->rows * w->cols < SMALL_WORK;
+        run(pool, small || n * heads * w->cols < SMALL_WORK / 4, linear_prepare, &l, n * heads);
+        run(pool, small, linear_rows, &l, heads * ktl_ceil(w->rows, l.task_rows));
     }
     ktl_pool_unlock(pool);
     return error;
@@ -350,7 +360,8 @@ static void moe_gate_up(void *context, int64_t task, int worker) {
     memset(sums[0], 0, (size_t)(2 * g->n * stride) * sizeof(float));
     for (int i = 0; i < 2; i++) {
         const int list = m->inner_acts[g->few][i];
-        ktl_job job = {NULL, 0, g->fuse ? m->token + g->first : NULL, sums[i], stride, NULL, g->n, {0}};
+        ktl_job job = {.act_index = g->fuse ? m->token + g->first : NULL, .acc = sums[i],
+                       .acc_stride = stride, .n = g->n};
         rows_times(kernels, g->fuse, i ? m->up : m->gate, g->expert, row0, rows,
                    g->fuse ? &m->list[list] : &m->gathered[list], g->fuse ? 0 : g->first, &job, tiles);
     }
@@ -380,7 +391,7 @@ static void moe_down(void *context, int64_t task, int worker) {
     memset(acc, 0, (size_t)(m->tokens * stride) * sizeof(float));
     for (int64_t i = 0; i < m->groups; i++) {
         const group *g = &m->group[i];
-        ktl_job job = {NULL, 0, NULL, acc, stride, m->token + g->first, g->n, {0}};
+        ktl_job job = {.acc = acc, .acc_stride = stride, .acc_index = m->token + g->first, .n = g->n};
         rows_times(m->kernels[g->few], g->fuse, m->down, g->expert, row0, rows,
                    &m->hidden_acts[g->few], g->first, &job, tiles);
     }

@@ -15,6 +15,7 @@ from ktlab.checkpoint.synthesis import (
     synthesize,
 )
 from ktlab.errors import ContextError, SettingError
+from ktlab.kernels.linear import Linear
 from ktlab.model.model import Model
 
 
@@ -108,6 +109,24 @@ def test_long_prompts_over_the_latent_give_the_same_numbers(
             (outputs[-1], attention.forward(hidden[:1], alone, torch.arange(30)[None]))
         )
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+
+
+def test_long_prompts_are_computed_in_bfloat16_where_the_kernels_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Model(synthesize(TINY_YARN_CONFIG))
+    attention = model.layers[0].attention
+    hidden = torch.randn(1, 30, 64, generator=torch.manual_seed(0))
+    monkeypatch.setattr(MLA, "_decompression_pays", lambda *_: True)
+
+    def output() -> torch.Tensor:
+        cache = model.new_cache(context=40).layers[0]
+        return attention.forward(hidden, cache, torch.arange(30)[None])
+
+    exact = output()
+    monkeypatch.setattr(Linear, "values_OI", property(lambda self: self.stack.halves))
+    error = float((output() - exact).norm() / exact.norm())
+    assert 1e-5 < error < 1e-2
 
 
 def test_decompression_pays_for_prompts_and_not_for_tokens() -> None:

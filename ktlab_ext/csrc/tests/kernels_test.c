@@ -104,12 +104,22 @@ typedef struct {
 static void linear(const run *r, const ktl_matrix *m, const void *x, const char *what) {
     output a = poisoned(r->tokens, m->rows), b = poisoned(r->tokens, m->rows);
     for (int i = 0; i < 2; i++) {
-        int code = ktl_linear(i ? r->many : r->one, r->isa, r->few, m, 1, x, r->x_type, r->tokens,
-                              m->cols + X_GAP, i ? b.data : a.data, a.stride);
+        int code = ktl_linear(i ? r->many : r->one, r->isa, r->few, m, 1, 1, x, r->x_type, r->tokens,
+                              m->cols + X_GAP, 0, i ? b.data : a.data, a.stride, 0);
         CHECK(code == KTL_OK, "%s: code %d", what, code);
     }
     check_written(&a, 1, what);
     CHECK(memcmp(a.data, b.data, (size_t)a.count * 4) == 0, "%s: threads changed bits", what);
+    /* By head: matrices 0 and 1 on the same x, a token's two results side by side. */
+    output both = poisoned(r->tokens, 2 * m->rows);
+    int code = ktl_linear(r->many, r->isa, r->few, m, 0, 2, x, r->x_type, r->tokens, m->cols + X_GAP,
+                          0, both.data, both.stride, m->rows);
+    CHECK(code == KTL_OK, "%s by head: code %d", what, code);
+    check_written(&both, 1, what);
+    for (int64_t t = 0; t < r->tokens; t++)
+        CHECK(memcmp(both.data + t * both.stride + m->rows, a.data + t * a.stride,
+                     (size_t)m->rows * 4) == 0, "%s by head: another result", what);
+    free(both.data);
     free(a.data);
     free(b.data);
 }
@@ -191,10 +201,10 @@ static void refusals(ktl_pool *pool) {
     float x[32] = {0}, y[4];
     memcpy(y, &POISON, 4);
     ktl_matrix m = random_blocks(KTL_F32, 4, 32);
-    CHECK(ktl_linear(pool, KTL_ISAS, 1, &m, 0, x, 0, 1, 32, y, 4) == KTL_ERR_ISA, "an isa too many");
-    CHECK(ktl_linear(pool, 0, 1, &m, EXPERTS, x, 0, 1, 32, y, 4) < 0, "an expert too many");
-    CHECK(ktl_linear(pool, 0, 1, &m, 0, x, 0, -1, 32, y, 4) < 0, "tokens below zero");
-    CHECK(ktl_linear(pool, 0, 1, &m, 0, x, 0, 0, 32, y, 4) == KTL_OK, "zero tokens");
+    CHECK(ktl_linear(pool, KTL_ISAS, 1, &m, 0, 1, x, 0, 1, 32, 0, y, 4, 0) == KTL_ERR_ISA, "an isa too many");
+    CHECK(ktl_linear(pool, 0, 1, &m, EXPERTS, 1, x, 0, 1, 32, 0, y, 4, 0) < 0, "an expert too many");
+    CHECK(ktl_linear(pool, 0, 1, &m, 0, 1, x, 0, -1, 32, 0, y, 4, 0) < 0, "tokens below zero");
+    CHECK(ktl_linear(pool, 0, 1, &m, 0, 1, x, 0, 0, 32, 0, y, 4, 0) == KTL_OK, "zero tokens");
     CHECK(memcmp(y, &POISON, 4) == 0, "y was written");
     CHECK(ktl_row_bytes(KTL_Q4_K, 100) < 0 && ktl_row_bytes(KTL_FORMATS, 256) < 0, "row bytes");
     CHECK(ktl_packed_bytes(KTL_Q4_K, -1, 256) < 0 && ktl_packed_bytes(-1, 1, 256) < 0, "packed bytes");
@@ -204,11 +214,41 @@ static void refusals(ktl_pool *pool) {
     free((void *)m.data);
 }
 
+/* Heads and positions that fill tiles and that do not; keys in rows of a wider cache. */
+static void attention(const run *r) {
+    static const struct {
+        int64_t heads, positions, cols, values;
+    } sizes[] = {{1, 1, 1, 1}, {8, 70, 80, 64}, {9, 1100, 37, 37}, {13, 129, 100, 51}};
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+        for (int isa = 0; isa < KTL_ISAS; isa++) {
+            if (*ktl_isa_reason(isa))
+                continue;
+            const int64_t heads = sizes[s].heads, cols = sizes[s].cols, values = sizes[s].values;
+            void *q = random_x(KTL_X_F32, 1, heads * cols, (int)(s % 2));
+            void *keys = random_x(KTL_X_F32, sizes[s].positions, cols, (int)(s % 2));
+            float *y[2];
+            for (int i = 0; i < 2; i++) {
+                y[i] = exactly(heads * values * 4);
+                int code = ktl_attend(i ? r->many : r->one, isa, q, heads, cols, keys,
+                                      sizes[s].positions, cols + X_GAP, values, 0.1f, y[i]);
+                CHECK(code == KTL_OK, "attend: code %d", code);
+            }
+            CHECK(memcmp(y[0], y[1], (size_t)(heads * values) * 4) == 0, "attend: threads changed bits");
+            CHECK(ktl_attend(r->one, isa, q, heads, cols, keys, 0, cols, values, 1, y[0]) < 0, "no keys");
+            free(q);
+            free(keys);
+            free(y[0]);
+            free(y[1]);
+            cases++;
+        }
+}
+
 int main(int argc, char **argv) {
     int only = argc > 1 ? ktl_format_of(argv[1]) : -1;
     CHECK(argc < 2 || only >= 0, "a format, found %s", argv[1]);
     run r = {.one = ktl_pool_new(1, NULL, 0), .many = ktl_pool_new(3, NULL, 0)};
     refusals(r.many);
+    attention(&r);
     for (int format = 0; format < KTL_FORMATS; format++)
         for (size_t s = 0; s < sizeof SHAPES / sizeof *SHAPES; s++) {
             int64_t rows = SHAPES[s].rows, cols = SHAPES[s].cols;
