@@ -310,6 +310,24 @@ def attend(Pool pool not None, str isa not None, q, keys, float scale, y):
             PyBuffer_Release(&v[i])
 
 
+def rms_norm(x, weight, float eps, y):
+    """y = x / sqrt(mean(x^2) + eps) * weight, all 1-D float32 of one length, contiguous."""
+    cdef Py_buffer v[3]
+    cdef int i
+    memset(v, 0, sizeof(v))
+    try:
+        for i, (array, name) in enumerate(((x, "x"), (weight, "weight"), (y, "y"))):
+            take(array, &v[i], name, 1, b'f', b'f', "1 dimension of float32", i == 2)
+            whole(&v[i], name)
+            if v[i].shape[0] != v[0].shape[0]:
+                raise ValueError(f"{name}: expected {v[0].shape[0]} numbers, found {v[i].shape[0]}")
+        ktl_rms_norm(<const float *>v[0].buf, <const float *>v[1].buf, v[0].shape[0], eps,
+                     <float *>v[2].buf)
+    finally:
+        for i in range(3):
+            PyBuffer_Release(&v[i])
+
+
 def moe(Pool pool not None, str isa not None, int few, Matrix gate not None, Matrix up not None,
         Matrix down not None, x, ids, weights, y):
     """y (T x D) = sum over k of weights[t, k] * down(silu(gate(x)) * up(x)) of expert ids[t, k].

@@ -122,6 +122,9 @@ int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t c
                const float *keys, int64_t positions, int64_t stride, int64_t values, float scale,
                float *y);
 
+/* y = x / sqrt(mean(x^2) + eps) * weight, one row; computed by the caller's thread. */
+void ktl_rms_norm(const float *x, const float *weight, int64_t cols, float eps, float *y);
+
 /* y (T x D) = sum over k of weights[t,k] * down(silu(gate(x)) * up(x)) of expert ids[t,k]; id -1 is
  * nobody; an id may repeat within a token. gate, up: E x (F x D), down: E x (D x F). `few` counts
  * the tokens of one expert. ids and weights are contiguous (T x top_k). */

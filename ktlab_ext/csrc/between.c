@@ -1,9 +1,13 @@
-/* Attention of one token over a cache that all heads share (absorbed MLA): softmax(q K^T) V.
+/* What decoding does between its matrices: attention of one token, and the norm of one row.
+ *
+ * Attention of one token over a cache that all heads share (absorbed MLA): softmax(q K^T) V.
  *
  * The positions are cut into parts, one a task; a part's result is its own softmax with the largest
  * score and the sum that it divided by, and parts are put together in their order. The number of
  * parts depends on the positions alone, so the bits do not depend on the number of threads. */
 #include "arithmetic.h"
+
+#include <math.h>
 
 enum { MOST_PARTS = 16, LEAST_POSITIONS = 64, SLOT_PARTS = 0, SMALL_WORK = 1 << 16 };
 
@@ -46,6 +50,17 @@ static void put_together(void *context, int64_t head, int worker) {
         for (int64_t v = 0; v < w->values; v++) y[v] += factor * part[v];
     }
     w->kernels->scale_row(y, 1.0f / total, w->values);
+}
+
+void ktl_rms_norm(const float *x, const float *weight, int64_t cols, float eps, float *y) {
+    float sums[16] = {0}, total = 0;
+    const int64_t whole = cols / 16 * 16;
+    for (int64_t i = 0; i < whole; i += 16)
+        for (int j = 0; j < 16; j++) sums[j] += x[i + j] * x[i + j];
+    for (int64_t i = whole; i < cols; i++) sums[i - whole] += x[i] * x[i];
+    for (int j = 0; j < 16; j++) total += sums[j];
+    const float scale = 1.0f / sqrtf(total / (float)cols + eps);
+    for (int64_t i = 0; i < cols; i++) y[i] = x[i] * scale * weight[i];
 }
 
 int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t cols,
