@@ -1,5 +1,6 @@
 """The control room's buttons: they show a state and report what the reader asks for, no more."""
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,8 @@ class Controls:
         config = model.config
         self._ask = ask
         self._model = model
-        self._showing = False
+        self._showing: int | None = None
+        """The thread that sets the controls itself. The reader's presses come in on others."""
         most = min(config.selectable_experts, 2 * config.top_k)
         quick = sorted({max(1, round(0.75 * config.top_k)), config.top_k})
         wide = {"description_width": "initial"}
@@ -110,7 +112,7 @@ class Controls:
 
         `keep_text` leaves alone what the reader is typing, which the state did not accept.
         """
-        showing, self._showing = self._showing, True
+        showing, self._showing = self._showing, threading.get_ident()
         try:
             choice, controls = state.choice, self.all
             quick = controls["quick_k"]
@@ -148,7 +150,7 @@ class Controls:
         control.value = state.baseline
 
     def _changed(self, name: str, value: Any) -> None:
-        if not self._showing and value is not None:
+        if self._showing != threading.get_ident() and value is not None:
             self._ask("top_k" if name == "quick_k" else name, value)
 
     @staticmethod

@@ -142,7 +142,8 @@ class Lab:
 
     page: Page
     server: Server
-    timeout_s: float = 60
+    timeout_s: float = 240
+    """Of a wait. Costs nothing when things go well, and other tests may have the cores."""
     errors: list[str] = field(default_factory=list)
     log_start: int = 0
 

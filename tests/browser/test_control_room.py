@@ -127,6 +127,7 @@ def test_own_text_bad_input_and_stop_on_a_narrow_dark_page(room) -> None:
     assert not lab.complaints()
 
 
+@pytest.mark.alone
 def test_the_latest_toggle_wins_and_the_first_answer_is_quick(room) -> None:
     lab = room("light", 1280, 1000)
     page = lab.page

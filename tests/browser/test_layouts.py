@@ -32,6 +32,7 @@ def cell_of(lab: Lab, source: str) -> int:
     )
 
 
+@pytest.mark.alone  # the roofline measures for a set time: beside others, too few kernels fit in
 @pytest.mark.parametrize(("theme", "width"), [("light", 1280)])
 def test_layouts_and_kernels(lab: Lab, theme: str, width: int) -> None:
     lab.open(NOTEBOOK, theme=theme, width=width, height=1300)

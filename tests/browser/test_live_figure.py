@@ -41,8 +41,9 @@ def bars(count: int, figures: int = 6) -> str:
 
 def test_figures_follow_their_objects(lab: Lab, notebook_folder: Path) -> None:
     name = write_notebook(notebook_folder, "live-figure.ipynb", FIGURES, CHANGED_AT_ONCE)
-    lab.open(name, height=1500)
+    lab.open(name, theme="light", height=1500)
     lab.run_all()
+    assert lab.page.evaluate("document.body.dataset.jpThemeLight === 'true'")
     lab.wait_until(bars(5, figures=1))
     lab.wait_until(bars(3, figures=5))
     lab.page.click(".the-button")

@@ -1,5 +1,6 @@
 """The control room without a browser: choices, engine, results, what is shown and what is kept."""
 
+import threading
 import time
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from ktlab.checkpoint.synthesis import TINY_QWEN3MOE_CONFIG, TINY_TEST_CONFIG, synthesize
 from ktlab.errors import ContextError, SettingError
 from ktlab.model.model import Model
-from ktlab.notebook import control_room
+from ktlab.notebook import control_room, control_room_controls
 from ktlab.notebook.control_room_choice import ALL, OWN, Choice, Library
 
 TEXTS = {
@@ -159,6 +160,35 @@ def test_a_bad_press_is_shown_in_the_room_and_undone(room):
     room.controls.all["quick_k"].value = 3
     assert room.message == "" and room.state.choice.top_k == 3
     assert room.controls.all["top_k"].value == 3
+
+
+def test_a_press_while_the_room_sets_its_own_controls_is_not_lost(room, monkeypatch):
+    """A measurement ends, and its thread sets every control, just as the reader chooses a text."""
+    assert room.wait(WAIT_S)
+    offers, inside, pressed = control_room_controls.offers, threading.Event(), threading.Event()
+
+    def slow_offers(*args):
+        if threading.current_thread() is ending and not pressed.is_set():
+            inside.set()
+            pressed.wait(WAIT_S)
+        return offers(*args)
+
+    def end():
+        with room._lock:
+            room._publish(room.results, "done")
+
+    monkeypatch.setattr(control_room_controls, "offers", slow_offers)
+    text = room.controls.all["text"]
+    ending = threading.Thread(target=end)
+    pressing = threading.Thread(target=lambda: setattr(text, "value", "code"))
+    ending.start()
+    assert inside.wait(WAIT_S)
+    pressing.start()
+    pressing.join(0.2)  # long enough to be at the room's lock
+    pressed.set()
+    ending.join(WAIT_S)
+    pressing.join(WAIT_S)
+    assert room.state.text == "code" and text.value == "code"
 
 
 def test_asking_again_for_what_is_on_its_way_keeps_the_numbers(room):
