@@ -47,6 +47,27 @@ def test_info(gguf, capsys):
     assert "16 experts" in out and "Cost of 1 tokens" in out and "kv_lora_rank=32" in out
 
 
+@pytest.mark.parametrize(
+    ("words", "experts"),
+    [(["q8_0"], "q8_0"), (["*_exps*=q5_0", "*=q8_0"], "q5_0")],
+)
+def test_floats_are_quantized_while_loading(gguf, capsys, words, experts):
+    for command in (["info"], ["generate", "--prompt", "Hello", "--max-new-tokens", "2"]):
+        assert cli.main([*command, gguf, "--quantize", *words]) == 0
+    assert f"experts {experts}" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["info", "tiny", "--quantize", "q4_0"]) == 2
+    assert "nothing to quantize" in capsys.readouterr().err
+    assert cli.main(["info", gguf, "--quantize", "*=q8_0", "q5_0"]) == 2
+    assert "found 'q5_0'" in capsys.readouterr().err
+
+
+def test_every_command_that_runs_a_model_can_quantize_it(capsys):
+    for command in (["info"], ["generate"], ["compare"], ["chat"], ["eval"], ["bench", "model"]):
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--help"])
+        assert "--quantize" in capsys.readouterr().out, command
+
+
 def test_generate_streams_what_the_library_generates(gguf, capsys):
     command = ["generate", gguf, "--prompt", "Hello", "--top-k", "2", "--max-new-tokens", "8"]
     assert cli.main(command) == 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import ktlab
 from ktlab.cli import bench, chat, eval, plan, synthesize
-from ktlab.cli.arguments import add_model, add_text, texts_of
+from ktlab.cli.arguments import add_model, add_text, loaded, texts_of
 from ktlab.errors import KtlabError
 from ktlab.model.words import EXAMPLES, settings
 
@@ -108,7 +108,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    model = ktlab.load(options.model)
+    model = loaded(options)
     context = min(512, model.config.context_length)
     print(model)
     print(model.config)
@@ -118,7 +118,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    model = ktlab.load(options.model)
+    model = loaded(options)
     changes = settings(options.set)
     if options.top_k is not None:
         changes["top_k"] = options.top_k
@@ -138,7 +138,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     a, b = settings(options.a), settings(options.b)
-    model = ktlab.load(options.model)
+    model = loaded(options)
     comparison = ktlab.compare(
         model,
         texts_of(options),
@@ -157,7 +157,7 @@ def _trace(options: argparse.Namespace) -> int:
     from ktlab.measurement.provenance import Provenance
     from ktlab.measurement.windows import encoded
 
-    model = ktlab.load(options.model)
+    model = loaded(options)
     texts = texts_of(options)
     each, traces = max(1, options.max_tokens // len(texts)), []
     for name, text in texts.items():

@@ -2,15 +2,42 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ktlab
 from ktlab.errors import SettingError, nearest
 
+if TYPE_CHECKING:
+    from ktlab.model.model import Model
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model, and how to load it."""
     parser.add_argument("model", help='"tiny", a GGUF file (any shard), or a folder')
+    parser.add_argument(
+        "--quantize", nargs="+", default=[], metavar="FORMAT", help="floats while loading: "
+        'int8_channel, q8_0, q4_k; or by name: "*_exps*=int4_group128" "*=q8_0"',
+    )  # fmt: skip
+
+
+def loaded(options: argparse.Namespace) -> "Model":
+    """The model that was asked for; a bar shows how far quantizing is."""
+    return ktlab.load(options.model, quantize=_quantization(options.quantize))
+
+
+def _quantization(words: Sequence[str]) -> str | dict[str, str] | None:
+    """One format for all, or {glob over tensor names: format}."""
+    if len(words) == 1 and "=" not in words[0]:
+        return words[0]
+    pairs = [word.rsplit("=", 1) for word in words]
+    if wrong := [word for word, pair in zip(words, pairs, strict=True) if len(pair) < 2]:
+        raise SettingError(
+            f"--quantize {' '.join(words)}: expected one format, or NAME=FORMAT each, such as "
+            f'"*_exps*=int4_group128" "*=q8_0"; found {wrong[0]!r}'
+        )
+    return dict(pairs) or None
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:

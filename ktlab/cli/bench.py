@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from typing import Any
 
-import ktlab
+from ktlab.cli.arguments import add_model, loaded
 from ktlab.errors import SettingError
 from ktlab.model.words import EXAMPLES, settings
 
@@ -38,7 +38,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     text = "prefill and decode of a whole model"
     model = kinds.add_parser("model", help=text, description=text)
     model.set_defaults(bench=_model)
-    model.add_argument("model", help='"tiny", or the path of a GGUF file')
+    add_model(model)
     model.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens")
     model.add_argument("--generate", type=int, default=32, metavar="N", help="tokens")
     model.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=EXAMPLES)
@@ -98,7 +98,7 @@ def _model(options: argparse.Namespace) -> Any:
     from ktlab.measurement.model_bench import bench_model
 
     return bench_model(
-        partial(ktlab.load, options.model),
+        partial(loaded, options),
         prompt=options.prompt,
         generate=options.generate,
         threads=options.threads,

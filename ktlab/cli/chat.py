@@ -2,8 +2,7 @@
 
 import argparse
 
-import ktlab
-from ktlab.cli.arguments import add_model
+from ktlab.cli.arguments import add_model, loaded
 from ktlab.model.words import EXAMPLES, settings
 
 
@@ -33,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     for name, value in (("top_k", options.experts), ("threads", options.threads)):
         if value is not None:
             changes[name] = value
-    model = ktlab.load(options.model)
+    model = loaded(options)
     model.set(**changes)
     chat = ChatSession(
         model,

@@ -5,8 +5,7 @@ import sys
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import ktlab
-from ktlab.cli.arguments import add_model, add_text, texts_of
+from ktlab.cli.arguments import add_model, add_text, loaded, texts_of
 from ktlab.errors import SettingError
 from ktlab.model.words import EXAMPLES, settings
 from ktlab.progress import ProgressBar
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         raise SettingError("expected --text FILE, --domain NAME, or a --baseline with its tokens")
     saved = SavedLogits(options.baseline) if options.baseline else None  # before a long load
     text = next(iter(texts_of(options).values())) if named else None
-    model = ktlab.load(options.model)
+    model = loaded(options)
     start, last, code = perf_counter(), None, 0
     try:
         for last in stream_evaluation(

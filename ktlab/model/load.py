@@ -1,5 +1,6 @@
 """`ktlab.load`: from a name or a file to a model."""
 
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -12,9 +13,11 @@ from ktlab.model.model import Model
 from ktlab.model.residency import SlowFromDisk
 from ktlab.progress import ProgressBar
 
+MODEL_VARIABLE = "KTLAB_MODEL"
+
 
 def load(
-    path_or_name: "str | PathLike[str]",
+    path_or_name: "str | PathLike[str] | None" = None,
     *,
     convert: "Mapping[str, str] | None" = None,
     quantize: Quantization | None = None,
@@ -22,6 +25,8 @@ def load(
 ) -> Model:
     """The embedded model ("tiny"), a GGUF file, or a folder of safetensors; memory-mapped.
 
+    Without a path, what the environment variable KTLAB_MODEL names, or else "tiny": the notebooks
+    load so, and work with another model unchanged.
     `quantize` turns matrices that are floats (f32, f16, bf16, FP8) into a format while loading:
     "int8_channel", or by name {"*_exps*": "int4_group128", "*": "q8_0"}. `convert` goes by the
     format in the file: {"iq1_m": "q8_0"} because no fast kernel computes iq1_m. Both work expert by
@@ -30,6 +35,8 @@ def load(
     Raises `CheckpointError` with everything that is wrong with the file; warns with `SlowFromDisk`
     where memory cannot hold the weights, with the tokens a second that the disk allows.
     """
+    if path_or_name is None:
+        path_or_name = os.environ.get(MODEL_VARIABLE) or "tiny"
     checkpoint: Checkpoint = open_checkpoint(fspath(path_or_name))
     if not convert and not quantize:
         return _warned(Model(checkpoint))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktlab.attention.cache import elements_per_token
 from ktlab.checkpoint.config import MLASizes
+from ktlab.errors import SettingError
 from ktlab.notebook.mla_timing import work
 
 if TYPE_CHECKING:
@@ -35,10 +36,21 @@ def token_cache_bytes(config: "ModelConfig", form: str, width: int) -> int:
     return config.num_layers * width * elements_per_token(config, form)  # type: ignore[arg-type]
 
 
+def check_latent(model: "Model") -> None:
+    """`SettingError` for a model whose attention has one form only."""
+    if not isinstance(model.config.attention, MLASizes):
+        raise SettingError(
+            f"{model.name} has grouped-query attention, which has one form: there is nothing to "
+            "compare; load a model with latent attention (architecture deepseek2), such as "
+            'ktlab.load("tiny")'
+        )
+
+
 def cache_frame(model: "Model") -> "pd.DataFrame":
     """The cache of one token: this model in float32, the published ones in 16 bits."""
     import pandas as pd
 
+    check_latent(model)
     configs = {f"{model.name} (float32)": (model.config, 4)}
     for name, sizes in PUBLISHED.items():
         configs[f"{name} (16 bit)"] = (replace(model.config, **sizes), 2)

@@ -16,6 +16,7 @@ from ktlab.attention.cache import FORMS
 from ktlab.measurement.roofline import measure_machine
 from ktlab.notebook.css import style
 from ktlab.notebook.instrument import Instrument, Snapshot, TextSource, live, numbers
+from ktlab.notebook.mla_tables import check_latent
 from ktlab.notebook.mla_timing import (
     Agreement,
     AttentionTime,
@@ -43,6 +44,7 @@ class MLAView(Instrument):
     title = "One set of weights, two ways to attend"
 
     def __init__(self, model: "Model", texts: Mapping[str, str]) -> None:
+        check_latent(model)
         super().__init__(model)
         self.agreement: Agreement | None = None
         self.points: list[dict[Any, AttentionTime]] = []

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 
 from ktlab import figures, html
+from ktlab.errors import SettingError
 from ktlab.kernels.switch_measurement import SwitchCurve
 from ktlab.measurement.kernel_points import TOKENS, KernelRoofline, stream_points
 from ktlab.notebook.css import style
@@ -175,7 +176,9 @@ def kernel_frame(
     model: "Model", settings: dict[str, dict[str, Any]], ids: list[int]
 ) -> "pd.DataFrame":
     """Each setting's kernel and its error: relative distance of the experts' outputs of the first
-    layer with experts, and of the logits, from float32 products of the stored weights."""
+    layer with experts, and of the logits, from float32 products of the stored weights.
+
+    A setting that cannot compute this model says why."""
     import numpy as np
     import pandas as pd
 
@@ -193,7 +196,12 @@ def kernel_frame(
     exact, exact_logits, _ = outputs({"backend": "torch"})
     rows = []
     for label, words in settings.items():
-        found, logits, kernel = outputs(words)
+        try:
+            found, logits, kernel = outputs(words)
+        except SettingError as error:
+            why = {"kernel": str(error).split(";")[0], "experts' output": "", "logits": ""}
+            rows.append({"setting": label, **why})
+            continue
         rows.append(
             {
                 "setting": label,

@@ -1,0 +1,82 @@
+"""The notebooks' own cells on another model: KTLAB_MODEL names it, and nothing needs to be edited.
+
+Whole notebooks run on the embedded model (tests/test_notebooks.py); here the cells that show the
+model's objects do, and not those that start an instrument or a clock.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import ktlab
+from ktlab.checkpoint import write_gguf
+from ktlab.checkpoint.synthesis import TINY_QWEN3MOE_CONFIG, TINY_V2_CONFIG, synthesize
+from ktlab.checkpoint.tokenizer import byte_tokenizer
+from ktlab.errors import SettingError
+from ktlab.model.load import MODEL_VARIABLE
+from ktlab.notebook.mla_tables import cache_frame
+from ktlab.notebook.mla_view import MLAView
+from ktlab.notebook.roofline_view import kernel_frame
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+INSTRUMENT = re.compile(
+    r"View\(|\b\w*view\b|\b(room|roofline|chat|curve|caches|ceilings|generated|divergence|sharpest|together|foreseen|entropies|coverage|fewer)\b|doctor\(|measure_"
+    r"|kind_errors\(|compare\(|snr_plot|kernel_frame|replay|trace|routing"
+)
+
+
+@pytest.fixture(scope="module", params=[TINY_V2_CONFIG, TINY_QWEN3MOE_CONFIG], ids=lambda c: c.name)
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers, 16 experts, top 4."""
+    config = replace(request.param, hidden_size=256)  # a row of the k formats
+    checkpoint = synthesize(config, formats={"*_exps*": "q8_0", "*": "f32"})
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    folder = tmp_path_factory.mktemp("other")
+    tokenizer = byte_tokenizer(config.vocab_size)
+    return write_gguf(folder / f"{config.name}.gguf", config, tensors, tokenizer)
+
+
+def code(notebook: Path) -> list[str]:
+    cells = nbformat.read(notebook, as_version=4).cells
+    return [cell.source for cell in cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_loads_in_one_place_what_the_environment_says(notebook: Path) -> None:
+    loading = [line for cell in code(notebook) for line in cell.splitlines() if ".load(" in line]
+    assert loading == ["model = ktlab.load()"]
+    assert not re.search(r"layers\[\d\d*\]\.(router|experts)|layer=\d", "\n".join(code(notebook)))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_cells_run_on_another_model(
+    notebook: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "mla" in notebook.stem and "qwen3" in path.name:
+        pytest.skip("grouped queries have one form: refused, see below")
+    monkeypatch.setenv(MODEL_VARIABLE, str(path))
+    names = {"ktlab": ktlab, "model": ktlab.load(), "texts": ktlab.domain_texts()}
+    for cell in code(notebook):
+        lines = [line for line in cell.splitlines() if not line.startswith(("import", "from"))]
+        if not INSTRUMENT.search("\n".join(lines)):
+            exec(cell, names)
+    model = names["model"]
+    assert isinstance(model, ktlab.Model) and model.name == path.stem
+
+
+def test_mla_of_a_model_without_it(tmp_path: Path) -> None:
+    model = ktlab.Model(synthesize(TINY_QWEN3MOE_CONFIG))
+    for show in (lambda: cache_frame(model), lambda: MLAView(model, {"text": "a text"})):
+        with pytest.raises(SettingError, match="has grouped-query attention, which has one form"):
+            show()
+
+
+def test_a_setting_that_cannot_compute_this_model_says_why() -> None:
+    model = ktlab.Model(synthesize(TINY_V2_CONFIG, formats={"*_exps*": "q8_0", "*": "f32"}))
+    settings = {"float32": dict(backend="torch"), "emulated": dict(isa="amx_bf16_emulated")}
+    frame = kernel_frame(model, settings, [1, 2, 3])
+    assert "cannot compute" in frame.loc["emulated", "kernel"]
+    assert frame.loc["float32", "logits"] == "0 %"
