@@ -8,14 +8,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ktlab.checkpoint.checkpoint import Checkpoint
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
 from ktlab.checkpoint.gguf_file import read_config
 from ktlab.checkpoint.header import type_name
+from ktlab.checkpoint.hugging_face import SafetensorsCheckpoint
 from ktlab.checkpoint.mixtures import mixture
 from ktlab.checkpoint.names import Shape, expected_tensors
-from ktlab.checkpoint.opening import open_checkpoint
 from ktlab.checkpoint.published import published_model, published_models
 from ktlab.checkpoint.safetensors_folder import safetensors_folder
 from ktlab.checkpoint.shards import SHARD, read_headers, shard_paths
@@ -73,8 +72,8 @@ def read_facts(path_or_name: str | Path, *, format: str | None = None) -> ModelF
     path = Path(path_or_name).expanduser()
     if name in EMBEDDED_MODELS:
         facts = _from_gguf(data_path(EMBEDDED_MODELS[name]), name)
-    elif safetensors_folder(path) is not None:
-        facts = _from_checkpoint(open_checkpoint(path), path)
+    elif (folder := safetensors_folder(path)) is not None:
+        facts = _from_folder(SafetensorsCheckpoint(folder), path)
     elif path.exists():
         facts = _from_gguf(path, path.name)
     elif path.suffix or len(path.parts) > 1:
@@ -116,12 +115,10 @@ def _from_gguf(path: Path, name: str) -> ModelFacts:
     )
 
 
-def _from_checkpoint(checkpoint: Checkpoint, folder: Path) -> ModelFacts:
-    """Of anything that lists its tensors under canonical names without decoding them."""
+def _from_folder(checkpoint: SafetensorsCheckpoint, folder: Path) -> ModelFacts:
     tensors = tuple(
-        TensorFacts(name=name, format=t.format.name, shape=t.shape, nbytes=t.nbytes)
-        for name in checkpoint.names()
-        for t in (checkpoint.tensor(name),)
+        TensorFacts(name=name, format=format, shape=shape, nbytes=nbytes)
+        for name, format, shape, nbytes in checkpoint.described()
     )
     return ModelFacts(
         name=checkpoint.name,

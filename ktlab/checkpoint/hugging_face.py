@@ -4,6 +4,7 @@ Plain matrices are views of the files. Put together at first use are experts sto
 out of `kv_b_proj` (their axes are swapped), and FP8 with its block scales (`weight_scale_inv`).
 """
 
+import math
 import re
 import weakref
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ FP8, SCALE = "F8_E4M3", "_scale_inv"
 FORMAT_OF = {"F32": "f32", "F16": "f16", "BF16": "bf16", FP8: "fp8_e4m3"}
 """{type of a safetensors file: format here}; other types hold no weights that this kit computes."""
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
+_LAYERS = "model.layers."
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
@@ -54,9 +56,12 @@ class SafetensorsCheckpoint(CheckpointView):
         where = f"{folder.name}/{CONFIG}"
         config = config_from_json(where, self.name, content)
         self._scale_block = _scale_block(where, content)
+        self._scale_shapes: dict[Shape, Shape] = {}
         self._stored = read_folder(folder)
         self._check_counts(where, config)
-        further = {n for n in map(_layer, self._stored) if n is not None and n >= config.num_layers}
+        numbers = {name.split(".", 3)[2] for name in self._stored if name.startswith(_LAYERS)}
+        layers = {int(n) for n in numbers if n.isdecimal() and len(n) <= 6}
+        further = {n for n in layers if n >= config.num_layers}
         self.config: ModelConfig = replace(config, num_nextn_layers=len(further))
         self._shapes = expected_tensors(self.config)
         self._origins = {
@@ -64,7 +69,9 @@ class SafetensorsCheckpoint(CheckpointView):
             for name, shape in self._shapes.items()
         }
         self._check()
-        self._files = {path: MappedFile(path) for path in {e.path for e in self._stored.values()}}
+        # By identity: 90 thousand paths to hash would take a tenth of the time of opening.
+        paths = {id(entry.path): entry.path for entry in self._stored.values()}
+        self._files = {path: MappedFile(path) for path in paths.values()}
         self._kept: weakref.WeakValueDictionary[str, QTensor] = weakref.WeakValueDictionary()
 
     # What must be there ----------------------------------------------------------------------
@@ -124,14 +131,20 @@ class SafetensorsCheckpoint(CheckpointView):
         if len(entry.shape) < 2:
             yield f"{entry.name} is {FP8} and no matrix, which has no block scales"
             return
-        rows, cols = entry.shape[-2:]
-        per_rows, per_cols = self._scale_block
-        expected = (*entry.shape[:-2], -(-rows // per_rows), -(-cols // per_cols))
+        expected = self._scale_shape(entry.shape)
         scale = self._stored.get(entry.name + SCALE)
         if scale is None:
             yield f"{entry.name}{SCALE} is missing, the block scales of an {FP8} tensor"
         elif scale.dtype != "F32" or scale.shape != expected:
             yield f"{scale.name} is {scale.dtype} {scale.shape}, expected F32 {expected}"
+
+    def _scale_shape(self, shape: Shape) -> Shape:
+        known = self._scale_shapes.get(shape)
+        if known is None:
+            (rows, cols), (per_rows, per_cols) = shape[-2:], self._scale_block
+            known = (*shape[:-2], -(-rows // per_rows), -(-cols // per_cols))
+            self._scale_shapes[shape] = known
+        return known
 
     @cached_property
     def unused(self) -> list[str]:
@@ -165,6 +178,18 @@ class SafetensorsCheckpoint(CheckpointView):
             (e.name, FORMAT_OF.get(e.dtype, e.dtype.lower()), e.shape, e.nbytes)
             for e in self._stored.values()
         ]
+
+    def described(self) -> list[tuple[str, str, Shape, int]]:
+        """(canonical name, format, shape, bytes) of each, as `tensor` gives it; no weights."""
+        found = []
+        for name, shape in self._shapes.items():
+            made_of = self._origins[name]
+            format = self._format(self._stored[made_of.names[0]], made_of)
+            if not is_quantizable(name, shape):
+                format = get_format("f32")
+            nbytes = math.prod(shape[:-1]) * format.row_bytes(shape[-1])
+            found.append((name, format.name, shape, nbytes))
+        return found
 
     def tensor(self, name: str) -> QTensor:
         """The tensor of that canonical name: a view of a file, or gathered when it is used."""

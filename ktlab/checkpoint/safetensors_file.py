@@ -11,7 +11,9 @@ import json
 import math
 import mmap
 import os
+import re
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +66,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"{where}: not a safetensors file, or a truncated one: its header would have "
                 f"{length} bytes, the file has {size}, a header at most {LARGEST_HEADER}"
             )
-        content = read_json(file.read(length), f"{where}: the header")
+        raw = file.read(length)
+    regular = _regular(raw, path, size - 8 - length)
+    if regular is not None:
+        return regular
+    content = read_json(raw, f"{where}: the header")
     if not isinstance(content, dict):
         raise CheckpointError(f"{where}: the header is no JSON object; {DAMAGED}")
     content.pop("__metadata__", None)
@@ -85,6 +91,59 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if problems:
         raise CheckpointError(together(where, problems, DAMAGED))
     return entries
+
+
+_ENTRY = re.compile(
+    r'"([ !#-\[\]-~]+)":\{"dtype":"(\w{1,8})","shape":\[([\d,]{0,99})\],'
+    r'"data_offsets":\[(0|[1-9]\d{0,17}),(0|[1-9]\d{0,17})\]\}'
+)
+_BETWEEN = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
+_METADATA = re.compile(r'\{(?:"__metadata__":\{[^{}]*\},)?')
+
+
+def _regular(raw: bytes, path: Path, room: int) -> dict[str, StoredTensor] | None:
+    """The entries of a header written as the library writes it, tensors in the order of their
+    bytes; None for any other and for anything wrong, which takes JSON and words.
+
+    DeepSeek-V3's 90 thousand entries take a third of the time that JSON's objects take.
+    """
+    try:
+        text = raw.decode("ascii").rstrip(" ")
+    except UnicodeDecodeError:
+        return None
+    head = _METADATA.match(text)
+    found = _ENTRY.findall(text)
+    # Nothing but entries: then their parts and what stands between them make up the whole.
+    parts = sum(map(len, chain.from_iterable(found))) + _BETWEEN * len(found)
+    commas = len(found) - (1 if head is None or head.end() == 1 else 0)
+    if (
+        head is None
+        or head.end() + parts != len(text)
+        or text.count('},"') != commas
+        or not text.endswith("}}")
+    ):
+        return None
+    entries: dict[str, StoredTensor] = {}
+    sizes: dict[tuple[str, str], tuple[Shape, int]] = {}
+    data_start, covered, before, new = 8 + len(raw), 0, "0", tuple.__new__
+    for name, dtype, dimensions, start, end in found:
+        known = sizes.get((dtype, dimensions))
+        if known is None:
+            words = dimensions.split(",") if dimensions else []
+            if (
+                dtype not in DTYPE_BYTES
+                or len(words) > 8
+                or any(str(int(w or -1)) != w for w in words)
+            ):
+                return None
+            shape = tuple(map(int, words))
+            known = sizes[dtype, dimensions] = shape, math.prod(shape) * DTYPE_BYTES[dtype]
+        shape, nbytes = known
+        if start != before or int(end) != covered + nbytes:
+            return None
+        entries[name] = new(StoredTensor, (name, dtype, shape, data_start + covered, nbytes, path))
+        covered, before = covered + nbytes, end
+    return entries if covered == room and len(entries) == len(found) else None
 
 
 def read_json(raw: bytes, what: str) -> Any:

@@ -98,7 +98,10 @@ def _by_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
                     f"{file} lacks {len(absent)} tensors that {index.name} lists in it: "
                     f"{_some(absent)}{nearest(absent[0], inside)}"
                 )
-            tensors.update((name, inside[name]) for name in names if name in inside)
+            if not absent and len(names) == len(inside):
+                tensors.update(inside)
+            else:
+                tensors.update((name, inside[name]) for name in names if name in inside)
     _refuse(folder, problems)
     return tensors
 

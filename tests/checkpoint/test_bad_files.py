@@ -119,6 +119,17 @@ def test_offset_beyond_the_file(damaged: Damage) -> None:
     refused(damaged(change), "1 of 52 tensors lie beyond", "token_embd.weight")
 
 
+def test_tensors_that_overlap(damaged: Damage) -> None:
+    def change(content: bytearray) -> None:
+        position = entry_position(content, "token_embd.weight")
+        # number of dimensions, two of them, type: then the offset
+        offset = position + 4 + 16 + 4
+        (found,) = struct.unpack_from("<Q", content, offset)
+        struct.pack_into("<Q", content, offset, found - 32 if found else 32)
+
+    refused(damaged(change), "the tensors before it end at", "one of them lies about its size")
+
+
 def test_type_that_nobody_knows(damaged: Damage) -> None:
     def change(content: bytearray) -> None:
         struct.pack_into("<I", content, entry_position(content, "token_embd.weight") + 20, 99)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ktlab.checkpoint.safetensors_file import DTYPE_BYTES, MappedFile, read_header
+from ktlab.checkpoint.safetensors_file import DTYPE_BYTES, MappedFile, _regular, read_header
 from ktlab.checkpoint.safetensors_folder import INDEX, read_folder
 from ktlab.errors import CheckpointError
 
@@ -213,3 +213,38 @@ def test_a_tensor_in_two_files_without_an_index(tmp_path: Path) -> None:
     save_file({"a": TENSORS["a"]}, tmp_path / "one.safetensors")
     save_file({"a": TENSORS["a"]}, tmp_path / "two.safetensors")
     folder_refused(tmp_path, "a is in one.safetensors and in two.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace('"F32"', '"F64"', 1),
+        lambda text: text.replace("[0,", "[00,", 1),
+        lambda text: text.replace('},"', '};"', 1),
+        lambda text: text[:-1],
+        lambda text: text.replace('"shape":[2,3]', '"shape":[3,3]'),
+        lambda text: text.replace('"shape":[2,3]', '"shape":[2,,3]'),
+        lambda text: text.replace('"shape":[2,3]', '"shape":[02,3]'),
+        lambda text: text.replace('"b"', '"a"'),
+        lambda text: text.replace('"b"', '"\x01"'),
+    ],
+)
+def test_the_quick_way_through_a_header_takes_nothing_that_json_would_not(
+    change: Callable[[str], str], tmp_path: Path
+) -> None:
+    """A header as the library writes it is read by pattern, any other as JSON: the same entries."""
+    arrays = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+    path = tmp_path / "model.safetensors"
+    save_file(arrays, path, metadata={"format": "pt"})
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + length], content[8 + length :]
+    quick = _regular(header, path, len(data))
+    assert quick == read_header(path) and quick is not None and set(quick) == {"a", "b"}
+    spaced = json.dumps(json.loads(header)).encode()
+    assert _regular(spaced, path, len(data)) is None
+    path.write_bytes(len(spaced).to_bytes(8, "little") + spaced + data)
+    assert [e[:3] for e in read_header(path).values()] == [e[:3] for e in quick.values()]
+    changed = change(header.decode().rstrip())
+    assert changed != header.decode().rstrip()
+    assert _regular(changed.encode(), path, len(data)) is None
