@@ -32,7 +32,9 @@ def cell_of(lab: Lab, source: str) -> int:
     )
 
 
-@pytest.mark.alone  # the roofline measures for a set time: beside others, too few kernels fit in
+# Not understood: with busy loops beside it, all 25 points were measured and in the table, but the
+# page's figure stayed as it was before the first. Until that is found, it shares no cores.
+@pytest.mark.alone
 @pytest.mark.parametrize(("theme", "width"), [("light", 1280)])
 def test_layouts_and_kernels(lab: Lab, theme: str, width: int) -> None:
     lab.open(NOTEBOOK, theme=theme, width=width, height=1300)
