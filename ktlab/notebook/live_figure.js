@@ -21,6 +21,11 @@ async function load(source) {
   }
 }
 
+// Plotly's promise may never settle (seen on a busy machine: an empty chart for good), so a drawing
+// is waited for, but not for longer than this.
+const PATIENCE_MS = 2000;
+const later = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
+
 // Draws the latest state; states that arrive while it draws are skipped but for the last.
 function drawer(model, plot, Plotly) {
   let busy = false;
@@ -34,7 +39,8 @@ function drawer(model, plot, Plotly) {
         const { data, layout } = JSON.parse(drawn);
         // Resizing measures the element, so it must have the figure's height of its own.
         if (layout.height) plot.style.height = `${layout.height}px`;
-        await Plotly.react(plot, data, layout, model.get("_config"));
+        const drawing = Plotly.react(plot, data, layout, model.get("_config"));
+        await Promise.race([drawing, later(PATIENCE_MS)]);
       }
     } finally {
       busy = false;

@@ -19,10 +19,13 @@ for figure in figures:
     figure.update_layout(height=150, margin=dict(l=20, r=0, t=0, b=20), autosize=True)
 button = widgets.Button(description="press")
 button.add_class("the-button")
+presses = 0
 
 def pressed(_):
+    global presses
+    presses += 4
     for figure in figures:
-        for count in range(4, 8):
+        for count in range(presses, presses + 4):
             with figure.batch_update():
                 figure.data[0].y = list(range(1, count + 1))
                 figure.layout.title.text = "pressed"
@@ -30,6 +33,14 @@ def pressed(_):
 button.on_click(pressed)
 widgets.VBox([button, *figures])
 """
+NEVER_DONE = """async () => {
+    const plotly = await ktlabPlotly.plotly(), react = plotly.react, seen = new Set();
+    plotly.react = (plot, ...state) => {
+        const drawing = react(plot, ...state);
+        return seen.has(plot) ? drawing : (seen.add(plot), new Promise(() => {}));
+    };
+}"""
+"""A drawing of which Plotly never says that it is done, once a figure."""
 CHANGED_AT_ONCE = "figures[0].data[0].y = [1, 2, 3, 4, 5]"
 
 
@@ -49,6 +60,9 @@ def test_figures_follow_their_objects(lab: Lab, notebook_folder: Path) -> None:
     lab.page.click(".the-button")
     lab.wait_until(bars(7))
     lab.screenshot("live-figure")
+    lab.page.evaluate(NEVER_DONE)
+    lab.page.click(".the-button")
+    lab.wait_until(bars(11))
     width = "document.querySelector('.js-plotly-plot .main-svg').clientWidth"
     wide = lab.page.evaluate(width)
     lab.page.set_viewport_size({"width": 800, "height": 1500})
