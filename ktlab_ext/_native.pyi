@@ -52,6 +52,26 @@ def linear(
 def linear_by_head(pool: Pool, isa: str, few: int, matrix: Matrix, x: Array, y: Array) -> None: ...
 def attend(pool: Pool, isa: str, q: Array, keys: Array, scale: float, y: Array) -> None: ...
 def rms_norm(x: Array, weight: Array, eps: float, y: Array) -> None: ...
+def mla_token(
+    pool: Pool,
+    isa: str,
+    q_a: Matrix | None,
+    q_a_norm: Array | None,
+    q_b: Matrix,
+    kv_a: Matrix,
+    kv_a_norm: Array,
+    k_b: Matrix,
+    v_b: Matrix,
+    output: Matrix,
+    turns: Array,
+    halves: bool,
+    eps: float,
+    scale: float,
+    x: Array,
+    keys: Array,
+    q: Array,
+    y: Array,
+) -> None: ...
 def moe(
     pool: Pool,
     isa: str,

@@ -38,6 +38,21 @@ cdef extern from "ktl.h" nogil:
     int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t cols,
                    const float *keys, int64_t positions, int64_t stride, int64_t values,
                    float scale, float *y)
+    ctypedef struct ktl_mla:
+        const ktl_matrix *q_a
+        const ktl_matrix *q_b
+        const ktl_matrix *kv_a
+        const ktl_matrix *k_b
+        const ktl_matrix *v_b
+        const ktl_matrix *output
+        const float *q_a_norm
+        const float *kv_a_norm
+        const float *turns
+        int halves
+        float eps
+        float scale
+    int ktl_mla_token(ktl_pool *pool, int isa, const ktl_mla *m, const float *x, float *keys,
+                      int64_t positions, int64_t stride, float *q, float *y)
     void ktl_rms_norm(const float *x, const float *weight, int64_t cols, float eps, float *y)
     int ktl_moe(ktl_pool *pool, int isa, int few, const ktl_matrix *gate, const ktl_matrix *up,
                 const ktl_matrix *down, const void *x, int x_type, int64_t tokens,

@@ -16,9 +16,10 @@ from ktlab.attention.cache import FORMS, Form, LayerCache
 from ktlab.attention.rope import Places, RoPE
 from ktlab.attention.stage import Attention, causal_pairs, visible, write
 from ktlab.checkpoint.config import MLASizes, ModelConfig
-from ktlab.kernels import products
+from ktlab.kernels import native, products
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.norm import rms_norm
+from ktlab.kernels.request import PACKED
 from ktlab.probe import Probe
 
 DECOMPRESSED_BYTES = 64 << 20
@@ -57,15 +58,20 @@ class MLA(Attention):
     ) -> None:
         super().__init__(config, layer, weights, rope)
         self.sizes = sizes
+        self._token: _Token | None = None
 
     def attend(
         self, hidden_BTD: Tensor, cache: LayerCache, positions_BT: Tensor, probe: Probe
     ) -> Tensor:
         """(B, T, D) to (B, T, D)."""
+        places = self._rope.places(positions_BT)
+        if hidden_BTD.shape[:2] == (1, 1) and self.form == "absorbed":
+            token = self._whole_token()
+            if token is not None:
+                return self._in_one_call(token, hidden_BTD, cache, places, probe)
         sizes, w = self.sizes, self.weights
         rank = sizes.kv_lora_rank
         q_BTHd, kv_BTc = self._queries(hidden_BTD), w.kv_a(hidden_BTD)
-        places = self._rope.places(positions_BT)
         new = _New(
             q_nope_BTHN=q_BTHd[..., : sizes.qk_nope_dim],
             q_rope_BTHR=self._rope.rotate(
@@ -87,6 +93,38 @@ class MLA(Attention):
         self.record(probe, "q", q_BTHd)
         self.record(probe, "latent", new.latent_BTC)
         return w.output(out_BTHV.flatten(2))
+
+    def _whole_token(self) -> "_Token | None":
+        """What one native call needs for a decoded token, if the matrices' kernels allow it."""
+        found = self._token
+        if found is None or found.weights is not self.weights or not found.holds():
+            found = self._token = _Token(self.weights)
+        return found if found.matrices is not None else None
+
+    def _in_one_call(
+        self,
+        token: "_Token",
+        hidden_11D: Tensor,
+        cache: LayerCache,
+        places: Places,
+        probe: Probe,
+    ) -> Tensor:
+        """Each operation of `attend` in its turn, without Python between them."""
+        keys_SC, rank = cache.keys[0, : places.seen], self.sizes.kv_lora_rank
+        assert token.matrices is not None
+        output_D, q = native.mla_token(
+            token.kernels[0],
+            token.matrices,
+            places.turns_BTr[0, 0],
+            self._rope.halves,
+            self.config.rms_eps,
+            self._scale,
+            hidden_11D.reshape(-1),
+            keys_SC,
+        )
+        self.record(probe, "q", q.view(1, 1, self.sizes.num_heads, -1))
+        self.record(probe, "latent", keys_SC[None, -1:, :rank])
+        return output_D.view(1, 1, -1)
 
     def _queries(self, hidden_BTD: Tensor) -> Tensor:
         sizes, w = self.sizes, self.weights
@@ -192,6 +230,35 @@ class MLA(Attention):
         scores_BHTS = q_BHTd @ cache.keys[:, :, :seen].transpose(-1, -2)
         weights_BHTS = self.softmax(scores_BHTS, new.positions_BT)
         return (weights_BHTS @ cache.values[:, :, :seen]).transpose(1, 2)
+
+
+class _Token:
+    """A layer's kernels, and its matrices where one native call can use them all."""
+
+    def __init__(self, weights: MLAWeights) -> None:
+        self.weights = weights
+        w = weights
+        self._linears = [m for m in (w.q_a, w.q_b, w.kv_a, w.k_b, w.v_b, w.output) if m is not None]
+        self.kernels = [linear.kernel for linear in self._linears]
+        alike = {(k.backend, k.isa, k.threads, k.numa) for k in self.kernels}
+        usable = len(alike) == 1 and self.kernels[0].backend == "native"
+        self.matrices: native.TokenMatrices | None = None
+        if usable and all(k.few >= 1 for k in self.kernels):
+            matrix = products.native_matrix
+            self.matrices = native.TokenMatrices(
+                q_a=w.q_a and matrix(w.q_a.kernel, w.q_a.stack),
+                q_a_norm=None if w.q_a_norm_Q is None else w.q_a_norm_Q.numpy(),
+                q_b=matrix(w.q_b.kernel, w.q_b.stack),
+                kv_a=matrix(w.kv_a.kernel, w.kv_a.stack),
+                kv_a_norm=w.kv_a_norm_C.numpy(),
+                k_b=matrix(w.k_b.kernel, w.k_b.stack, PACKED),
+                v_b=matrix(w.v_b.kernel, w.v_b.stack, PACKED),
+                output=matrix(w.output.kernel, w.output.stack),
+            )
+
+    def holds(self) -> bool:
+        """Whether the matrices still have the kernels that this was made for."""
+        return all(a.kernel is b for a, b in zip(self._linears, self.kernels, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ class RoPE:
 
     def __init__(self, config: ModelConfig) -> None:
         self._frequencies = frequencies(config)
-        self._halves = config.attention.rope_pairs == "halves"
+        self.halves = config.attention.rope_pairs == "halves"
         yarn = config.yarn
         self._magnitude = (
             yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
@@ -98,7 +98,7 @@ class RoPE:
 
         A pair is a complex number; to turn it by an angle is to multiply it.
         """
-        if self._halves:
+        if self.halves:
             turned = torch.complex(*x.chunk(2, dim=-1)) * turns
             return torch.cat((turned.real, turned.imag), dim=-1)
         turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns

@@ -5,6 +5,7 @@ T tokens, D hidden, K columns or selected experts, N rows.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -45,7 +46,7 @@ class _Idle:
     def linear(self, *_: Any) -> None:
         pass
 
-    moe = linear_by_head = attend = linear
+    moe = linear_by_head = attend = mla_token = linear
 
 
 @contextmanager
@@ -166,6 +167,60 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     y_D = torch.empty_like(weight_D)
     _native().rms_norm(x_D.numpy(), weight_D.numpy(), eps, y_D.numpy())
     return y_D
+
+
+@dataclass(frozen=True)
+class TokenMatrices:
+    """What `mla_token` multiplies by: matrices of the C core, `q_a` may be None, and norms."""
+
+    q_a: Any
+    q_a_norm: NDArray[np.float32] | None
+    q_b: Any
+    kv_a: Any
+    kv_a_norm: NDArray[np.float32]
+    k_b: Any
+    v_b: Any
+    output: Any
+
+
+def mla_token(
+    kernel: Kernel,
+    matrices: TokenMatrices,
+    turns: Tensor,
+    halves: bool,
+    eps: float,
+    scale: float,
+    x_D: Tensor,
+    keys_SC: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Absorbed latent attention of one token: its output (D) and its queries (H (N + R)).
+
+    The last row of `keys_SC` is written. turns: complex, (R / 2); halves: pairs are (i, i + R / 2).
+    """
+    m = matrices
+    q = torch.empty(m.q_b.rows, dtype=torch.float32)
+    y_D = torch.empty(m.output.rows, dtype=torch.float32)
+    _native().mla_token(
+        pool(kernel.threads, kernel.numa),
+        kernel.isa,
+        m.q_a,
+        m.q_a_norm,
+        m.q_b,
+        m.kv_a,
+        m.kv_a_norm,
+        m.k_b,
+        m.v_b,
+        m.output,
+        torch.view_as_real(turns).reshape(-1).numpy(),
+        halves,
+        eps,
+        scale,
+        x_D.numpy(),
+        keys_SC.numpy(),
+        q.numpy(),
+        y_D.numpy(),
+    )
+    return y_D, q
 
 
 def moe(

@@ -20,7 +20,7 @@ def linear(kernel: Kernel, stack: Stack, x_TK: Tensor) -> Tensor:
     if kernel.backend == "torch":
         return F.linear(x_TK, stack.floats)
     if kernel.backend == "native":
-        return native.linear(kernel, _native(kernel, stack), x_TK)
+        return native.linear(kernel, native_matrix(kernel, stack), x_TK)
     x = _plain(x_TK)
     if kernel.backend == "numba":
         weights = stack.weights(kernel.layout, kernel)
@@ -33,9 +33,7 @@ def linear_by_head(kernel: Kernel, stack: Stack, x_THK: Tensor) -> Tensor:
 
     On packed data whatever the kernel's layout: it is little, and rows are short.
     """
-    weights = stack.weights(PACKED, kernel)
-    matrix = stack.operand(("native", PACKED), lambda: native.matrix(weights))
-    return native.linear_by_head(kernel, matrix, x_THK)
+    return native.linear_by_head(kernel, native_matrix(kernel, stack, PACKED), x_THK)
 
 
 def attend(kernel: Kernel, q_HC: Tensor, keys_SC: Tensor, values: int, scale: float) -> Tensor:
@@ -45,6 +43,12 @@ def attend(kernel: Kernel, q_HC: Tensor, keys_SC: Tensor, values: int, scale: fl
         return native.attend(kernel, q_HC, keys_SC, values, scale)
     weights_HS = (q_HC @ keys_SC.T).mul_(scale).softmax(-1)
     return weights_HS @ keys_SC[:, :values]
+
+
+def native_matrix(kernel: Kernel, stack: Stack, layout: str = "") -> Any:
+    """The C core's view of a stack in a layout, the kernel's own if none is named."""
+    layout = layout or kernel.layout
+    return stack.operand(("native", layout), lambda: native.matrix(stack.weights(layout, kernel)))
 
 
 def moe(
@@ -62,7 +66,7 @@ def moe(
         floats: list[Tensor] = [stack.floats for stack in stacks]
         return torch_moe.moe(floats[0], floats[1], floats[2], hidden_TD, ids_TK, weights_TK)
     if kernel.backend == "native":
-        matrices = [_native(kernel, stack) for stack in stacks]
+        matrices = [native_matrix(kernel, stack) for stack in stacks]
         return native.moe(kernel, matrices, hidden_TD, ids_TK, weights_TK)
     call = (_plain(hidden_TD), _plain(ids_TK), _plain(weights_TK))
     if kernel.backend == "numba":
@@ -74,9 +78,3 @@ def moe(
 
 def _plain(tensor: Tensor) -> Any:
     return tensor.contiguous().numpy()
-
-
-def _native(kernel: Kernel, stack: Stack) -> Any:
-    return stack.operand(
-        ("native", kernel.layout), lambda: native.matrix(stack.weights(kernel.layout, kernel))
-    )

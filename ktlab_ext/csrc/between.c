@@ -1,4 +1,5 @@
-/* What decoding does between its matrices: attention of one token, and the norm of one row.
+/* What decoding does between its matrices: attention of one token, the norm of one row, and all of
+ * latent attention in one call.
  *
  * Attention of one token over a cache that all heads share (absorbed MLA): softmax(q K^T) V.
  *
@@ -91,6 +92,66 @@ int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t c
             ktl_pool_run(pool, put_together, &w, heads);
         }
     }
+    ktl_pool_unlock(pool);
+    return error;
+}
+
+/* ---- latent attention of one token ----------------------------------------------------------------- */
+enum { SLOT_TOKEN = 6 }; /* linear and attend use the first */
+
+static void rotate(const ktl_mla *m, int64_t size, const float *x, float *y) {
+    const int64_t pairs = size / 2;
+    for (int64_t i = 0; i < pairs; i++) {
+        const int64_t a = m->halves ? i : 2 * i, b = m->halves ? i + pairs : 2 * i + 1;
+        const float c = m->turns[2 * i], s = m->turns[2 * i + 1];
+        y[a] = x[a] * c - x[b] * s;
+        y[b] = x[a] * s + x[b] * c;
+    }
+}
+
+static int row_times(ktl_pool *pool, int isa, const ktl_matrix *w, const float *x, float *y) {
+    return ktl_linear(pool, isa, 1, w, 0, 1, x, KTL_X_F32, 1, w->cols, 0, y, w->rows, 0);
+}
+
+static int heads_times(ktl_pool *pool, int isa, const ktl_matrix *w, const float *x, int64_t x_head,
+                       float *y, int64_t y_head) {
+    return ktl_linear(pool, isa, 1, w, 0, w->experts, x, KTL_X_F32, 1, 0, x_head, y, 0, y_head);
+}
+
+int ktl_mla_token(ktl_pool *pool, int isa, const ktl_mla *m, const float *x, float *keys,
+                  int64_t positions, int64_t stride, float *q, float *y) {
+    const int64_t heads = m->k_b->experts, rank = m->k_b->rows, nope = m->k_b->cols;
+    const int64_t rope = m->kv_a->rows - rank, compressed = m->q_a ? m->q_a->rows : 0;
+    const int64_t width = rank + rope, values = m->v_b->rows;
+    if (positions < 1 || rope < 0 || rope % 2 || m->q_b->rows != heads * (nope + rope) ||
+        m->v_b->experts != heads || m->v_b->cols != rank || m->output->cols != heads * values ||
+        m->q_b->cols != (m->q_a ? compressed : m->kv_a->cols) ||
+        (m->q_a && m->q_a->cols != m->kv_a->cols))
+        return KTL_ERR_SHAPE;
+    int error = KTL_OK;
+    ktl_pool_lock(pool);
+    float *c = ktl_pool_scratch(pool, ktl_pool_threads(pool) + SLOT_TOKEN,
+                                (size_t)(compressed + width + heads * (width + rank + values)) * 4);
+    if (!c) error = KTL_ERR_MEMORY;
+    float *kv = c + compressed, *turned = kv + width, *mixed = turned + heads * width;
+    float *out = mixed + heads * rank, *key = keys + (positions - 1) * stride;
+    if (!error && m->q_a) {
+        error = row_times(pool, isa, m->q_a, x, c);
+        if (!error) ktl_rms_norm(c, m->q_a_norm, compressed, m->eps, c);
+    }
+    if (!error) error = row_times(pool, isa, m->q_b, m->q_a ? c : x, q);
+    if (!error) error = row_times(pool, isa, m->kv_a, x, kv);
+    if (!error) error = heads_times(pool, isa, m->k_b, q, nope + rope, turned, width);
+    if (!error) {
+        ktl_rms_norm(kv, m->kv_a_norm, rank, m->eps, key);
+        rotate(m, rope, kv + rank, key + rank);
+        for (int64_t h = 0; h < heads; h++)
+            rotate(m, rope, q + h * (nope + rope) + nope, turned + h * width + rank);
+        error = ktl_attend(pool, isa, turned, heads, width, keys, positions, stride, rank, m->scale,
+                           mixed);
+    }
+    if (!error) error = heads_times(pool, isa, m->v_b, mixed, rank, out, values);
+    if (!error) error = row_times(pool, isa, m->output, out, y);
     ktl_pool_unlock(pool);
     return error;
 }

@@ -125,6 +125,26 @@ int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t c
 /* y = x / sqrt(mean(x^2) + eps) * weight, one row; computed by the caller's thread. */
 void ktl_rms_norm(const float *x, const float *weight, int64_t cols, float eps, float *y);
 
+/* Multi-head latent attention of one layer, absorbed. D hidden, H heads, C = kv_a_norm's numbers. */
+typedef struct {
+    const ktl_matrix *q_a;  /* Q x D, or NULL: then q_b reads D */
+    const ktl_matrix *q_b;  /* H (N + R) x D or Q */
+    const ktl_matrix *kv_a; /* C + R x D */
+    const ktl_matrix *k_b;  /* H x (C x N) */
+    const ktl_matrix *v_b;  /* H x (V x C) */
+    const ktl_matrix *output; /* D x H V */
+    const float *q_a_norm, *kv_a_norm;
+    const float *turns; /* R / 2 complex numbers: by how much each pair is turned */
+    int halves;         /* pairs are (i, i + R / 2), not (2 i, 2 i + 1) */
+    float eps, scale;
+} ktl_mla;
+
+/* y (D) of one token x (D): writes its latent and turned key to the last of `positions` rows of
+ * `keys` (C + R numbers, `stride` apart) and attends to all of them. q: H (N + R), the queries before
+ * they are turned. The same as the operations one by one, without what lies between them. */
+int ktl_mla_token(ktl_pool *pool, int isa, const ktl_mla *m, const float *x, float *keys,
+                  int64_t positions, int64_t stride, float *q, float *y);
+
 /* y (T x D) = sum over k of weights[t,k] * down(silu(gate(x)) * up(x)) of expert ids[t,k]; id -1 is
  * nobody; an id may repeat within a token. gate, up: E x (F x D), down: E x (D x F). `few` counts
  * the tokens of one expert. ids and weights are contiguous (T x top_k). */

@@ -1,5 +1,7 @@
 """MLA: both forms give the same numbers, RoPE depends on distances alone, caches are accounted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,8 +17,10 @@ from ktlab.checkpoint.synthesis import (
     synthesize,
 )
 from ktlab.errors import ContextError, SettingError
+from ktlab.kernels import native
 from ktlab.kernels.linear import Linear
 from ktlab.model.model import Model
+from ktlab.probe import Recorder
 
 
 def attend(model: Model, form: str, hidden: torch.Tensor) -> torch.Tensor:
@@ -109,6 +113,52 @@ def test_long_prompts_over_the_latent_give_the_same_numbers(
             (outputs[-1], attention.forward(hidden[:1], alone, torch.arange(30)[None]))
         )
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(bool(native.unavailable()), reason="no native kernels here")
+@pytest.mark.parametrize("q_lora_rank", [0, 32])
+@pytest.mark.parametrize("halves", [False, True])
+def test_a_token_in_one_call_is_the_token_by_its_operations(
+    q_lora_rank: int, halves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = replace(TINY_YARN_CONFIG.mla, q_lora_rank=q_lora_rank)
+    model = Model(synthesize(replace(TINY_YARN_CONFIG, attention=sizes)))
+    attention = model.layers[0].attention
+    assert isinstance(attention, MLA)
+    attention._rope.halves = halves
+    hidden = torch.randn(1, 12, 64, generator=torch.manual_seed(0))
+    names = ("layers.0.attention.q", "layers.0.attention.latent")
+
+    def outputs() -> list[torch.Tensor]:
+        cache, recorder = model.new_cache(context=12).layers[0], Recorder(names)
+        found = [attention.forward(hidden[:, :8], cache, torch.arange(8)[None])]
+        for at in range(8, 12):
+            place = torch.tensor([[at]])
+            found.append(attention.forward(hidden[:, at : at + 1], cache, place, recorder))
+        return [*found, cache.keys, *(recorder.joined()[name] for name in names)]
+
+    whole = outputs()
+    token = attention._whole_token()
+    assert token is not None and token.holds()
+    monkeypatch.setattr(MLA, "_whole_token", lambda self: None)
+    for found, expected in zip(whole, outputs(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(bool(native.unavailable()), reason="no native kernels here")
+def test_a_token_goes_by_its_operations_where_kernels_differ() -> None:
+    attention = Model(synthesize(TINY_YARN_CONFIG)).layers[0].attention
+    assert isinstance(attention, MLA)
+    before = attention._whole_token()
+    assert before is not None
+    attention.weights.output.use(threads=3)
+    assert attention._whole_token() is None
+    attention.weights.output.use(threads=None)
+    after = attention._whole_token()
+    assert after is not None and after is not before
+    for linear in attention.linears.values():
+        linear.use(backend="torch")
+    assert attention._whole_token() is None
 
 
 def test_long_prompts_are_computed_in_bfloat16_where_the_kernels_are(
