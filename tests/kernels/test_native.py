@@ -24,7 +24,7 @@ SOME = ("q8_0", "q4_k", "q6_k", "int8_channel", "bf16", "f32")
 SHAPES = [(48, 256), (33, 512), (17, 288), (5, 1408), (7, 33), (1, 1)]
 TOKENS = (1, 2, 3, 7, 16, 33, 256)
 SLOW_ISAS = ("serial", *EMULATED)
-"""Slow ones. With 96 tokens, all to one expert three times, it still has more rows than 256."""
+"""Slow ones compute at most 96 tokens of a layer."""
 BOUND = {"f32": 1e-5, "f16": 1e-3, "bf16": 1e-2}
 """Relative error allowed; 8-bit activations may lose 1 % everywhere else."""
 MOE_BOUND = {"f32": 1e-5, "f16": 1e-3, "bf16": 1e-2}
@@ -187,6 +187,21 @@ def test_gate_up_and_down_may_differ_in_format_and_layout(isa: str, formats) -> 
         ids, weights = routings(tokens, 6)["spread"], np.ones((tokens, 3), np.float32)
         found = moe([blocks[0], *packed[1:]], isa, (x[:tokens], ids, weights), threads=2)
         assert relative(found, weighted(exact_ETD, ids, weights)) < MOE_INT8
+
+
+INT8 = [isa for isa in ISAS if isa != "serial" and not isa.startswith("amx_bf16")]
+
+
+@pytest.mark.parametrize("isa", INT8)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_q8_0_keeps_16_bits_unless_gate_and_up_have_lost_them(isa: str, tokens: int) -> None:
+    ids, weights = routings(tokens, 6)["spread"], np.ones((tokens, 3), np.float32)
+    errors = []
+    for formats in (("q8_0", "q8_0", "q8_0"), ("q4_k", "q4_k", "q8_0")):
+        banks, x, exact_ETD = moe_case(formats, tokens=40)
+        found = moe(banks["packed"], isa, (x[:tokens], ids, weights), few=8, threads=2)
+        errors.append(relative(found, weighted(exact_ETD, ids, weights)))
+    assert errors[0] < 3e-4 and 3e-3 < errors[1] < 0.02, errors
 
 
 @pytest.mark.parametrize(("isa", "format"), [p for p in PAIRS if p[1] in SOME])
