@@ -46,6 +46,16 @@ class RecordedModel(Record):
     command: str
     result: ModelBench
 
+    def rows(self) -> list[str]:
+        """Lines of the README's table: model, layout, who, tokens/s of prefill and of decoding."""
+        layout = "packed" if "layout=packed" in self.command else "ggml_blocks"
+        return [
+            f"| {self.result.model} | {layout if case.who == 'ktlab' else ''} | "
+            f"{case.who.partition('/')[0]} | {case.prefill_tokens_per_s:.3g} | "
+            f"{case.decode_tokens_per_s:.3g} |"
+            for case in self.result.cases
+        ]
+
 
 def recorded_models() -> tuple[RecordedModel, ...]:
     """All runs of the file of whole models, in its order."""
