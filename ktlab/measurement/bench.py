@@ -252,7 +252,7 @@ def _case(
     nbytes = inputs.touched * contender.expert_bytes()
     middle = median(samples_s)
     low, high = np.quantile(samples_s, (0.25, 0.75))
-    least_s, ceiling = rates.bound(nbytes, operations, contender.peak_isa)
+    least_s, ceiling = rates.bound(nbytes, operations, contender.peak_isa, middle)
     found_TD = contender.output(tokens)[: len(exact_TD)].astype(np.float64)
     return KernelCase(
         shape=shape.name,

@@ -144,6 +144,10 @@ def test_the_larger_time_is_the_bound() -> None:
     assert least_s == pytest.approx(1.0) and name == "avx512_vnni 1000 GFLOP/s"
     least_s, name = rates.bound(1e6, 1e12, "amx_int8")  # not measured here
     assert least_s == pytest.approx(10.0) and name.startswith("float32")
+    # A time that the median does not allow: the best round bounds it, and says so.
+    assert rates.bound(1e9, 1e9, "avx512_vnni", 0.1) == (0.1, "read 10 GB/s")
+    least_s, name = rates.bound(1e9, 1e9, "avx512_vnni", 0.09)
+    assert least_s == pytest.approx(1 / 30) and name == "read 30 GB/s at best"
     assert rates.best["read"] == 30e9
     rates.begin()  # earlier rounds bound nothing of later ones
     for name, rate in {"read": 5e9, "float32": 100e9}.items():
