@@ -310,20 +310,6 @@ def attend(Pool pool not None, str isa not None, q, keys, float scale, y):
             PyBuffer_Release(&v[i])
 
 
-def rms_norm(x, weight, float eps, y):
-    """y = x / sqrt(mean(x^2) + eps) * weight, all 1-D float32 of one length, contiguous."""
-    cdef Py_buffer v[3]
-    cdef int i
-    cdef int64_t size = len(x)
-    memset(v, 0, sizeof(v))
-    try:
-        ktl_rms_norm(numbers(x, &v[0], "x", size, False), numbers(weight, &v[1], "weight", size, False),
-                     size, eps, numbers(y, &v[2], "y", size, True))
-    finally:
-        for i in range(3):
-            PyBuffer_Release(&v[i])
-
-
 cdef float *numbers(object array, Py_buffer *v, str name, int64_t count, bint written) except NULL:
     """The data of a contiguous 1-D float32 array of `count` numbers."""
     take(array, v, name, 1, b'f', b'f', "1 dimension of float32", written)

@@ -53,7 +53,6 @@ cdef extern from "ktl.h" nogil:
         float scale
     int ktl_mla_token(ktl_pool *pool, int isa, const ktl_mla *m, const float *x, float *keys,
                       int64_t positions, int64_t stride, float *q, float *y)
-    void ktl_rms_norm(const float *x, const float *weight, int64_t cols, float eps, float *y)
     int ktl_moe(ktl_pool *pool, int isa, int few, const ktl_matrix *gate, const ktl_matrix *up,
                 const ktl_matrix *down, const void *x, int x_type, int64_t tokens,
                 int64_t x_stride, const int64_t *ids, const float *weights, int64_t top_k,

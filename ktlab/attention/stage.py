@@ -122,7 +122,7 @@ class Attention:
 
     @property
     def linears(self) -> dict[str, Linear]:
-        """The matrices by name; those with one a head are multiplied by torch."""
+        """The matrices by name, those with one a head among them."""
         return {k: v for k, v in vars(self.weights).items() if isinstance(v, Linear)}
 
     @property

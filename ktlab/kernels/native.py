@@ -162,13 +162,6 @@ def attend(kernel: Kernel, q_HC: Tensor, keys_SC: Tensor, values: int, scale: fl
     return y_HV
 
 
-def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight of one row: a call of 4 us, torch's operations take 20."""
-    y_D = torch.empty_like(weight_D)
-    _native().rms_norm(x_D.numpy(), weight_D.numpy(), eps, y_D.numpy())
-    return y_D
-
-
 @dataclass(frozen=True)
 class TokenMatrices:
     """What `mla_token` multiplies by: matrices of the C core, `q_a` may be None, and norms."""

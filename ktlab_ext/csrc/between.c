@@ -1,5 +1,5 @@
-/* What decoding does between its matrices: attention of one token, the norm of one row, and all of
- * latent attention in one call.
+/* What decoding does between its matrices: attention of one token, and all of latent attention in one
+ * call.
  *
  * Attention of one token over a cache that all heads share (absorbed MLA): softmax(q K^T) V.
  *
@@ -53,7 +53,7 @@ static void put_together(void *context, int64_t head, int worker) {
     w->kernels->scale_row(y, 1.0f / total, w->values);
 }
 
-void ktl_rms_norm(const float *x, const float *weight, int64_t cols, float eps, float *y) {
+static void rms_norm(const float *x, const float *weight, int64_t cols, float eps, float *y) {
     float sums[16] = {0}, total = 0;
     const int64_t whole = cols / 16 * 16;
     for (int64_t i = 0; i < whole; i += 16)
@@ -137,13 +137,13 @@ int ktl_mla_token(ktl_pool *pool, int isa, const ktl_mla *m, const float *x, flo
     float *out = mixed + heads * rank, *key = keys + (positions - 1) * stride;
     if (!error && m->q_a) {
         error = row_times(pool, isa, m->q_a, x, c);
-        if (!error) ktl_rms_norm(c, m->q_a_norm, compressed, m->eps, c);
+        if (!error) rms_norm(c, m->q_a_norm, compressed, m->eps, c);
     }
     if (!error) error = row_times(pool, isa, m->q_b, m->q_a ? c : x, q);
     if (!error) error = row_times(pool, isa, m->kv_a, x, kv);
     if (!error) error = heads_times(pool, isa, m->k_b, q, nope + rope, turned, width);
     if (!error) {
-        ktl_rms_norm(kv, m->kv_a_norm, rank, m->eps, key);
+        rms_norm(kv, m->kv_a_norm, rank, m->eps, key);
         rotate(m, rope, kv + rank, key + rank);
         for (int64_t h = 0; h < heads; h++)
             rotate(m, rope, q + h * (nope + rope) + nope, turned + h * width + rank);

@@ -122,9 +122,6 @@ int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t c
                const float *keys, int64_t positions, int64_t stride, int64_t values, float scale,
                float *y);
 
-/* y = x / sqrt(mean(x^2) + eps) * weight, one row; computed by the caller's thread. */
-void ktl_rms_norm(const float *x, const float *weight, int64_t cols, float eps, float *y);
-
 /* Multi-head latent attention of one layer, absorbed. D hidden, H heads, C = kv_a_norm's numbers. */
 typedef struct {
     const ktl_matrix *q_a;  /* Q x D, or NULL: then q_b reads D */
