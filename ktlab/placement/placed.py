@@ -137,8 +137,8 @@ def _gpu_format(tensor: TensorFacts, component: str, gpu_formats: Conversions) -
 
 def _cpu_format(tensor: TensorFacts, component: str, loaded: Format) -> str:
     """What is in memory of a tensor that was loaded as `loaded`. Single rows of the embedding are
-    decoded when they are looked up. Matrices of single heads are multiplied by torch on a float32
-    copy, and so is what no kernel computes on its encoded values."""
+    decoded when they are looked up. A prompt multiplies matrices of single heads on a copy, counted
+    as float32 (bfloat16 under AMX), and so is what no kernel computes on its encoded values."""
     if not is_quantizable(tensor.name, tensor.shape) or component == "embedding":
         return loaded.name
     return "f32" if _is_per_head(tensor) or loaded.name not in computed_formats() else loaded.name
