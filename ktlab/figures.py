@@ -349,7 +349,9 @@ def roofline(
                 line={"color": INK, "width": 1.2},
             )  # fmt: skip
         notes = [(low * 1.15, low * 1.15 * read, f"read {read:.3g} GB/s", "left")]
-        right = max(high, 2 * top / read)
+        # Not at the very end of the lines, which is the end of the axis: rounding decides there
+        # whether Plotly takes the words to be inside and draws them.
+        right = max(high, 2 * top / read) / 1.02
         notes += [(right, peak, words, "right") for peak, words in _side_by_side(peaks)]
         for at_x, at_y, words, side in notes:
             fig.add_annotation(

@@ -46,7 +46,14 @@ def every_figure() -> dict[str, go.Figure]:
             [2**20, 2**21], [0.2, 0.1], ["q4_0", "q8_0"],
             low=[0.1, 0], high=[0.3, 0.2],
         ),
+        "roofline": roofline(16.2, 5226.0),
     }  # fmt: skip
+
+
+def roofline(read: float, peak: float) -> go.Figure:
+    peaks = {"serial": 11.0, "avx2": 240.0, "amx_int8": peak}
+    curve = [(2.7, 33.0, "1 token"), (226.0, 370.0, "512 tokens")]
+    return figures.roofline({"native amx_int8 packed": curve}, read=read, peaks=peaks)
 
 
 FIGURES = every_figure()
@@ -69,7 +76,7 @@ def test_is_valid_offline_and_named_with_units(name: str) -> None:
     titles = [fig.layout.xaxis.title.text, fig.layout.yaxis.title.text]
     bars = [t.colorbar.title.text for t in fig.data if t.type == "heatmap"]
     assert any(titles)
-    unit = r"expert|bits|uniform|tokens/s|nats|ms|MiB|share|rate|log2"
+    unit = r"operations per byte|expert|bits|uniform|tokens/s|nats|ms|MiB|share|rate|log2"
     assert re.search(unit, " ".join(filter(None, [*titles, *bars])))
 
 
@@ -135,6 +142,17 @@ def test_curves_differ_in_more_than_colour() -> None:
     curves = {str(i): (rate, rate, rate) for i in range(4)}
     lines = [t for t in figures.hit_rate_curves(np.arange(5), curves).data if t.line.dash]
     assert len({t.line.dash for t in lines}) == 4
+
+
+@given(read=st.floats(1, 100), peak=st.floats(300, 10_000))
+def test_roofline_words_lie_within_its_lines(read: float, peak: float) -> None:
+    """Plotly ends this axis where the lines end; there, rounding decides what it draws."""
+    fig = roofline(read, peak)
+    ends = [float(x) for trace in fig.data for x in trace.x]
+    places = {note.text: 10**note.x for note in fig.layout.annotations}
+    assert any("amx_int8" in words for words in places)
+    assert 1.01 * min(ends) < min(places.values()), places
+    assert max(places.values()) < 0.99 * max(ends), places
 
 
 def test_palette_is_told_apart_by_colour_blind_eyes() -> None:
