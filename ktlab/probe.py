@@ -10,8 +10,10 @@ from torch import Tensor
 
 
 class Probe:
-    """The silent probe: what every forward pass uses unless somebody watches."""
+    """Watches nothing, but may: subclasses say what they do with what they are offered."""
 
+    inside: bool = True
+    """Whether it wants to know what happens within a layer: without, a layer may be one call."""
     _nothing = nullcontext()
 
     def record(self, name: str, values: Tensor) -> None:
@@ -22,7 +24,13 @@ class Probe:
         return self._nothing
 
 
-NO_PROBE = Probe()
+class Silent(Probe):
+    """What every forward pass uses unless somebody watches."""
+
+    inside = False
+
+
+NO_PROBE = Silent()
 
 
 class Recorder(Probe):

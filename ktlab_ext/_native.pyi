@@ -51,25 +51,62 @@ def linear(
 ) -> None: ...
 def linear_by_head(pool: Pool, isa: str, few: int, matrix: Matrix, x: Array, y: Array) -> None: ...
 def attend(pool: Pool, isa: str, q: Array, keys: Array, scale: float, y: Array) -> None: ...
+
+class MLA:
+    matrices: tuple[Matrix | None, ...]
+    def __init__(
+        self,
+        q_a: Matrix | None,
+        q_a_norm: Array | None,
+        q_b: Matrix,
+        kv_a: Matrix,
+        kv_a_norm: Array,
+        k_b: Matrix,
+        v_b: Matrix,
+        output: Matrix,
+        halves: bool,
+        eps: float,
+        scale: float,
+    ) -> None: ...
+
+class Router:
+    gate: Matrix
+    isa: str
+    def __init__(
+        self,
+        isa: str,
+        gate: Matrix,
+        bias: Array | None,
+        sigmoid: bool,
+        normalise: bool,
+        groups: int,
+        open_groups: int,
+        top_k: int,
+        scale: float,
+    ) -> None: ...
+
+class Experts:
+    matrices: tuple[Matrix, Matrix, Matrix]
+    def __init__(self, isa: str, few: int, gate: Matrix, up: Matrix, down: Matrix) -> None: ...
+
+class Layer:
+    parts: tuple[MLA, Router | None, Experts, Experts | None]
+    def __init__(
+        self,
+        attention_norm: Array,
+        mla: MLA,
+        mlp_norm: Array,
+        router: Router | None,
+        routed: Experts,
+        shared: Experts | None,
+    ) -> None: ...
+
 def mla_token(
-    pool: Pool,
-    isa: str,
-    q_a: Matrix | None,
-    q_a_norm: Array | None,
-    q_b: Matrix,
-    kv_a: Matrix,
-    kv_a_norm: Array,
-    k_b: Matrix,
-    v_b: Matrix,
-    output: Matrix,
-    turns: Array,
-    halves: bool,
-    eps: float,
-    scale: float,
-    x: Array,
-    keys: Array,
-    q: Array,
-    y: Array,
+    pool: Pool, isa: str, mla: MLA, turns: Array, x: Array, keys: Array, q: Array, y: Array
+) -> None: ...
+def route(pool: Pool, router: Router, x: Array, ids: Array, weights: Array) -> None: ...
+def layer_token(
+    pool: Pool, isa: str, layer: Layer, turns: Array, x: Array, keys: Array, y: Array
 ) -> None: ...
 def moe(
     pool: Pool,

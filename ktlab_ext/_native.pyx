@@ -310,69 +310,6 @@ def attend(Pool pool not None, str isa not None, q, keys, float scale, y):
             PyBuffer_Release(&v[i])
 
 
-cdef float *numbers(object array, Py_buffer *v, str name, int64_t count, bint written) except NULL:
-    """The data of a contiguous 1-D float32 array of `count` numbers."""
-    take(array, v, name, 1, b'f', b'f', "1 dimension of float32", written)
-    whole(v, name)
-    if v.shape[0] != count:
-        raise ValueError(f"{name}: expected {count} numbers, found {v.shape[0]}")
-    return <float *>v.buf
-
-
-def mla_token(Pool pool not None, str isa not None, Matrix q_a, q_a_norm, Matrix q_b not None,
-              Matrix kv_a not None, kv_a_norm, Matrix k_b not None, Matrix v_b not None,
-              Matrix output not None, turns, bint halves, float eps, float scale, x, keys, q, y):
-    """Absorbed latent attention of one token, as ktl.h says; arrays are float32.
-
-    x (D), q (H (N + R)), y (D), turns (R: cosine and sine of each pair) contiguous; keys (S x
-    (C + R)): its last row is written, all are attended to. q_a and q_a_norm may be None.
-    """
-    cdef Py_buffer v[7]
-    cdef ktl_mla m
-    cdef float *key
-    cdef float *at_x
-    cdef float *at_q
-    cdef float *at_y
-    cdef int64_t stride, rank = k_b.m.rows, rope = kv_a.m.rows - k_b.m.rows
-    cdef int code, i, isa_number = isa_of(isa)
-    memset(v, 0, sizeof(v))
-    memset(&m, 0, sizeof(m))
-    m.q_b, m.kv_a, m.k_b, m.v_b, m.output = &q_b.m, &kv_a.m, &k_b.m, &v_b.m, &output.m
-    m.halves, m.eps, m.scale = halves, eps, scale
-    if rope < 0 or rope % 2:
-        raise ValueError(f"expected kv_a with an even number of rows beyond k_b's, found {kv_a!r} "
-                         f"and {k_b!r}")
-    for part in (q_a, q_b, kv_a, k_b, v_b, output):
-        if part is not None and not ktl_isa_computes(isa_number, (<Matrix>part).m.format):
-            fail(KTL_ERR_FORMAT, "mla_token", part, isa)
-    try:
-        if q_a is not None:
-            m.q_a = &q_a.m
-            m.q_a_norm = numbers(q_a_norm, &v[0], "q_a_norm", q_a.m.rows, False)
-        m.kv_a_norm = numbers(kv_a_norm, &v[1], "kv_a_norm", rank, False)
-        m.turns = numbers(turns, &v[2], "turns", rope, False)
-        at_x = numbers(x, &v[3], "x", kv_a.m.cols, False)
-        at_q = numbers(q, &v[4], "q", q_b.m.rows, True)
-        at_y = numbers(y, &v[5], "y", output.m.rows, True)
-        take(keys, &v[6], "keys", 2, b'f', b'f', "2 dimensions of float32", True)
-        stride = row_stride(&v[6], "keys", True)
-        if v[6].shape[0] < 1 or v[6].shape[1] != rank + rope:
-            raise ValueError(f"keys: expected rows of {rank + rope}, found shape "
-                             f"({v[6].shape[0]}, {v[6].shape[1]})")
-        key = <float *>v[6].buf
-        with nogil:
-            code = ktl_mla_token(pool.pool, isa_number, &m, at_x, key, v[6].shape[0], stride, at_q,
-                                 at_y)
-        if code == KTL_ERR_SHAPE:
-            raise ValueError(f"mla_token: the matrices do not fit each other: {q_a!r}, {q_b!r}, "
-                             f"{kv_a!r}, {k_b!r}, {v_b!r}, {output!r}")
-        if code != KTL_OK:
-            fail(code, "mla_token", kv_a, isa)
-    finally:
-        for i in range(7):
-            PyBuffer_Release(&v[i])
-
-
 def moe(Pool pool not None, str isa not None, int few, Matrix gate not None, Matrix up not None,
         Matrix down not None, x, ids, weights, y):
     """y (T x D) = sum over k of weights[t, k] * down(silu(gate(x)) * up(x)) of expert ids[t, k].
@@ -427,6 +364,9 @@ cdef raise_bad_id(const int64_t *ids, int64_t tokens, int64_t top_k, int64_t exp
         if not -1 <= ids[i] < experts:
             raise ValueError(f"ids[{i // top_k}, {i % top_k}]: expected 0 to {experts - 1}, or -1 "
                              f"for nobody, found {ids[i]}")
+
+
+include "layer.pxi"
 
 
 cdef enum change_kind:

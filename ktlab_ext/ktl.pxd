@@ -53,6 +53,29 @@ cdef extern from "ktl.h" nogil:
         float scale
     int ktl_mla_token(ktl_pool *pool, int isa, const ktl_mla *m, const float *x, float *keys,
                       int64_t positions, int64_t stride, float *q, float *y)
+    ctypedef struct ktl_router:
+        const ktl_matrix *gate
+        const float *bias
+        int sigmoid, normalise
+        int64_t groups, open_groups, top_k
+        float scale
+    int ktl_route(ktl_pool *pool, int isa, const ktl_router *r, const float *x, int64_t *ids,
+                  float *weights)
+    ctypedef struct ktl_feed:
+        const ktl_matrix *gate
+        const ktl_matrix *up
+        const ktl_matrix *down
+        int isa, few
+    ctypedef struct ktl_layer:
+        const float *attention_norm
+        const float *mlp_norm
+        ktl_mla mla
+        ktl_router router
+        int router_isa
+        ktl_feed routed
+        ktl_feed shared
+    int ktl_layer_token(ktl_pool *pool, int isa, const ktl_layer *l, const float *turns,
+                        const float *x, float *keys, int64_t positions, int64_t stride, float *y)
     int ktl_moe(ktl_pool *pool, int isa, int few, const ktl_matrix *gate, const ktl_matrix *up,
                 const ktl_matrix *down, const void *x, int x_type, int64_t tokens,
                 int64_t x_stride, const int64_t *ids, const float *weights, int64_t top_k,

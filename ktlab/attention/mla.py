@@ -6,7 +6,7 @@ Source: DeepSeek-V2 (arXiv 2405.04434) 2.1.2-2.1.3 and appendix C; absorption in
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ktlab.checkpoint.config import MLASizes, ModelConfig
 from ktlab.kernels import native, products
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.norm import rms_norm
-from ktlab.kernels.request import PACKED
+from ktlab.kernels.request import PACKED, Kernel
 from ktlab.probe import Probe
 
 DECOMPRESSED_BYTES = 64 << 20
@@ -58,17 +58,17 @@ class MLA(Attention):
     ) -> None:
         super().__init__(config, layer, weights, rope)
         self.sizes = sizes
-        self._token: _Token | None = None
+        self._token: WholeToken | None = None
 
     def attend(
         self, hidden_BTD: Tensor, cache: LayerCache, positions_BT: Tensor, probe: Probe
     ) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        places = self._rope.places(positions_BT)
-        if hidden_BTD.shape[:2] == (1, 1) and self.form == "absorbed":
-            token = self._whole_token()
+        if hidden_BTD.shape[:2] == (1, 1):
+            token = self.whole_token()
             if token is not None:
-                return self._in_one_call(token, hidden_BTD, cache, places, probe)
+                return self._in_one_call(token, hidden_BTD, cache, positions_BT, probe)
+        places = self._rope.places(positions_BT)
         sizes, w = self.sizes, self.weights
         rank = sizes.kv_lora_rank
         q_BTHd, kv_BTc = self._queries(hidden_BTD), w.kv_a(hidden_BTD)
@@ -94,36 +94,33 @@ class MLA(Attention):
         self.record(probe, "latent", new.latent_BTC)
         return w.output(out_BTHV.flatten(2))
 
-    def _whole_token(self) -> "_Token | None":
-        """What one native call needs for a decoded token, if the matrices' kernels allow it."""
+    def let_go(self) -> None:
+        """See `Attention.let_go`."""
+        self._token = None
+
+    def whole_token(self) -> "WholeToken | None":
+        """What one native call needs for a decoded token, if form and kernels allow it."""
+        if self.form != "absorbed":
+            return None
         found = self._token
         if found is None or found.weights is not self.weights or not found.holds():
-            found = self._token = _Token(self.weights)
-        return found if found.matrices is not None else None
+            found = self._token = WholeToken(self.weights, self._rope, self._scale, self.config)
+        return found if found.operand is not None else None
 
     def _in_one_call(
         self,
-        token: "_Token",
+        token: "WholeToken",
         hidden_11D: Tensor,
         cache: LayerCache,
-        places: Places,
+        positions_11: Tensor,
         probe: Probe,
     ) -> Tensor:
         """Each operation of `attend` in its turn, without Python between them."""
-        keys_SC, rank = cache.keys[0, : places.seen], self.sizes.kv_lora_rank
-        assert token.matrices is not None
-        output_D, q = native.mla_token(
-            token.kernels[0],
-            token.matrices,
-            places.turns_BTr[0, 0],
-            self._rope.halves,
-            self.config.rms_eps,
-            self._scale,
-            hidden_11D.reshape(-1),
-            keys_SC,
-        )
+        keys_SC, turns = token.place(cache, positions_11)
+        x_D = hidden_11D.reshape(-1)
+        output_D, q = native.mla_token(token.kernel, token.operand, turns, x_D, keys_SC)
         self.record(probe, "q", q.view(1, 1, self.sizes.num_heads, -1))
-        self.record(probe, "latent", keys_SC[None, -1:, :rank])
+        self.record(probe, "latent", keys_SC[None, -1:, : self.sizes.kv_lora_rank])
         return output_D.view(1, 1, -1)
 
     def _queries(self, hidden_BTD: Tensor) -> Tensor:
@@ -232,20 +229,20 @@ class MLA(Attention):
         return (weights_BHTS @ cache.values[:, :, :seen]).transpose(1, 2)
 
 
-class _Token:
-    """A layer's kernels, and its matrices where one native call can use them all."""
+class WholeToken:
+    """The kernels of a layer's attention, and its matrices where one native call can use them."""
 
-    def __init__(self, weights: MLAWeights) -> None:
-        self.weights = weights
+    def __init__(self, weights: MLAWeights, rope: RoPE, scale: float, config: ModelConfig) -> None:
+        self.weights, self._rope = weights, rope
         w = weights
         self._linears = [m for m in (w.q_a, w.q_b, w.kv_a, w.k_b, w.v_b, w.output) if m is not None]
         self.kernels = [linear.kernel for linear in self._linears]
-        alike = {(k.backend, k.isa, k.threads, k.numa) for k in self.kernels}
-        usable = len(alike) == 1 and self.kernels[0].backend == "native"
-        self.matrices: native.TokenMatrices | None = None
-        if usable and all(k.few >= 1 for k in self.kernels):
+        self.operand: Any = None
+        """The C core's `MLA`; None where the kernels differ."""
+        one_isa = len({kernel.isa for kernel in self.kernels}) == 1
+        if one_isa and native.together(self.kernels) and all(k.few >= 1 for k in self.kernels):
             matrix = products.native_matrix
-            self.matrices = native.TokenMatrices(
+            self.operand = native.core().MLA(
                 q_a=w.q_a and matrix(w.q_a.kernel, w.q_a.stack),
                 q_a_norm=None if w.q_a_norm_Q is None else w.q_a_norm_Q.numpy(),
                 q_b=matrix(w.q_b.kernel, w.q_b.stack),
@@ -254,11 +251,24 @@ class _Token:
                 k_b=matrix(w.k_b.kernel, w.k_b.stack, PACKED),
                 v_b=matrix(w.v_b.kernel, w.v_b.stack, PACKED),
                 output=matrix(w.output.kernel, w.output.stack),
+                halves=rope.halves,
+                eps=config.rms_eps,
+                scale=scale,
             )
+
+    @property
+    def kernel(self) -> Kernel:
+        """What computes all of it."""
+        return self.kernels[0]
 
     def holds(self) -> bool:
         """Whether the matrices still have the kernels that this was made for."""
         return all(a.kernel is b for a, b in zip(self._linears, self.kernels, strict=True))
+
+    def place(self, cache: LayerCache, positions_11: Tensor) -> tuple[Tensor, Tensor]:
+        """(S, C + R) of the cache with the token's own row last, and by how much it is turned."""
+        places = self._rope.places(positions_11)
+        return cache.keys[0, : places.seen], places.turns_BTr[0, 0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,20 +47,27 @@ class Attention:
 
         Raises `SettingError` if the cache was made for another form.
         """
+        self.check_cache(cache)
+        output_BTD = self.attend(hidden_BTD, cache, positions_BT, probe)
+        self.record(probe, "output", output_BTD)
+        return output_BTD
+
+    def check_cache(self, cache: LayerCache) -> None:
+        """Raise `SettingError` if the cache was made for another form."""
         if cache.form != self.form:
             raise SettingError(
                 f"layers.{self.layer}.attention has form {self.form!r}, the cache holds "
                 f"{cache.form!r}; make a new cache with new_cache() after changing the form"
             )
-        output_BTD = self.attend(hidden_BTD, cache, positions_BT, probe)
-        self.record(probe, "output", output_BTD)
-        return output_BTD
 
     def attend(
         self, hidden_BTD: Tensor, cache: LayerCache, positions_BT: Tensor, probe: Probe
     ) -> Tensor:
         """The computation itself, (B, T, D) to (B, T, D)."""
         raise NotImplementedError
+
+    def let_go(self) -> None:
+        """Keep no matrix alive for decoding; the next token finds them again."""
 
     def flop(self, tokens: int, context: int) -> float:
         """Work of a call of `tokens` tokens that ends at `context` cached positions.

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ktlab import html
 from ktlab.kernels import products
 from ktlab.kernels.linear import Linear
+from ktlab.kernels.stack import Stack
 
 
 @lru_cache(maxsize=8)
@@ -29,15 +30,18 @@ class MLP:
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D), float32."""
         kernel = self.gate.kernel
-        if kernel.backend == "native" and self._alike:
+        if kernel.backend == "native" and self.alike:
             # A bank of one expert that everybody selects: one call instead of five.
-            tokens = len(hidden_TD)
-            stacks = (self.gate.stack, self.up.stack, self.down.stack)
-            return products.moe(kernel, stacks, hidden_TD, *_everybody(tokens))
+            return products.moe(kernel, self.stacks, hidden_TD, *_everybody(len(hidden_TD)))
         return self.down(F.silu(self.gate(hidden_TD)).mul_(self.up(hidden_TD)))
 
     @property
-    def _alike(self) -> bool:
+    def stacks(self) -> tuple[Stack, Stack, Stack]:
+        """gate, up and down."""
+        return self.gate.stack, self.up.stack, self.down.stack
+
+    @property
+    def alike(self) -> bool:
         """Whether one call computes all three; where few tokens become many may differ."""
         kernels = (linear.kernel for linear in (self.gate, self.up, self.down))
         return len({(k.isa, k.layout, k.threads, k.numa) for k in kernels}) == 1

@@ -5,7 +5,6 @@ T tokens, D hidden, K columns or selected experts, N rows.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -46,7 +45,7 @@ class _Idle:
     def linear(self, *_: Any) -> None:
         pass
 
-    moe = linear_by_head = attend = mla_token = linear
+    moe = linear_by_head = attend = mla_token = layer_token = linear
 
 
 @contextmanager
@@ -162,58 +161,55 @@ def attend(kernel: Kernel, q_HC: Tensor, keys_SC: Tensor, values: int, scale: fl
     return y_HV
 
 
-@dataclass(frozen=True)
-class TokenMatrices:
-    """What `mla_token` multiplies by: matrices of the C core, `q_a` may be None, and norms."""
-
-    q_a: Any
-    q_a_norm: NDArray[np.float32] | None
-    q_b: Any
-    kv_a: Any
-    kv_a_norm: NDArray[np.float32]
-    k_b: Any
-    v_b: Any
-    output: Any
-
-
 def mla_token(
-    kernel: Kernel,
-    matrices: TokenMatrices,
-    turns: Tensor,
-    halves: bool,
-    eps: float,
-    scale: float,
-    x_D: Tensor,
-    keys_SC: Tensor,
+    kernel: Kernel, mla: Any, turns: Tensor, x_D: Tensor, keys_SC: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Absorbed latent attention of one token: its output (D) and its queries (H (N + R)).
 
-    The last row of `keys_SC` is written. turns: complex, (R / 2); halves: pairs are (i, i + R / 2).
+    `mla`: the core's `MLA`. The last row of `keys_SC` is written. turns: complex, (R / 2).
     """
-    m = matrices
-    q = torch.empty(m.q_b.rows, dtype=torch.float32)
-    y_D = torch.empty(m.output.rows, dtype=torch.float32)
+    q = torch.empty(mla.matrices[1].rows, dtype=torch.float32)
+    y_D = torch.empty_like(x_D)
     _native().mla_token(
         pool(kernel.threads, kernel.numa),
         kernel.isa,
-        m.q_a,
-        m.q_a_norm,
-        m.q_b,
-        m.kv_a,
-        m.kv_a_norm,
-        m.k_b,
-        m.v_b,
-        m.output,
+        mla,
         torch.view_as_real(turns).reshape(-1).numpy(),
-        halves,
-        eps,
-        scale,
         x_D.numpy(),
         keys_SC.numpy(),
         q.numpy(),
         y_D.numpy(),
     )
     return y_D, q
+
+
+def layer_token(kernel: Kernel, layer: Any, turns: Tensor, x_D: Tensor, keys_SC: Tensor) -> Tensor:
+    """One token through a layer, (D) to (D), with the core's `Layer`; the rest as in `mla_token`.
+
+    `kernel` is the attention's."""
+    y_D = torch.empty_like(x_D)
+    _native().layer_token(
+        pool(kernel.threads, kernel.numa),
+        kernel.isa,
+        layer,
+        torch.view_as_real(turns).reshape(-1).numpy(),
+        x_D.numpy(),
+        keys_SC.numpy(),
+        y_D.numpy(),
+    )
+    return y_D
+
+
+def together(kernels: Sequence[Kernel]) -> bool:
+    """Whether one call of the C core can do the work of all of them, each with its own isa."""
+    return len({(k.backend, k.threads, k.numa) for k in kernels}) == 1 and (
+        kernels[0].backend == "native"
+    )
+
+
+def core() -> Any:
+    """The extension module, for its classes: `MLA`, `Router`, `Experts`, `Layer`."""
+    return _native()
 
 
 def moe(

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from ktlab.kernels import native, numba_backend, reference, torch_moe
 from ktlab.kernels.request import PACKED, Kernel
-from ktlab.kernels.stack import Stack
+from ktlab.kernels.stack import FLOATS, Stack
+from ktlab.kernels.weights import Weights
 
 
 def linear(kernel: Kernel, stack: Stack, x_TK: Tensor) -> Tensor:
@@ -49,6 +50,14 @@ def native_matrix(kernel: Kernel, stack: Stack, layout: str = "") -> Any:
     """The C core's view of a stack in a layout, the kernel's own if none is named."""
     layout = layout or kernel.layout
     return stack.operand(("native", layout), lambda: native.matrix(stack.weights(layout, kernel)))
+
+
+def native_floats(stack: Stack) -> Any:
+    """The C core's view of a matrix's float32 copy."""
+    return stack.operand(
+        ("native", FLOATS),
+        lambda: native.matrix(Weights.from_blocks("f32", stack.shape, stack.floats.numpy())),
+    )
 
 
 def moe(

@@ -16,6 +16,7 @@ from ktlab.errors import StageError
 from ktlab.experts.bank import ExpertBank
 from ktlab.experts.mlp import MLP
 from ktlab.kernels.norm import rms_norm
+from ktlab.model.whole_layer import WholeLayer
 from ktlab.probe import NO_PROBE, Probe
 from ktlab.routing.router import Router
 
@@ -38,11 +39,18 @@ class Block:
         self.attention = attention
         self.attention_norm_D = attention_norm_D
         self.mlp_norm_D = mlp_norm_D
+        self._whole: WholeLayer | None = None
 
     def forward(
         self, hidden_BTD: Tensor, cache: LayerCache, positions_BT: Tensor, probe: Probe = NO_PROBE
     ) -> Tensor:
         """(B, T, D) -> (B, T, D); writes this layer's cache."""
+        if hidden_BTD.shape[:2] == (1, 1) and type(self) in PLAIN and not probe.inside:
+            self._whole = whole = WholeLayer.of(self, self._whole)
+            if whole.usable:
+                self.attention.check_cache(cache)
+                with probe.stage(f"layers.{self.index}"):
+                    return whole.forward(hidden_BTD, cache, positions_BT)
         eps = self.config.rms_eps
         with probe.stage(f"layers.{self.index}.attention"):
             normed = rms_norm(hidden_BTD, self.attention_norm_D, eps)
@@ -55,6 +63,11 @@ class Block:
 
     def feed_forward(self, hidden_TD: Tensor, probe: Probe) -> Tensor:
         raise NotImplementedError
+
+    def let_go(self) -> None:
+        """Keep no matrix alive for decoding; the next token finds them again."""
+        self._whole = None
+        self.attention.let_go()
 
     def clone(self: _Block) -> _Block:
         """The same weights under stages whose switches are their own."""
@@ -154,6 +167,9 @@ class MoEBlock(Block):
         stages = {"attention": self.attention, "router": self.router, "experts": self.experts}
         return stages if self.shared is None else {**stages, "shared": self.shared}
 
+
+PLAIN = (DenseBlock, MoEBlock)
+"""What a native call knows; a subclass is run stage by stage."""
 
 Layer = DenseBlock | MoEBlock
 """Both answer to `.router`, `.experts` and `.shared`; a dense one by saying what it is."""

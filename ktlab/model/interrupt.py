@@ -23,6 +23,7 @@ class Stopping(Probe):
 
     def __init__(self, inner: Probe, cancel: threading.Event) -> None:
         self._inner, self._cancel = inner, cancel
+        self.inside = inner.inside
 
     def record(self, name: str, values: Tensor) -> None:
         self._inner.record(name, values)

@@ -23,6 +23,8 @@ def pack_model(
     identity = _identity(path) if folder is not None and path is not None else ""
     packed: list[PackedTensor] = []
     left: dict[str, str] = {}
+    for block in model.layers:
+        block.let_go()  # or the blocks that packing lets go would stay
     for _, holder, name in component_stages(model):
         for product in products(getattr(holder, name)):
             try:

@@ -103,7 +103,7 @@ void ktl_pool_unlock(ktl_pool *pool);
 /* Grow-only, 64-byte aligned, kept by the pool. slot: 0..threads-1 private to workers,
  * threads..threads+KTL_SHARED-1 shared by a series of runs. NULL if memory is short. Needs the
  * lock; a worker may ask for its own slot inside a task. */
-enum { KTL_SHARED = 12 };
+enum { KTL_SHARED = 16 };
 void *ktl_pool_scratch(ktl_pool *pool, int slot, size_t bytes);
 
 /* ---- operations ---------------------------------------------------------------------------------- */
@@ -141,6 +141,40 @@ typedef struct {
  * they are turned. The same as the operations one by one, without what lies between them. */
 int ktl_mla_token(ktl_pool *pool, int isa, const ktl_mla *m, const float *x, float *keys,
                   int64_t positions, int64_t stride, float *q, float *y);
+
+/* Which experts a token takes: scores are the sigmoid or softmax of
+ * gate x; the choice is by score plus bias (may be NULL) among the experts of the `open_groups` best
+ * groups; weights are the scores, divided by their sum if `normalise`, times scale. */
+typedef struct {
+    const ktl_matrix *gate; /* E x D */
+    const float *bias;      /* E, or NULL */
+    int sigmoid, normalise;
+    int64_t groups, open_groups, top_k; /* groups = open_groups = 1: none */
+    float scale;
+} ktl_router;
+
+/* ids and weights: top_k, the best first. */
+int ktl_route(ktl_pool *pool, int isa, const ktl_router *r, const float *x, int64_t *ids,
+              float *weights);
+
+/* Experts, or one that everybody takes: ktl_moe's matrices and how they are computed. */
+typedef struct {
+    const ktl_matrix *gate, *up, *down;
+    int isa, few;
+} ktl_feed;
+
+/* A layer: x + attention(norm x), then that + experts(norm of that). eps is mla's. */
+typedef struct {
+    const float *attention_norm, *mlp_norm;
+    ktl_mla mla;       /* without turns */
+    ktl_router router; /* no gate: `routed` is a dense network, expert 0 of one */
+    int router_isa;
+    ktl_feed routed, shared; /* shared: no gate, none */
+} ktl_layer;
+
+/* y (D) of one token x (D); keys as in ktl_mla_token. x and y are apart. */
+int ktl_layer_token(ktl_pool *pool, int isa, const ktl_layer *l, const float *turns, const float *x,
+                    float *keys, int64_t positions, int64_t stride, float *y);
 
 /* y (T x D) = sum over k of weights[t,k] * down(silu(gate(x)) * up(x)) of expert ids[t,k]; id -1 is
  * nobody; an id may repeat within a token. gate, up: E x (F x D), down: E x (D x F). `few` counts

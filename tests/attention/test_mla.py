@@ -138,9 +138,9 @@ def test_a_token_in_one_call_is_the_token_by_its_operations(
         return [*found, cache.keys, *(recorder.joined()[name] for name in names)]
 
     whole = outputs()
-    token = attention._whole_token()
+    token = attention.whole_token()
     assert token is not None and token.holds()
-    monkeypatch.setattr(MLA, "_whole_token", lambda self: None)
+    monkeypatch.setattr(MLA, "whole_token", lambda self: None)
     for found, expected in zip(whole, outputs(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -149,16 +149,16 @@ def test_a_token_in_one_call_is_the_token_by_its_operations(
 def test_a_token_goes_by_its_operations_where_kernels_differ() -> None:
     attention = Model(synthesize(TINY_YARN_CONFIG)).layers[0].attention
     assert isinstance(attention, MLA)
-    before = attention._whole_token()
+    before = attention.whole_token()
     assert before is not None
     attention.weights.output.use(threads=3)
-    assert attention._whole_token() is None
+    assert attention.whole_token() is None
     attention.weights.output.use(threads=None)
-    after = attention._whole_token()
+    after = attention.whole_token()
     assert after is not None and after is not before
     for linear in attention.linears.values():
         linear.use(backend="torch")
-    assert attention._whole_token() is None
+    assert attention.whole_token() is None
 
 
 def test_long_prompts_are_computed_in_bfloat16_where_the_kernels_are(

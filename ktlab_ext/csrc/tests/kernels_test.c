@@ -7,6 +7,7 @@
 #include "../ktl.h"
 #include "check.h"
 
+#include <math.h>
 #include <string.h>
 
 enum { EXPERTS = 3, TOP_K = 2, X_GAP = 3, Y_GAP = 5 };
@@ -243,12 +244,74 @@ static void attention(const run *r) {
         }
 }
 
+static ktl_matrix random_floats(int64_t experts, int64_t rows, int64_t cols) {
+    float *data = exactly(experts * rows * cols * 4);
+    for (int64_t i = 0; i < experts * rows * cols; i++)
+        data[i] = (float)(int32_t)(roll(&d) >> 32) * 0x1p-31f;
+    return (ktl_matrix){KTL_F32, KTL_GGML_BLOCKS, experts, rows, cols, (uint8_t *)data, rows * cols * 4};
+}
+
+/* A token through whole layers: with and without compressed queries, router, groups, shared expert;
+ * activations that are numbers and that are not. */
+static void layers(const run *r) {
+    enum { D = 32, H = 3, N = 16, R = 6, C = 24, V = 20, Q = 12, E = 6, F = 20, S = 70 };
+    ktl_matrix q_a = random_floats(1, Q, D), q_b[2] = {random_floats(1, H * (N + R), D),
+                                                       random_floats(1, H * (N + R), Q)};
+    ktl_matrix kv_a = random_floats(1, C + R, D), k_b = random_floats(H, C, N);
+    ktl_matrix v_b = random_floats(H, V, C), output = random_floats(1, D, H * V);
+    ktl_matrix gate = random_floats(1, E, D), inner = random_floats(E, F, D);
+    ktl_matrix outer = random_floats(E, D, F), one = inner, one_out = outer;
+    ktl_matrix norms = random_floats(1, 1, D + C + Q + E + R);
+    one.experts = one_out.experts = 1;
+    const float *norm = (const float *)norms.data;
+    for (int kind = 0; kind < 16; kind++) {
+        ktl_layer l = {.attention_norm = norm, .mlp_norm = norm,
+                       .mla = {.q_b = &q_b[kind & 1], .kv_a = &kv_a, .k_b = &k_b, .v_b = &v_b,
+                               .output = &output, .kv_a_norm = norm + D, .halves = kind & 1,
+                               .eps = 1e-6f, .scale = 0.2f}};
+        if (kind & 1) l.mla.q_a = &q_a, l.mla.q_a_norm = norm + D + C;
+        l.routed = (ktl_feed){&one, &one, &one_out, 0, 8};
+        if (kind & 2) {
+            l.router = (ktl_router){&gate, kind & 4 ? norm + D + C + Q : NULL, kind & 4, kind & 8,
+                                    kind & 8 ? 3 : 1, kind & 8 ? 2 : 1, 4, 2.5f};
+            l.routed = (ktl_feed){&inner, &inner, &outer, 0, 8};
+        }
+        if (kind & 4) l.shared = (ktl_feed){&one, &one, &one_out, 0, 8};
+        for (int bad = 0; bad < 2; bad++) {
+            ktl_matrix x = random_floats(1, 1, D), cache = random_floats(1, S, C + R);
+            if (bad) ((float *)x.data)[3] = NAN;
+            float *keys = exactly(S * (C + R) * 4), *y[2] = {exactly(D * 4), exactly(D * 4)};
+            for (int i = 0; i < 2; i++) {
+                memcpy(keys, cache.data, S * (C + R) * 4);
+                int code = ktl_layer_token(i ? r->many : r->one, 0, &l, norm + D + C + Q + E,
+                                           (float *)x.data, keys, S, C + R, y[i]);
+                CHECK(code == KTL_OK, "layer %d: code %d", kind, code);
+            }
+            CHECK(memcmp(y[0], y[1], D * 4) == 0, "layer %d: threads changed bits", kind);
+            free(keys);
+            free(y[0]);
+            free(y[1]);
+            free((void *)x.data);
+            free((void *)cache.data);
+            cases++;
+        }
+        int64_t ids[E + 1];
+        float weights[E + 1];
+        l.router.top_k = E + 1;
+        CHECK(!l.router.gate || ktl_route(r->one, 0, &l.router, norm, ids, weights) == KTL_ERR_SHAPE,
+              "more experts than there are");
+    }
+    const ktl_matrix all[] = {q_a, q_b[0], q_b[1], kv_a, k_b, v_b, output, gate, inner, outer, norms};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free((void *)all[i].data);
+}
+
 int main(int argc, char **argv) {
     int only = argc > 1 ? ktl_format_of(argv[1]) : -1;
     CHECK(argc < 2 || only >= 0, "a format, found %s", argv[1]);
     run r = {.one = ktl_pool_new(1, NULL, 0), .many = ktl_pool_new(3, NULL, 0)};
     refusals(r.many);
     attention(&r);
+    layers(&r);
     for (int format = 0; format < KTL_FORMATS; format++)
         for (size_t s = 0; s < sizeof SHAPES / sizeof *SHAPES; s++) {
             int64_t rows = SHAPES[s].rows, cols = SHAPES[s].cols;
