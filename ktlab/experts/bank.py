@@ -113,9 +113,9 @@ class ExpertBank(Computed):
             self.request = request
             return self
         # Asked before the long requantization: can this be computed at all?
-        kernel = dispatch.choose(request, tuple(f.name for f in self._fitting(format)))
+        dispatch.choose(request, tuple(f.name for f in self._fitting(format)))
         self.stacks = self._in_format(format)
-        self._request, self._kernel = request, kernel
+        self._request, self._kernel = request, None
         return self
 
     # Running ---------------------------------------------------------------------------------

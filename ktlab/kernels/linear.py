@@ -4,9 +4,8 @@ import copy
 
 from torch import Tensor
 
-from ktlab.kernels import dispatch, packing, products
+from ktlab.kernels import packing, products
 from ktlab.kernels.computed import Computed
-from ktlab.kernels.request import AUTO, PACKED, Request
 from ktlab.kernels.stack import Stack
 from ktlab.quantization import QTensor, fallback_format
 
@@ -15,11 +14,6 @@ BF16_ISA = "amx_bf16"
 SMALL = 1 << 17
 """Matrices by head with no more weights than this are multiplied by torch: calls would weigh more
 than reading a float32 copy from the cache."""
-
-
-PACKED_BYTES = 64 << 20
-"""Up to here a matrix is packed at its first use: a second copy of all of a model's small matrices
-is a few percent of its experts, and short or odd rows are read up to ten times faster from it."""
 
 
 class Linear(Computed):
@@ -66,14 +60,6 @@ class Linear(Computed):
             return products.linear(self.kernel, self.stack, x)
         y = products.linear(self.kernel, self.stack, x.reshape(-1, x.shape[-1]))
         return y.view(*x.shape[:-1], y.shape[-1])
-
-    def _settled(self, request: Request) -> Request:
-        """Where nothing else is named, native kernels get a small matrix packed."""
-        if request.layout != AUTO or self.stack.nbytes > PACKED_BYTES:
-            return request
-        if dispatch.choose(request, self.formats).backend != "native":
-            return request
-        return request.with_(layout=PACKED)
 
     def by_head(self, x_THK: Tensor) -> Tensor:
         """Each head's vectors through its own matrix: (T, H, K) -> (T, H, N), W (H, N, K)."""

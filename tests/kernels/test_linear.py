@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ktlab.kernels import linear, native
+from ktlab.kernels import computed, linear, native
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.norm import rms_norm
 from ktlab.quantization import QTensor
@@ -45,7 +45,7 @@ def test_small_matrices_are_packed_where_nothing_else_is_named() -> None:
 
 @needs_native
 def test_large_matrices_stay_as_they_lie_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "PACKED_BYTES", 1000)
+    monkeypatch.setattr(computed, "PACKED_BYTES", 1000)
     assert matrix((64, 96), "q8_0").layout == "ggml_blocks"
 
 

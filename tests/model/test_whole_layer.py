@@ -21,7 +21,7 @@ from ktlab.checkpoint.synthesis import (
     synthesize,
 )
 from ktlab.errors import SettingError
-from ktlab.kernels import native
+from ktlab.kernels import computed, native
 from ktlab.model.block import MoEBlock
 from ktlab.model.interrupt import Interrupted, interruptible
 from ktlab.model.model import Model
@@ -118,13 +118,15 @@ def test_a_router_or_a_layer_of_ones_own_runs_stage_by_stage() -> None:
 
     model = Model(synthesize(TINY_TEST_CONFIG))
     plain = decoded(model)
-    old = model.layers[1].router
-    model.layers[1].router = First(model.config, 1, old.gate, old.bias_E)
+    layer = model.layers[1]
+    assert isinstance(layer, MoEBlock)
+    old = layer.router
+    layer.router = First(model.config, 1, old.gate, old.bias_E)
     own = decoded(model)
     assert whole(model) == [True, False, True] and not torch.allclose(own, plain)
-    model.layers[1].router = old
+    layer.router = old
     torch.testing.assert_close(decoded(model), plain)
-    model.layers[1].__class__ = Louder
+    layer.__class__ = Louder
     assert not torch.allclose(decoded(model), plain)
 
 
@@ -149,6 +151,7 @@ def test_can_be_stopped_between_layers() -> None:
     model.next_logits(IDS[:, :1], cache)
     assert all(whole(model))
     cancel.set()
+    assert model.watch is not None
     with pytest.raises(Interrupted):
         model.layers[1].forward(
             torch.zeros(1, 1, 64), cache.layers[1], torch.tensor([[1]]), model.watch(NO_PROBE)
@@ -209,3 +212,12 @@ def test_the_core_routes_as_the_router(config: ModelConfig) -> None:
     for bad in (np.full(64, np.nan), np.full(64, np.inf)):
         core.route(pool, made, bad.astype(np.float32), ids, weights)
         assert ((ids >= 0) & (ids < experts)).all()
+
+
+def test_small_banks_are_packed_unless_a_layout_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = Model(synthesize(TINY_TEST_CONFIG, formats="q8_0")).layers[1].experts
+    assert bank.layout == "packed" and bank.explain().chosen.layout == "packed"
+    assert bank.use(layout="ggml_blocks").layout == "ggml_blocks"
+    assert bank.use(format="q4_0", layout="auto").layout == "packed"
+    monkeypatch.setattr(computed, "PACKED_BYTES", bank.nbytes - 1)
+    assert bank.use(layout="auto").layout == "ggml_blocks"
