@@ -332,5 +332,6 @@ def _notes(
         layer = max((r.bytes for r in rows if r.part.component == "experts"), default=0)
         if layer and spare >= layer:
             layers = min(len(facts.config.moe_layers), spare // layer)
-            notes.append(f"the GPU's headroom would hold the experts of {layers} layers as stored")
+            counted = f"{layers} layer{'s' * (layers > 1)}"
+            notes.append(f"the GPU's headroom would hold the experts of {counted} as stored")
     return notes
