@@ -47,8 +47,12 @@ static inline void ktl_scale_row(float *x, float factor, int64_t count) {
 /* Scores of a part to exp(score - most), most and total a head. */
 static inline void ktl_attend_softmax(const ktl_attend_part *a) {
     for (int64_t h = 0; h < a->heads; h++) {
-        float *w = a->weights + h * a->n, sums[16] = {0}, most = w[0], total = 0;
-        for (int64_t i = 1; i < a->n; i++) most = w[i] > most ? w[i] : most;
+        float *w = a->weights + h * a->n, sums[16] = {0}, tops[16], most = w[0], total = 0;
+        for (int i = 0; i < 16; i++) tops[i] = most;
+        for (int64_t i = 0; i + 16 <= a->n; i += 16)
+            for (int j = 0; j < 16; j++) tops[j] = w[i + j] > tops[j] ? w[i + j] : tops[j];
+        for (int64_t i = a->n / 16 * 16; i < a->n; i++) most = w[i] > most ? w[i] : most;
+        for (int i = 0; i < 16; i++) most = tops[i] > most ? tops[i] : most;
         for (int64_t i = 0; i < a->n; i++) w[i] = ktl_exp(w[i] - most);
         for (int64_t i = 0; i < a->n; i++) sums[i % 16] += w[i];
         for (int i = 0; i < 16; i++) total += sums[i];

@@ -1,13 +1,14 @@
 /* Attention of one token over a cache that all heads share (absorbed MLA): softmax(q K^T) V.
  *
- * The positions are cut into parts, one a task; a part's result is its own softmax with the largest
- * score and the sum that it divided by, and parts are put together in their order. The number of
- * parts depends on the positions alone, so the bits do not depend on the number of threads. */
+ * The positions are cut into parts, one a task, and a part into blocks that stay in L2 between their
+ * scores and their values. A block's result is its own softmax with the largest score and the sum that
+ * it divided by; results are put together in their order. What is cut depends on the positions alone,
+ * so the bits do not depend on the number of threads. */
 #include "arithmetic.h"
 
 #include <math.h>
 
-enum { MOST_PARTS = 16, LEAST_POSITIONS = 64, SLOT_PARTS = 0, SMALL_WORK = 1 << 16 };
+enum { MOST_PARTS = 16, LEAST_POSITIONS = 64, BLOCK = 128, SLOT_PARTS = 0, SMALL_WORK = 1 << 16 };
 
 typedef struct {
     ktl_pool *pool;
@@ -19,16 +20,41 @@ typedef struct {
     float *y;
 } attend_work;
 
+/* One more block's result to those before it. */
+static void join(const ktl_attend_part *to, const ktl_attend_part *from) {
+    for (int64_t h = 0; h < to->heads; h++) {
+        const float most = from->most[h] > to->most[h] ? from->most[h] : to->most[h];
+        const float old = ktl_exp(to->most[h] - most), more = ktl_exp(from->most[h] - most);
+        float *out = to->out + h * to->values;
+        const float *add = from->out + h * to->values;
+        for (int64_t v = 0; v < to->values; v++) out[v] = out[v] * old + add[v] * more;
+        to->total[h] = to->total[h] * old + from->total[h] * more;
+        to->most[h] = most;
+    }
+}
+
+static size_t block_floats(const attend_work *w) { return (size_t)(w->heads * (w->values + 2 + BLOCK)); }
+
 static void attend_part(void *context, int64_t part, int worker) {
     attend_work *w = context;
     const int64_t first = part * w->part, rest = w->positions - first;
-    const ktl_attend_part a = {
-        .q = w->q, .keys = w->keys + first * w->stride, .heads = w->heads, .cols = w->cols,
-        .values = w->values, .stride = w->stride, .n = rest < w->part ? rest : w->part,
-        .scale = w->scale, .weights = ktl_pool_scratch(w->pool, worker, 0),
-        .out = w->parts + part * w->heads * w->values, .most = w->most + part * w->heads,
-        .total = w->total + part * w->heads};
-    w->kernels->attend(&a);
+    const int64_t end = first + (rest < w->part ? rest : w->part), each = w->heads * w->values;
+    float *scratch = ktl_pool_scratch(w->pool, worker, 0);
+    ktl_attend_part all = {
+        .q = w->q, .heads = w->heads, .cols = w->cols, .values = w->values, .stride = w->stride,
+        .scale = w->scale, .weights = scratch, .out = w->parts + part * each,
+        .most = w->most + part * w->heads, .total = w->total + part * w->heads};
+    ktl_attend_part block = all;
+    block.out = scratch + w->heads * BLOCK;
+    block.most = block.out + each;
+    block.total = block.most + w->heads;
+    for (int64_t at = first; at < end; at += BLOCK) {
+        ktl_attend_part *here = at == first ? &all : &block;
+        here->keys = w->keys + at * w->stride;
+        here->n = end - at < BLOCK ? end - at : BLOCK;
+        w->kernels->attend(here);
+        if (here == &block) join(&all, &block);
+    }
 }
 
 static void put_together(void *context, int64_t head, int worker) {
@@ -66,7 +92,7 @@ int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t c
                                (size_t)(parts * heads * (values + 2)) * sizeof(float));
     if (!w.parts) error = KTL_ERR_MEMORY;
     for (int i = 0; i < ktl_pool_threads(pool) && !error; i++)
-        if (!ktl_pool_scratch(pool, i, (size_t)(heads * part) * sizeof(float))) error = KTL_ERR_MEMORY;
+        if (!ktl_pool_scratch(pool, i, block_floats(&w) * sizeof(float))) error = KTL_ERR_MEMORY;
     if (!error) {
         w.most = w.parts + parts * heads * values;
         w.total = w.most + parts * heads;

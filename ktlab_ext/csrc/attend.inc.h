@@ -10,19 +10,23 @@ enum {
     A_BLOCK = 64 /* positions that stay in L2 while all heads pass by */
 };
 
+/* `ahead`: a row that is needed in the next block, fetched on the way, or NULL. */
 KTL_INLINE void score_tile(int P, int H, const ktl_attend_part *a, const float *q, const float *key,
-                           float *w) {
+                           const float *ahead, float *w) {
     VF s[A_TILE][A_HEADS];
     for (int p = 0; p < P; p++)
         for (int h = 0; h < H; h++) s[p][h] = ZEROF();
     int64_t c = 0;
-    for (; c + LANES <= a->cols; c += LANES)
+    for (; c + LANES <= a->cols; c += LANES) {
+        if (ahead) __builtin_prefetch(ahead + c, 0, 2);
 #pragma GCC unroll 8
         for (int h = 0; h < H; h++) {
-            const VF x = LOADF(q + h * a->cols + c);
+            VF x = LOADF(q + h * a->cols + c);
+            __asm__("" : "+v"(x)); /* or the compiler loads it once for each position */
 #pragma GCC unroll 2
             for (int p = 0; p < P; p++) s[p][h] = FMA(LOADF(key + p * a->stride + c), x, s[p][h]);
         }
+    }
     for (int p = 0; p < P; p++)
         for (int h = 0; h < H; h++) {
             float sum = SUMF(s[p][h]);
@@ -71,13 +75,16 @@ static void attend(const ktl_attend_part *a) {
         for (; h + A_HEADS <= a->heads; h += A_HEADS) {
             const float *q = a->q + h * a->cols;
             float *w = a->weights + h * a->n + first;
+            /* The first two groups of heads fetch a row each of the two that lie a block ahead. */
+            const float *ahead = h < A_TILE * A_HEADS ? keys + (A_BLOCK + h / A_HEADS) * a->stride : NULL;
             for (p = 0; p + A_TILE <= n; p += A_TILE)
-                score_tile(A_TILE, A_HEADS, a, q, keys + p * a->stride, w + p);
-            for (; p < n; p++) score_tile(1, A_HEADS, a, q, keys + p * a->stride, w + p);
+                score_tile(A_TILE, A_HEADS, a, q, keys + p * a->stride,
+                           ahead ? ahead + p * a->stride : NULL, w + p);
+            for (; p < n; p++) score_tile(1, A_HEADS, a, q, keys + p * a->stride, NULL, w + p);
         }
         for (; h < a->heads; h++)
             for (p = 0; p < n; p++)
-                score_tile(1, 1, a, a->q + h * a->cols, keys + p * a->stride,
+                score_tile(1, 1, a, a->q + h * a->cols, keys + p * a->stride, NULL,
                            a->weights + h * a->n + first + p);
     }
     ktl_attend_softmax(a);
