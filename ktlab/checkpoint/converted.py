@@ -169,10 +169,10 @@ class ConvertedCheckpoint(CheckpointView):
 
 
 def _for_kernels(matrix: QTensor, format: Format) -> QTensor:
-    """FP8 as float32 where kernels make `format`: three times as fast as going through NumPy."""
+    """FP8 as float32 where the native kernels make `format`, which do not read FP8."""
     if matrix.format.name != "fp8_e4m3" or format.ggml_type is not None:
         return matrix
-    return QTensor.from_array(matrix.name, matrix.dequantize(), "f32")
+    return packing.floats(matrix)
 
 
 def _writable(wanted: str) -> Format:

@@ -27,7 +27,8 @@ from ktlab.checkpoint.synthesis import fan_in, random_values
 from ktlab.checkpoint.tokenizer import Tokenizer, byte_tokenizer
 from ktlab.checkpoint.writer import TensorSpec, gguf_header
 from ktlab.errors import CheckpointError
-from ktlab.quantization import Format
+from ktlab.kernels import packing
+from ktlab.quantization import Format, QTensor
 
 POOL_WEIGHTS = 1 << 20
 PIECE_BYTES = 16 << 20
@@ -133,5 +134,6 @@ def _pool(format: Format, inputs: int) -> NDArray[np.void]:
     size = format.block_size
     generator = np.random.default_rng((size, inputs))
     values = generator.standard_normal((POOL_WEIGHTS // size, size), np.float32)
-    blocks = format.quantize(values / np.float32(np.sqrt(inputs)))
+    pool = QTensor.from_array("pool", values / np.float32(np.sqrt(inputs)))
+    blocks = packing.convert(pool, format).blocks
     return np.ascontiguousarray(blocks).view(f"V{format.block_bytes}").reshape(-1)

@@ -12,6 +12,7 @@ from ktlab.kernels import codings
 from ktlab.kernels.native import LOAD_HINT
 from ktlab.kernels.request import Kernel
 from ktlab.kernels.weights import Weights
+from ktlab.quantization import QTensor
 
 
 @lru_cache(maxsize=1)
@@ -73,6 +74,20 @@ def convert(
 ) -> None:
     """Blocks of any format to blocks of a format that is made at load."""
     _packer().convert(weights, format, out, threads)
+
+
+def encode(tensor: QTensor, format: str, out: NDArray[np.uint8], threads: int) -> None:
+    """Rows of floats, or of anything that can be decoded, to blocks of a format of `ENCODED`."""
+    from ktlab.kernels import numba_encode
+
+    numba_encode.encode(tensor, format, out, threads)
+
+
+def floats(tensor: QTensor, out: NDArray[np.float32], threads: int) -> None:
+    """f32, f16, bf16 or fp8_e4m3 to float32."""
+    from ktlab.kernels import numba_encode
+
+    numba_encode.floats(tensor, out, threads)
 
 
 def _packer() -> Any:

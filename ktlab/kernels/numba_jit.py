@@ -9,8 +9,9 @@ import numba
 import numba.extending
 
 COMPILED = (
-    "codings", "numba_jit", "numba_vectors", "numba_bytes", "numba_tiles", "numba_formats",
-    "numba_products", "numba_rows", "numba_plan",
+    "codings", "encodings", "numba_jit", "numba_vectors", "numba_bytes", "numba_tiles",
+    "numba_formats", "numba_products", "numba_rows", "numba_plan", "numba_rounding",
+    "numba_search", "numba_encode",
 )  # fmt: skip
 
 

@@ -1,11 +1,13 @@
-"""From blocks to the packed layout and back, and to the formats that are made in memory.
+"""From blocks to the packed layout and back, and from one format to another.
 
-The C core does it in parallel; Numba where there is none. Values are the same in both layouts, bit
-for bit.
+The C core packs, and makes the formats that exist in memory only; Numba where there is none. Blocks
+of GGUF's formats are made by Numba (`encodings`), by NumPy where it knows no better. Values are the
+same in both layouts, and bytes whoever makes them, bit for bit.
 """
 
 import math
 import mmap
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -13,10 +15,14 @@ from numpy.typing import NDArray
 
 from ktlab.errors import SettingError
 from ktlab.kernels import codings, native, numba_backend
+from ktlab.kernels.encodings import ENCODED
 from ktlab.kernels.request import PACKED, Kernel, Request
 from ktlab.kernels.threads import default_threads
 from ktlab.kernels.weights import Weights, aligned_bytes, check_format
 from ktlab.quantization import Format, QTensor, get_format
+
+FEW_WEIGHTS = 1 << 18
+"""Below this NumPy encodes within 0.1 s, and Numba need not be imported and compiled."""
 
 
 def blocks(tensor: QTensor) -> Weights:
@@ -72,23 +78,47 @@ def convert(
 ) -> QTensor:
     """`tensor.requantize(format)`, in parallel where kernels can do it; the same bytes."""
     format = get_format(format)
-    memory_only = format.ggml_type is None
-    if format == tensor.format or not memory_only or len(tensor.shape) not in (2, 3):
+    make = _converter(tensor, format, *_threads(kernel))
+    if format == tensor.format or make is None:
         return tensor.requantize(format)
-    try:
-        packer = _packer(tensor.format.name)
-    except SettingError:
-        return tensor.requantize(format)
-    shape = tensor.shape[:-1] + (format.row_bytes(tensor.shape[-1]),)
-    out = np.empty(math.prod(shape), np.uint8)
-    packer.convert(blocks(tensor), format.name, out, *_threads(kernel))
+    blocks_ = np.empty(tensor.shape[:-1] + (format.row_bytes(tensor.shape[-1]),), np.uint8)
+    make(blocks_)
     return QTensor(
         name=tensor.name,
         format=format,
         shape=tensor.shape,
-        blocks=out.reshape(shape),
+        blocks=blocks_,
         source=f"requantized from {tensor.format.name}",
     )
+
+
+def floats(tensor: QTensor) -> QTensor:
+    """A tensor of 8-bit floats as float32, in parallel."""
+    values = np.empty(tensor.shape, np.float32)
+    if numba_backend.unavailable() or tensor.size < FEW_WEIGHTS:
+        values[:] = tensor.dequantize()
+    else:
+        numba_backend.floats(tensor, values.reshape(-1, tensor.shape[-1]), default_threads())
+    return QTensor.from_array(tensor.name, values)
+
+
+def _converter(
+    tensor: QTensor, format: Format, threads: int, numa: int | None
+) -> Callable[[NDArray[np.uint8]], None] | None:
+    """What fills blocks of `format` with a tensor's values; None where only NumPy can."""
+    if format.name in ENCODED:
+        if numba_backend.unavailable() or tensor.size < FEW_WEIGHTS:
+            return None
+        return lambda out: numba_backend.encode(
+            tensor, format.name, out.reshape(-1, out.shape[-1]), threads
+        )
+    if format.ggml_type is not None or len(tensor.shape) not in (2, 3):
+        return None
+    try:
+        packer = _packer(tensor.format.name)
+    except SettingError:
+        return None
+    return lambda out: packer.convert(blocks(tensor), format.name, out.reshape(-1), threads, numa)
 
 
 def _threads(kernel: Kernel | Request | None) -> tuple[int, int | None]:

@@ -127,6 +127,10 @@ class Format:
         largest = float(np.abs(values).max())
         if self.name == "f16" and not np.isfinite(largest):
             return
+        self.check_largest(largest)
+
+    def check_largest(self, largest: float) -> None:
+        """FormatError if values of this magnitude, or NaN, cannot be encoded."""
         if not largest <= self.largest:
             raise FormatError(
                 f"{self.name} cannot hold these values: the largest magnitude is {largest:g}, "

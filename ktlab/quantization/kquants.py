@@ -5,6 +5,7 @@ scale (and, in q2_k, q4_k, q5_k, a small integer minimum); the super-block has o
 turns those integers into numbers. Two steps, both over all super-blocks at once:
 1. per sub-block, search the real scale (and minimum) with the least weighted squared error;
 2. round scales and minima to integers, then round every element against the rounded ones.
+`kernels.numba_encode` does the same compiled, with the same bytes, so the order of sums is fixed.
 Letters: N super-blocks, J sub-blocks of one, I elements of a sub-block.
 
 Method: k-quants by I. Kawrakow, llama.cpp PR 1684. Byte layout: ggml src/ggml-common.h.
@@ -23,6 +24,24 @@ Codes = NDArray[np.integer[Any]]
 SUPER = 256
 GROUP = 65536
 """Elements encoded at once: 256 KiB of float32, so that the search stays in cache."""
+
+
+def _symmetric_grid(low: int) -> Floats:
+    return np.array([low + 0.1 * step for step in range(-9, 10)], np.float32)
+
+
+def _affine_grid(high: int, start: float, steps: int) -> Floats:
+    return np.float32(high) + np.linspace(start, 1.0, steps, dtype=np.float32)
+
+
+GRIDS = {
+    "q6_k": _symmetric_grid(-32),
+    "q5_k": _affine_grid(31, -0.5, 16),
+    "q4_k": _affine_grid(15, -1.0, 11),
+    "q3_k": _symmetric_grid(-4),
+    "q2_k": _affine_grid(3, -0.5, 16),
+}
+"""The search tries each: the code, not rounded, that the element furthest out shall have."""
 
 
 def quantize_q6_k(rows: Floats) -> Bytes:
@@ -59,7 +78,7 @@ def by_groups(rows: Floats, block_size: int, encode: Callable[[Floats], Bytes]) 
 
 
 # ---------------------------------------------------------------- search, for each sub-block
-def _search_symmetric(x_NJI: Floats, low: int, high: int) -> Floats:
+def _search_symmetric(x_NJI: Floats, low: int, high: int, grid: Floats) -> Floats:
     """Scales (N, J) such that x ~ scale * q with q in low..high, weighted by x squared.
 
     The scale's sign is free: `low` reaches one step further than `high`, so the element of the
@@ -71,9 +90,9 @@ def _search_symmetric(x_NJI: Floats, low: int, high: int) -> Floats:
     extreme_NJ = np.take_along_axis(x_NJI, index, axis=-1)[..., 0]
     best_gain = np.zeros_like(extreme_NJ)
     best_scale = np.zeros_like(extreme_NJ)
-    for step in range(-9, 10):
-        q = _codes(x_NJI, divide(low + 0.1 * step, extreme_NJ), low, high)
-        product, power = _dot(weight_x, q), _dot(weight * q, q)
+    for furthest in grid:
+        q = _codes(x_NJI, divide(furthest, extreme_NJ), low, high)
+        product, power = dot(weight_x, q), dot(weight * q, q)
         gain = divide(np.square(product), power)
         better = gain > best_gain
         np.copyto(best_gain, gain, where=better)
@@ -81,7 +100,7 @@ def _search_symmetric(x_NJI: Floats, low: int, high: int) -> Floats:
     return best_scale
 
 
-def _search_affine(x_NJI: Floats, high: int, steps: NDArray[np.float32]) -> tuple[Floats, Floats]:
+def _search_affine(x_NJI: Floats, high: int, grid: Floats) -> tuple[Floats, Floats]:
     """Scales and minima (N, J), both >= 0, such that x ~ scale * q - minimum, q in 0..high.
 
     Weighted by |x| + rms: large weights matter more, small ones are not ignored. Each step tries
@@ -93,14 +112,14 @@ def _search_affine(x_NJI: Floats, high: int, steps: NDArray[np.float32]) -> tupl
     lowest = np.minimum(x_NJI.min(axis=-1), 0)
     width = np.maximum(x_NJI.max(axis=-1), 0) - lowest
     raised = x_NJI - lowest[..., None]
-    w, wx, wxx = weight.sum(axis=-1), weight_x.sum(axis=-1), _dot(weight_x, x_NJI)
+    w, wx, wxx = weight.sum(axis=-1), weight_x.sum(axis=-1), dot(weight_x, x_NJI)
 
     best_scale, best_minimum = width / np.float32(high), -lowest
     best_cost = np.full_like(width, np.inf)
-    for step in steps:
-        q = _codes(raised, divide(high + step, width), 0, high)
+    for furthest in grid:
+        q = _codes(raised, divide(furthest, width), 0, high)
         weight_q = weight * q
-        wq, wqq, wqx = weight_q.sum(axis=-1), _dot(weight_q, q), _dot(weight_q, x_NJI)
+        wq, wqq, wqx = weight_q.sum(axis=-1), dot(weight_q, q), dot(weight_q, x_NJI)
         determinant = w * wqq - wq * wq
         scale = divide(w * wqx - wx * wq, determinant)
         minimum = divide(wq * wqx - wqq * wx, determinant)
@@ -116,7 +135,7 @@ def _search_affine(x_NJI: Floats, high: int, steps: NDArray[np.float32]) -> tupl
         np.copyto(best_cost, cost, where=better)
         np.copyto(best_scale, scale, where=better)
         np.copyto(best_minimum, minimum, where=better)
-    return best_scale, best_minimum
+    return best_scale, best_minimum + 0  # no -0: bytes must not depend on which zero is the larger
 
 
 def _codes(x_NJI: Floats, inverse_NJ: Floats, low: int, high: int) -> Floats:
@@ -125,16 +144,24 @@ def _codes(x_NJI: Floats, inverse_NJ: Floats, low: int, high: int) -> Floats:
     return np.clip(q, low, high, out=q)
 
 
-def _dot(a_NJI: Floats, b_NJI: Floats) -> Floats:
-    return np.einsum("nji,nji->nj", a_NJI, b_NJI)
+def dot(a_NJI: Floats, b_NJI: Floats) -> Floats:
+    """Sums of products over I, in one order on every machine: elements 0, 4, 8 ... go to the first
+    of four sums, 1, 5, 9 ... to the second, and so on; of each 16 the last four come first.
+    """
+    products_INJ = np.ascontiguousarray(np.moveaxis(a_NJI * b_NJI, -1, 0))
+    sums = np.zeros((4, *products_INJ.shape[1:]), np.float32)
+    for first in range(0, len(products_INJ), 16):
+        for four in (12, 8, 4, 0):
+            sums += products_INJ[first + four : first + four + 4]
+    return (sums[0] + sums[1]) + (sums[2] + sums[3])
 
 
 # ---------------------------------------------------------------- rounding and packing
 def _round_symmetric(
-    x_NJI: Floats, low: int, high: int, scale_low: int
+    x_NJI: Floats, low: int, high: int, scale_low: int, grid: Floats
 ) -> tuple[NDArray[np.int8], NDArray[np.int8], Bytes]:
     """q (N, 256) in low..high, integer scales (N, J), and d as float16 bytes (N, 2)."""
-    scale_NJ = _search_symmetric(x_NJI, low, high)
+    scale_NJ = _search_symmetric(x_NJI, low, high, grid)
     index = np.abs(scale_NJ).argmax(axis=-1)[:, None]
     d16 = _float16(np.take_along_axis(scale_NJ, index, axis=-1) / np.float32(scale_low))
     d = d16.astype(np.float32)
@@ -144,10 +171,10 @@ def _round_symmetric(
 
 
 def _round_affine(
-    x_NJI: Floats, high: int, integer_high: int, steps: NDArray[np.float32]
+    x_NJI: Floats, high: int, integer_high: int, grid: Floats
 ) -> tuple[Bytes, Bytes, Bytes, Bytes]:
     """q (N, 256) in 0..high, integer scales and minima (N, J), and d, dmin as bytes (N, 4)."""
-    scale_NJ, minimum_NJ = _search_affine(x_NJI, high, steps)
+    scale_NJ, minimum_NJ = _search_affine(x_NJI, high, grid)
     d16 = _float16(scale_NJ.max(axis=-1, keepdims=True) / np.float32(integer_high))
     dmin16 = _float16(minimum_NJ.max(axis=-1, keepdims=True) / np.float32(integer_high))
     d, dmin = d16.astype(np.float32), dmin16.astype(np.float32)
@@ -160,7 +187,7 @@ def _round_affine(
 
 
 def _encode_q6_k(x: Floats) -> Bytes:
-    q, scales, d = _round_symmetric(x.reshape(-1, 16, 16), -32, 31, -128)
+    q, scales, d = _round_symmetric(x.reshape(-1, 16, 16), -32, 31, -128, GRIDS["q6_k"])
     codes = (q + 32).astype(np.uint8)
     ql = _pack((codes & 15).reshape(-1, 2, 2, 64), 4)
     qh = _pack((codes >> 4).reshape(-1, 2, 4, 32), 2)
@@ -168,22 +195,20 @@ def _encode_q6_k(x: Floats) -> Bytes:
 
 
 def _encode_q5_k(x: Floats) -> Bytes:
-    steps = np.linspace(-0.5, 1.0, 16, dtype=np.float32)
-    codes, scales, minima, heads = _round_affine(x.reshape(-1, 8, 32), 31, 63, steps)
+    codes, scales, minima, heads = _round_affine(x.reshape(-1, 8, 32), 31, 63, GRIDS["q5_k"])
     high = _pack((codes >> 4).reshape(-1, 1, 8, 32), 1)
     low = _pack((codes & 15).reshape(-1, 4, 2, 32), 4)
     return np.concatenate([heads, _pack_6_bit(scales, minima), high, low], axis=1)
 
 
 def _encode_q4_k(x: Floats) -> Bytes:
-    steps = np.linspace(-1.0, 1.0, 11, dtype=np.float32)
-    codes, scales, minima, heads = _round_affine(x.reshape(-1, 8, 32), 15, 63, steps)
+    codes, scales, minima, heads = _round_affine(x.reshape(-1, 8, 32), 15, 63, GRIDS["q4_k"])
     packed = _pack(codes.reshape(-1, 4, 2, 32), 4)
     return np.concatenate([heads, _pack_6_bit(scales, minima), packed], axis=1)
 
 
 def _encode_q3_k(x: Floats) -> Bytes:
-    q, signed_scales, d = _round_symmetric(x.reshape(-1, 16, 16), -4, 3, -32)
+    q, signed_scales, d = _round_symmetric(x.reshape(-1, 16, 16), -4, 3, -32, GRIDS["q3_k"])
     codes = (q + 4).astype(np.uint8)
     scales = (signed_scales + 32).astype(np.uint8)
     mask = _pack((codes >> 2).reshape(-1, 1, 8, 32), 1)
@@ -194,8 +219,7 @@ def _encode_q3_k(x: Floats) -> Bytes:
 
 
 def _encode_q2_k(x: Floats) -> Bytes:
-    steps = np.linspace(-0.5, 1.0, 16, dtype=np.float32)
-    codes, scales, minima, heads = _round_affine(x.reshape(-1, 16, 16), 3, 15, steps)
+    codes, scales, minima, heads = _round_affine(x.reshape(-1, 16, 16), 3, 15, GRIDS["q2_k"])
     both = _pack(np.stack([scales, minima], axis=1)[:, None], 4)
     return np.concatenate([both, _pack(codes.reshape(-1, 2, 4, 32), 2), heads], axis=1)
 
