@@ -62,10 +62,7 @@ typedef struct {
 /* Such sums, waiting to be added to the result. That is done a few rows after each product of the
  * next ones: the processor reorders less than one round of them. */
 typedef struct KTL_ALIGNED {
-    union {
-        int32_t dot[2][16][16]; /* [B][token][row] */
-        float sum[2][16][16];
-    };
+    int32_t dot[2][16][16]; /* [B][token][row] */
 } waiting;
 
 KTL_INLINE void take(waiting *w) {
@@ -267,57 +264,50 @@ static void bf16_decode_blocks(int format, const uint8_t *row, int64_t row_bytes
     else bf16_from_tile(format, groups, &from, tile);
 }
 
-KTL_INLINE void bf16_add(const waiting *w, place at, int from, int rows, const ktl_job *job) {
-    const int end = from + rows < at.tokens ? from + rows : at.tokens;
-    for (int i = from; i < end; i++) {
-        rows_f *to = (rows_f *)(ktl_sums(job, at.t + i) + at.p * KTL_PANEL);
-        to[0] += *(const rows_f *)w->sum[0][i];
-        to[1] += *(const rows_f *)w->sum[1][i];
-    }
-}
-
+/* The sums are loaded into the tiles, added to and stored again; meanwhile the next ones and the
+ * next tokens' activations come to L1. */
 static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int groups,
                           const ktl_job *job) {
     const uint16_t *acts = job->act;
+    const int64_t sums_bytes = job->acc_stride * (int64_t)sizeof(float);
     ktl_ahead ahead = job->ahead;
-    waiting sums[2];
-    place last = {0}, here = {0};
-    int turn = 0;
     (void)format;
-    for (here.t = 0; here.t < job->n; here.t += 16) {
-        const int64_t t = here.t;
+    for (int64_t t = 0; t < job->n; t += 16) {
         const int tokens = (int)(job->n - t < 16 ? job->n - t : 16);
-        here.tokens = tokens;
+        const int64_t then = t + 16 < job->n ? t + 16 : 0;
+        const uint16_t *a = acts + t * KTL_CHUNK, *next_act = acts + then * KTL_CHUNK;
         if (t == 0 || tokens < 16) {
             tile_config config = config_for(tokens, 64);
             TILE_CONFIG(&config);
         }
-        const uint16_t *a = acts + t * KTL_CHUNK;
-        ktl_fetch(&ahead, tokens, job->n);
-        for (here.p = 0; here.p < panels; here.p += 2) {
-            const uint8_t *codes[2] = {tiles[here.p].codes, tiles[here.p + 1].codes};
-            int row = 0;
-            TILE_ZERO(0);
-            TILE_ZERO(1);
+        for (int p = 0; p < panels; p += 2) {
+            float *sums = job->acc + t * job->acc_stride + p * KTL_PANEL;
+            const float *next = p + 2 < panels ? sums + 2 * KTL_PANEL
+                                               : job->acc + then * job->acc_stride;
+            const uint8_t *b0 = tiles[p].codes, *b1 = tiles[p + 1].codes;
+            ktl_fetch(&ahead, 2 * tokens, job->n * panels);
+            TILE_LOAD(0, sums, sums_bytes);
+            TILE_LOAD(1, sums + KTL_PANEL, sums_bytes);
             for (int g = 0; g < groups; g++)
-                TWO_PRODUCTS(a + g * KTL_GROUP, KTL_CHUNK * 2, codes[0] + g * 1024,
-                             codes[1] + g * 1024, TILE_DOT_BF16,
-                             (bf16_add(&sums[!turn], last, row, 1, job), row++));
-            bf16_add(&sums[!turn], last, row, 16, job);
-            take(&sums[turn]);
-            last = here;
-            turn ^= 1;
+                TWO_PRODUCTS(a + g * KTL_GROUP, KTL_CHUNK * 2, b0 + g * 1024, b1 + g * 1024,
+                             TILE_DOT_BF16, ({
+                                 for (int i = 0; i < 4; i++) __builtin_prefetch(next_act + 32 * i);
+                                 for (int i = 0; i < 2; i++) __builtin_prefetch(next + 16 * i);
+                                 next_act += 128;
+                                 next += job->acc_stride;
+                             }));
+            TILE_STORE(0, sums, sums_bytes);
+            TILE_STORE(1, sums + KTL_PANEL, sums_bytes);
         }
     }
-    bf16_add(&sums[!turn], last, 0, 16, job);
     TILE_RELEASE();
 }
 
 #define INT8_KERNELS                                                                                \
     {int8_act_key, int8_prepare, int8_decode_packed, int8_decode_blocks, int8_multiply,             \
      NULL,         NULL,         1,                  ktl_silu_mul,    ktl_scale_row,                   \
-     NULL}
+     ktl_add_row,  NULL}
 #define BF16_KERNELS                                                                                \
     {bf16_act_key, bf16_prepare, bf16_decode_packed, bf16_decode_blocks, bf16_multiply,             \
      NULL,         NULL,         0,                  ktl_silu_mul,    ktl_scale_row,                   \
-     NULL}
+     ktl_add_row,  NULL}
