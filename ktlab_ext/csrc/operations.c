@@ -98,9 +98,10 @@ static ktl_ahead next_tiles(const ktl_matrix *m, const uint8_t *data, int64_t ro
     }
     const ktl_format_info *f = &ktl_formats[m->format];
     const int64_t row_bytes = ktl_row_bytes(m->format, m->cols);
+    /* A row starts somewhere in a line, mostly at a multiple of 16. */
     const int64_t unit = f->block_cols ? f->block_cols : 1, bytes = f->block_cols ? f->block_bytes : 1;
     return (ktl_ahead){.data = data + row0 * row_bytes + column / unit * bytes, .stride = row_bytes,
-                       .pieces = (int)rows, .lines = (int)(cols / unit * bytes / 64 + 1)};
+                       .pieces = (int)rows, .lines = (int)((cols / unit * bytes + 47) / 64 + 1)};
 }
 
 /* job->acc += rows [row0, row0 + rows) of one matrix times the prepared activations. A chunk of 256
