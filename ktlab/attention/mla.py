@@ -22,7 +22,7 @@ from ktlab.kernels.norm import rms_norm
 from ktlab.kernels.request import PACKED, Kernel
 from ktlab.probe import Probe
 
-DECOMPRESSED_BYTES = 64 << 20
+DECOMPRESSED_BYTES = 16 << 20
 """Keys and values of so many heads are made at once where a prompt is computed the naive way."""
 
 
@@ -194,26 +194,34 @@ class MLA(Attention):
         batch, seen, _ = keys_BSc.shape
         causal = batch == 1 and new.places.starts == (0,)
         mask = None if causal else visible(new.positions_BT, seen)
-        # torch's fused attention wants values as long as keys; what is added is cut off again.
+        # torch's fused attention wants values as long as keys: zeros are added and cut off again.
         head_bytes = v_b_HVC.itemsize * batch * seen * 2 * sizes.qk_dim
-        group = max(1, min(sizes.num_heads, DECOMPRESSED_BYTES // head_bytes))
-        outputs = []
+        groups = -(-sizes.num_heads * head_bytes // DECOMPRESSED_BYTES)
+        group = -(-sizes.num_heads // min(groups, sizes.num_heads))
+        tokens, nope = new.q_nope_BTHN.shape[1], sizes.qk_nope_dim
+        # Made once and filled by each group in turn: memory that is in the cache already.
+        q_BHTd = v_b_HVC.new_empty((batch, group, tokens, sizes.qk_dim))
+        key_BHSd = v_b_HVC.new_empty((batch, group, seen, sizes.qk_dim))
+        key_BHSd[..., nope:] = k_rope_B1SR
+        value_BHSd = v_b_HVC.new_zeros((batch, group, seen, sizes.qk_dim))
+        out_BTHV = new.q_nope_BTHN.new_empty((batch, tokens, sizes.num_heads, sizes.v_dim))
         for first in range(0, sizes.num_heads, group):
-            heads = slice(first, first + group)
-            k_nope_BHSN = latent_B1SC @ k_b_HCN[heads]
-            value_BHSV = latent_B1SC @ v_b_HVC[heads].transpose(-1, -2)
-            k_rope_BHSR = k_rope_B1SR.expand(-1, k_nope_BHSN.shape[1], -1, -1)
-            q_BTHd = torch.cat((new.q_nope_BTHN[:, :, heads], new.q_rope_BTHR[:, :, heads]), dim=-1)
+            heads = slice(first, min(first + group, sizes.num_heads))
+            made = slice(0, heads.stop - first)
+            q_BHTd[:, made, :, :nope] = new.q_nope_BTHN[:, :, heads].transpose(1, 2)
+            q_BHTd[:, made, :, nope:] = new.q_rope_BTHR[:, :, heads].transpose(1, 2)
+            key_BHSd[:, made, :, :nope] = latent_B1SC @ k_b_HCN[heads]
+            value_BHSd[:, made, :, : sizes.v_dim] = latent_B1SC @ v_b_HVC[heads].transpose(-1, -2)
             mixed_BHTd = F.scaled_dot_product_attention(
-                q_BTHd.transpose(1, 2).to(v_b_HVC.dtype),
-                torch.cat((k_nope_BHSN, k_rope_BHSR), dim=-1),
-                F.pad(value_BHSV, (0, sizes.qk_dim - sizes.v_dim)),
+                q_BHTd[:, made],
+                key_BHSd[:, made],
+                value_BHSd[:, made],
                 attn_mask=mask,
                 is_causal=causal,
                 scale=self._scale,
             )
-            outputs.append(mixed_BHTd[..., : sizes.v_dim])
-        return torch.cat(outputs, dim=1).transpose(1, 2).float()
+            out_BTHV[:, :, heads] = mixed_BHTd[..., : sizes.v_dim].transpose(1, 2)
+        return out_BTHV
 
     def _naive(self, new: "_New", cache: LayerCache) -> Tensor:
         assert cache.values is not None

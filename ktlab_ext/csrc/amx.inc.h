@@ -3,7 +3,10 @@
  *
  * A tile holds 16 rows of 64 bytes. A: 16 tokens x 64 activations. B: 64 columns of 16 weight rows,
  * four (bf16: two) columns a line, which is how packed data and decoded tiles lie. C: 16 x 16 sums.
- * Two A and two B tiles make four C tiles, so that every load is used twice.
+ * One A and two B tiles make two C tiles: four tiles in all. Two by two would need a load less for
+ * four products, but a processor renames tiles as it does registers and has few of them; where a
+ * neighbour on the same core holds some, products on all eight tiles wait for each other (a product
+ * 32 ns where it takes 14 on four tiles; 7.4 either way where nobody is there).
  *
  * The file that includes this defines TILE_CONFIG(config) TILE_ZERO(t) TILE_LOAD(t, p, stride)
  * TILE_STORE(t, p, stride) TILE_DOT_S8U8(c, a, b) TILE_DOT_BF16(c, a, b) TILE_RELEASE() with
@@ -18,21 +21,15 @@ typedef struct {
     uint8_t rows[16];
 } tile_config;
 
-/* C 0-3, A 4-5, B 6-7; `tokens` (1..32) rows over the two A tiles, k bytes of a token a product. */
+/* C 0 and 1, A 2, B 3; `tokens` (1..16) rows, k bytes of a token a product. */
 KTL_INLINE tile_config config_for(int tokens, int k) {
     tile_config c;
     memset(&c, 0, sizeof c);
     c.palette = 1;
-    const int first = tokens < 16 ? tokens : 16, second = tokens > 16 ? tokens - 16 : 1;
-    for (int i = 0; i < 4; i++) {
-        c.rows[i] = (uint8_t)(i < 2 ? first : second);
-        c.colsb[i] = 64;
-    }
-    c.rows[4] = (uint8_t)first;
-    c.rows[5] = (uint8_t)second;
-    c.colsb[4] = c.colsb[5] = (uint16_t)k;
-    c.rows[6] = c.rows[7] = (uint8_t)(k / 4);
-    c.colsb[6] = c.colsb[7] = 64;
+    c.rows[0] = c.rows[1] = c.rows[2] = (uint8_t)tokens;
+    c.rows[3] = (uint8_t)(k / 4);
+    c.colsb[0] = c.colsb[1] = c.colsb[3] = 64;
+    c.colsb[2] = (uint16_t)k;
     return c;
 }
 
@@ -55,7 +52,7 @@ KTL_INLINE int sub_of(int format) {
     return format == KTL_INT8_CHANNEL ? KTL_SPAN : ktl_formats[format].sub;
 }
 
-/* Which sums: of `tokens` (up to 32) from t on, 2 panels from p on, sub-block s. `next`: bytes to
+/* Which sums: of `tokens` (up to 16) from t on, 2 panels from p on, sub-block s. `next`: bytes to
  * the second chunk's activations, 0 if there is none. */
 typedef struct {
     int64_t t, next;
@@ -65,19 +62,12 @@ typedef struct {
 /* Such sums, waiting to be added to the result. That is done a few rows after each product of the
  * next ones: the processor reorders less than one round of them. */
 typedef struct KTL_ALIGNED {
-    union {
-        int32_t dot[2][2][16][16]; /* [A][B][token][row] */
-        float sum[2][2][16][16];
-    };
+    int32_t dot[2][16][16]; /* [B][token][row] */
 } waiting;
 
-KTL_INLINE void take(waiting *w, int tokens) {
-    TILE_STORE(0, w->dot[0][0], 64);
-    TILE_STORE(1, w->dot[0][1], 64);
-    if (tokens > 16) {
-        TILE_STORE(2, w->dot[1][0], 64);
-        TILE_STORE(3, w->dot[1][1], 64);
-    }
+KTL_INLINE void take(waiting *w) {
+    TILE_STORE(0, w->dot[0], 64);
+    TILE_STORE(1, w->dot[1], 64);
 }
 
 /* Adds `rows` tokens of them, from row `from` on. */
@@ -96,7 +86,7 @@ KTL_INLINE void int8_add(int format, const waiting *w, place at, int from, int r
         rows_f *to = (rows_f *)(ktl_sums(job, at.t + i) + at.p * KTL_PANEL);
 #pragma GCC unroll 2
         for (int b = 0; b < 2; b++) {
-            const rows_i dot = *(const rows_i *)w->dot[i / 16][b][i % 16] + init;
+            const rows_i dot = *(const rows_i *)w->dot[b][i] + init;
             rows_f v = ROWS_FMA(__builtin_convertvector(dot, rows_f), scales[b] * scale, to[b]);
             if (has_offset) v = ROWS_FMA(*(const rows_f *)tile[b].offset[s], (rows_f){0} + sum, v);
             to[b] = v;
@@ -104,23 +94,16 @@ KTL_INLINE void int8_add(int format, const waiting *w, place at, int from, int r
     }
 }
 
-/* The four products of two A and two B tiles, and after each what `between` does. */
-#define FOUR_PRODUCTS(a0, a1, stride, b0, b1, two, DOT, between)                                    \
+/* The products of an A and two B tiles, and after each what `between` does. */
+#define TWO_PRODUCTS(a, stride, b0, b1, DOT, between)                                               \
     do {                                                                                            \
-        TILE_LOAD(4, a0, stride);                                                                   \
-        TILE_LOAD(6, b0, 64);                                                                       \
-        DOT(0, 4, 6);                                                                               \
+        TILE_LOAD(2, a, stride);                                                                    \
+        TILE_LOAD(3, b0, 64);                                                                       \
+        DOT(0, 2, 3);                                                                               \
         between;                                                                                    \
-        TILE_LOAD(7, b1, 64);                                                                       \
-        DOT(1, 4, 7);                                                                               \
+        TILE_LOAD(3, b1, 64);                                                                       \
+        DOT(1, 2, 3);                                                                               \
         between;                                                                                    \
-        if (two) {                                                                                  \
-            TILE_LOAD(5, a1, stride);                                                               \
-            DOT(2, 5, 6);                                                                           \
-            between;                                                                                \
-            DOT(3, 5, 7);                                                                           \
-            between;                                                                                \
-        }                                                                                           \
     } while (0)
 
 KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, int groups,
@@ -133,15 +116,15 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
     int turn = 0;
     uint8_t half[2][1024] KTL_ALIGNED; /* the last 32 columns, padded to 64 */
     const ktl_act *acts = job->act;
-    for (here.t = 0; here.t < job->n; here.t += 32) {
+    for (here.t = 0; here.t < job->n; here.t += 16) {
         const int64_t t = here.t;
-        const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
+        const int tokens = (int)(job->n - t < 16 ? job->n - t : 16);
         here.tokens = tokens;
-        if (t == 0 || tokens < 32) {
+        if (t == 0 || tokens < 16) {
             tile_config config = config_for(tokens, k);
             TILE_CONFIG(&config);
         }
-        const int8_t *a0 = acts[t].q, *a1 = acts[two ? t + 16 : t].q;
+        const int8_t *a = acts[t].q;
         ktl_fetch(&ahead, tokens, job->n);
         for (here.p = 0; here.p < panels; here.p += 2)
             for (here.s = 0; here.s * sub < cols; here.s++) {
@@ -149,8 +132,6 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
                 int row = 0;
                 TILE_ZERO(0);
                 TILE_ZERO(1);
-                TILE_ZERO(2);
-                TILE_ZERO(3);
                 const int start = here.s * sub, end = start + sub < cols ? start + sub : cols;
                 for (int c = start; c < end; c += k) {
                     const uint8_t *b0 = codes[0] + c * 16, *b1 = codes[1] + c * 16;
@@ -162,18 +143,18 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
                         b0 = half[0];
                         b1 = half[1];
                     }
-                    const int64_t a = c < KTL_CHUNK ? c : here.next + c - KTL_CHUNK;
-                    FOUR_PRODUCTS(a0 + a, a1 + a, sizeof(ktl_act), b0, b1, two, TILE_DOT_S8U8,
-                                  (int8_add(format, &sums[!turn], last, row, rows, tiles, job),
-                                   row += rows));
+                    const int64_t at = c < KTL_CHUNK ? c : here.next + c - KTL_CHUNK;
+                    TWO_PRODUCTS(a + at, sizeof(ktl_act), b0, b1, TILE_DOT_S8U8,
+                                 (int8_add(format, &sums[!turn], last, row, rows, tiles, job),
+                                  row += rows));
                 }
-                int8_add(format, &sums[!turn], last, row, 32, tiles, job);
-                take(&sums[turn], tokens);
+                int8_add(format, &sums[!turn], last, row, 16, tiles, job);
+                take(&sums[turn]);
                 last = here;
                 turn ^= 1;
             }
     }
-    int8_add(format, &sums[!turn], last, 0, 32, tiles, job);
+    int8_add(format, &sums[!turn], last, 0, 16, tiles, job);
     TILE_RELEASE();
 }
 
@@ -283,59 +264,50 @@ static void bf16_decode_blocks(int format, const uint8_t *row, int64_t row_bytes
     else bf16_from_tile(format, groups, &from, tile);
 }
 
-KTL_INLINE void bf16_add(const waiting *w, place at, int from, int rows, const ktl_job *job) {
-    const int end = from + rows < at.tokens ? from + rows : at.tokens;
-    for (int i = from; i < end; i++) {
-        rows_f *to = (rows_f *)(ktl_sums(job, at.t + i) + at.p * KTL_PANEL);
-        to[0] += *(const rows_f *)w->sum[i / 16][0][i % 16];
-        to[1] += *(const rows_f *)w->sum[i / 16][1][i % 16];
-    }
-}
-
+/* The sums are loaded into the tiles, added to and stored again; meanwhile the next ones and the
+ * next tokens' activations come to L1. */
 static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int groups,
                           const ktl_job *job) {
     const uint16_t *acts = job->act;
+    const int64_t sums_bytes = job->acc_stride * (int64_t)sizeof(float);
     ktl_ahead ahead = job->ahead;
-    waiting sums[2];
-    place last = {0}, here = {0};
-    int turn = 0;
     (void)format;
-    for (here.t = 0; here.t < job->n; here.t += 32) {
-        const int64_t t = here.t;
-        const int tokens = (int)(job->n - t < 32 ? job->n - t : 32), two = tokens > 16;
-        here.tokens = tokens;
-        if (t == 0 || tokens < 32) {
+    for (int64_t t = 0; t < job->n; t += 16) {
+        const int tokens = (int)(job->n - t < 16 ? job->n - t : 16);
+        const int64_t then = t + 16 < job->n ? t + 16 : 0;
+        const uint16_t *a = acts + t * KTL_CHUNK, *next_act = acts + then * KTL_CHUNK;
+        if (t == 0 || tokens < 16) {
             tile_config config = config_for(tokens, 64);
             TILE_CONFIG(&config);
         }
-        const uint16_t *a0 = acts + t * KTL_CHUNK, *a1 = acts + (two ? t + 16 : t) * KTL_CHUNK;
-        ktl_fetch(&ahead, tokens, job->n);
-        for (here.p = 0; here.p < panels; here.p += 2) {
-            const uint8_t *codes[2] = {tiles[here.p].codes, tiles[here.p + 1].codes};
-            int row = 0;
-            TILE_ZERO(0);
-            TILE_ZERO(1);
-            TILE_ZERO(2);
-            TILE_ZERO(3);
+        for (int p = 0; p < panels; p += 2) {
+            float *sums = job->acc + t * job->acc_stride + p * KTL_PANEL;
+            const float *next = p + 2 < panels ? sums + 2 * KTL_PANEL
+                                               : job->acc + then * job->acc_stride;
+            const uint8_t *b0 = tiles[p].codes, *b1 = tiles[p + 1].codes;
+            ktl_fetch(&ahead, 2 * tokens, job->n * panels);
+            TILE_LOAD(0, sums, sums_bytes);
+            TILE_LOAD(1, sums + KTL_PANEL, sums_bytes);
             for (int g = 0; g < groups; g++)
-                FOUR_PRODUCTS(a0 + g * KTL_GROUP, a1 + g * KTL_GROUP, KTL_CHUNK * 2,
-                              codes[0] + g * 1024, codes[1] + g * 1024, two, TILE_DOT_BF16,
-                              (bf16_add(&sums[!turn], last, row, 1, job), row++));
-            bf16_add(&sums[!turn], last, row, 32, job);
-            take(&sums[turn], tokens);
-            last = here;
-            turn ^= 1;
+                TWO_PRODUCTS(a + g * KTL_GROUP, KTL_CHUNK * 2, b0 + g * 1024, b1 + g * 1024,
+                             TILE_DOT_BF16, ({
+                                 for (int i = 0; i < 4; i++) __builtin_prefetch(next_act + 32 * i);
+                                 for (int i = 0; i < 2; i++) __builtin_prefetch(next + 16 * i);
+                                 next_act += 128;
+                                 next += job->acc_stride;
+                             }));
+            TILE_STORE(0, sums, sums_bytes);
+            TILE_STORE(1, sums + KTL_PANEL, sums_bytes);
         }
     }
-    bf16_add(&sums[!turn], last, 0, 32, job);
     TILE_RELEASE();
 }
 
 #define INT8_KERNELS                                                                                \
     {int8_act_key, int8_prepare, int8_decode_packed, int8_decode_blocks, int8_multiply,             \
      NULL,         NULL,         1,                  ktl_silu_mul,    ktl_scale_row,                   \
-     NULL}
+     ktl_add_row,  NULL}
 #define BF16_KERNELS                                                                                \
     {bf16_act_key, bf16_prepare, bf16_decode_packed, bf16_decode_blocks, bf16_multiply,             \
      NULL,         NULL,         0,                  ktl_silu_mul,    ktl_scale_row,                   \
-     NULL}
+     ktl_add_row,  NULL}

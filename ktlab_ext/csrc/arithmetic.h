@@ -44,6 +44,10 @@ static inline void ktl_scale_row(float *x, float factor, int64_t count) {
     for (int64_t i = 0; i < count; i++) x[i] *= factor;
 }
 
+static inline void ktl_add_row(float *x, const float *more, int64_t count) {
+    for (int64_t i = 0; i < count; i++) x[i] += more[i];
+}
+
 /* Scores of a part to exp(score - most), most and total a head. */
 static inline void ktl_attend_softmax(const ktl_attend_part *a) {
     for (int64_t h = 0; h < a->heads; h++) {

@@ -116,16 +116,16 @@ typedef struct KTL_ALIGNED {
 
 enum { KTL_TILES = 4 }; /* tiles that are decoded at a time */
 
-/* Memory that will be read after this: KTL_TILES pieces of `lines` x 64 bytes, `stride` bytes apart. */
+/* Memory that will be read after this: `pieces` of `lines` x 64 bytes, `stride` bytes apart. */
 typedef struct {
     const uint8_t *data;
     int64_t stride;
-    int lines, piece, line;
+    int pieces, lines, piece, line;
 } ktl_ahead;
 
 /* Asks for the share of it that falls on `part` of `whole`, into L2. */
 KTL_INLINE void ktl_fetch(ktl_ahead *a, int64_t part, int64_t whole) {
-    for (int64_t n = ktl_ceil(part * a->lines * KTL_TILES, whole); n > 0 && a->piece < KTL_TILES; n--) {
+    for (int64_t n = ktl_ceil(part * a->lines * a->pieces, whole); n > 0 && a->piece < a->pieces; n--) {
         __builtin_prefetch(a->data + a->line * 64, 0, 2);
         if (++a->line < a->lines) continue;
         a->line = 0;
@@ -187,6 +187,7 @@ typedef struct {
     int spans; /* whether `multiply` takes packed int8_channel by two chunks, `groups` up to 16 */
     void (*silu_mul)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
     void (*scale_row)(float *x, float factor, int64_t count);
+    void (*add_row)(float *x, const float *more, int64_t count);
     void (*attend)(const ktl_attend_part *part);
 } ktl_kernels;
 

@@ -84,6 +84,26 @@ static int fuses(int isa, int few, int64_t tokens) {
            (isa < KTL_AMX_INT8 || tokens <= FUSED_UNDER_AMX);
 }
 
+/* The memory of the next KTL_TILES tiles: `cols` columns from `column` on of at most `rows` rows. */
+static ktl_ahead next_tiles(const ktl_matrix *m, const uint8_t *data, int64_t row0, int64_t rows,
+                            int64_t column, int cols) {
+    if (rows > KTL_TILES * KTL_PANEL) rows = KTL_TILES * KTL_PANEL;
+    if (m->layout == KTL_PACKED) {
+        const int64_t chunk = ktl_chunk_bytes(m->format, KTL_CHUNK / KTL_GROUP);
+        const int64_t panel = ktl_panel_bytes(m->format, m->cols);
+        return (ktl_ahead){.data = data + row0 / KTL_PANEL * panel + ktl_head_bytes(m->format) +
+                                   column / KTL_CHUNK * chunk,
+                           .stride = panel, .pieces = (int)ktl_ceil(rows, KTL_PANEL),
+                           .lines = (int)(chunk / 64 * (cols / KTL_CHUNK))};
+    }
+    const ktl_format_info *f = &ktl_formats[m->format];
+    const int64_t row_bytes = ktl_row_bytes(m->format, m->cols);
+    /* A row starts somewhere in a line, mostly at a multiple of 16. */
+    const int64_t unit = f->block_cols ? f->block_cols : 1, bytes = f->block_cols ? f->block_bytes : 1;
+    return (ktl_ahead){.data = data + row0 * row_bytes + column / unit * bytes, .stride = row_bytes,
+                       .pieces = (int)rows, .lines = (int)((cols / unit * bytes + 47) / 64 + 1)};
+}
+
 /* job->acc += rows [row0, row0 + rows) of one matrix times the prepared activations. A chunk of 256
  * columns is decoded four panels at a time (they stay in L1) against all tokens (whose chunk stays
  * in L2 while the task's panels pass by). */
@@ -143,11 +163,8 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
                 memset(&tiles[used], 0, sizeof(ktl_tile));
                 tiles[used].codes = tiles[used].code;
             }
-            /* The next tiles' share of memory. */
             const int64_t next = first + KTL_TILES * KTL_PANEL < rows ? first + KTL_TILES * KTL_PANEL : 0;
-            part.ahead = (ktl_ahead){data + (row0 + next) / KTL_PANEL * panel_bytes +
-                                         ktl_head_bytes(m->format) + (c + !next * span) / KTL_CHUNK * chunk_bytes,
-                                     panel_bytes, packed ? (int)(chunk_bytes / 64 * (span / KTL_CHUNK)) : 0, 0, 0};
+            part.ahead = next_tiles(m, data, row0 + next, rows - next, c + !next * span, span);
             part.act_next = a->chunk_bytes;
             part.acc = job->acc + first;
             for (int term = 0; term < a->key.terms; term++) {
@@ -391,9 +408,17 @@ static void moe_down(void *context, int64_t task, int worker) {
     memset(acc, 0, (size_t)(m->tokens * stride) * sizeof(float));
     for (int64_t i = 0; i < m->groups; i++) {
         const group *g = &m->group[i];
-        ktl_job job = {.acc = acc, .acc_stride = stride, .acc_index = m->token + g->first, .n = g->n};
+        const int32_t *token = m->token + g->first;
+        ktl_job job = {.acc = acc, .acc_stride = stride, .acc_index = token, .n = g->n};
+        if (!g->fuse) { /* rows one after the other, as tiles want them */
+            job.acc = acc + m->tokens * stride;
+            job.acc_index = NULL;
+            memset(job.acc, 0, (size_t)(g->n * stride) * sizeof(float));
+        }
         rows_times(m->kernels[g->few], g->fuse, m->down, g->expert, row0, rows,
                    &m->hidden_acts[g->few], g->first, &job, tiles);
+        for (int64_t t = 0; !g->fuse && t < g->n; t++)
+            m->kernels[g->few]->add_row(acc + token[t] * stride, job.acc + t * stride, rows);
     }
     for (int64_t t = 0; t < m->tokens; t++)
         memcpy(m->y + t * m->y_stride + row0, acc + t * stride, (size_t)rows * sizeof(float));
@@ -441,7 +466,7 @@ static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64
     m->inner_rows = task_rows(m->pool, width, m->groups);
     m->outer_rows = task_rows(m->pool, m->down->rows, 1);
     const int64_t inner = 2 * largest * (m->inner_rows + SPREAD);
-    const int64_t outer = m->tokens * (m->outer_rows + SPREAD);
+    const int64_t outer = (m->tokens + largest) * (m->outer_rows + SPREAD);
     if ((error = worker_scratch(m->pool, inner > outer ? inner : outer))) return error;
 
     const int small = m->slots * width * m->gate->cols * 3 < SMALL_WORK * 4;
