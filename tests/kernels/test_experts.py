@@ -123,7 +123,7 @@ def test_format_is_a_switch_like_the_others() -> None:
 
 
 def test_operands_are_shared_by_clones_and_kept_apart_by_layout() -> None:
-    bank = make_bank("q8_0")
+    bank = make_bank("q8_0").use(layout="ggml_blocks")
     twin = bank.clone().use(backend="numba", layout="packed")
     twin.forward(*make_call(2, 2))
     assert bank.kernel.layout == "ggml_blocks", "the clone has switches of its own"
