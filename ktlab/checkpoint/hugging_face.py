@@ -4,12 +4,16 @@ Plain matrices are views of the files. Put together at first use are experts sto
 out of `kv_b_proj` (their axes are swapped), and FP8 with its block scales (`weight_scale_inv`).
 """
 
+import gc
 import math
 import re
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain, filterfalse
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +40,7 @@ FP8, SCALE = "F8_E4M3", "_scale_inv"
 FORMAT_OF = {"F32": "f32", "F16": "f16", "BF16": "bf16", FP8: "fp8_e4m3"}
 """{type of a safetensors file: format here}; other types hold no weights that this kit computes."""
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
-_LAYERS = "model.layers."
+_KIND = itemgetter(StoredTensor._fields.index("dtype"), StoredTensor._fields.index("shape"))
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
@@ -48,9 +52,12 @@ class SafetensorsCheckpoint(CheckpointView):
     """
 
     def __init__(self, path: str | Path, *, name: str | None = None) -> None:
-        self.folder = folder = Path(path)
-        self.path = folder
-        self.name = name or folder.resolve().name
+        self.folder = self.path = Path(path)
+        self.name = name or self.folder.resolve().name
+        with _no_collection():
+            self._open(self.folder)
+
+    def _open(self, folder: Path) -> None:
         content = read_json_object(folder / CONFIG)
         self.metadata: Mapping[str, object] = content
         where = f"{folder.name}/{CONFIG}"
@@ -59,19 +66,18 @@ class SafetensorsCheckpoint(CheckpointView):
         self._scale_shapes: dict[Shape, Shape] = {}
         self._stored = read_folder(folder)
         self._check_counts(where, config)
-        numbers = {name.split(".", 3)[2] for name in self._stored if name.startswith(_LAYERS)}
-        layers = {int(n) for n in numbers if n.isdecimal() and len(n) <= 6}
-        further = {n for n in layers if n >= config.num_layers}
-        self.config: ModelConfig = replace(config, num_nextn_layers=len(further))
-        self._shapes = expected_tensors(self.config)
+        self._shapes = expected_tensors(config)
         self._origins = {
-            name: origin(self.config, name, shape, self._stored)
-            for name, shape in self._shapes.items()
+            name: origin(config, name, shape, self._stored) for name, shape in self._shapes.items()
         }
+        further = {layer for layer in map(_layer, self.unused) if layer is not None}
+        further = {layer for layer in further if layer >= config.num_layers}
+        self.config: ModelConfig = replace(config, num_nextn_layers=len(further))
         self._check()
         # By identity: 90 thousand paths to hash would take a tenth of the time of opening.
-        paths = {id(entry.path): entry.path for entry in self._stored.values()}
-        self._files = {path: MappedFile(path) for path in paths.values()}
+        paths = list(map(attrgetter("path"), self._stored.values()))
+        unique = dict(zip(map(id, paths), paths, strict=True)).values()
+        self._files = {path: MappedFile(path) for path in unique}
         self._kept: weakref.WeakValueDictionary[str, QTensor] = weakref.WeakValueDictionary()
 
     # What must be there ----------------------------------------------------------------------
@@ -108,6 +114,8 @@ class SafetensorsCheckpoint(CheckpointView):
         check_tensors(self.name, self.config, present, problems)
 
     def _faults(self, made_of: Origin) -> Iterator[str]:
+        if self._regular(made_of):
+            return
         missing = [name for name in made_of.names if name not in self._stored]
         if missing:
             more = f" and {len(missing) - 1} more experts" if len(missing) > 1 else ""
@@ -126,6 +134,21 @@ class SafetensorsCheckpoint(CheckpointView):
         if len(types) > 1:
             names = " and ".join(sorted(types))
             yield f"{entries[0].name} and the other experts of its layer are {names}, expected one"
+
+    def _regular(self, made_of: Origin) -> bool:
+        """Whether nothing is wrong with these tensors, found without looking at each by itself."""
+        try:
+            entries = list(map(self._stored.__getitem__, made_of.names))
+            kinds = set(map(_KIND, entries))
+            if len(kinds) != 1 or kinds.pop() != (dtype := entries[0].dtype, made_of.shape):
+                return False
+            if dtype != FP8 or len(made_of.shape) < 2:
+                return dtype in FORMAT_OF and dtype != FP8
+            names = [name + SCALE for name in made_of.names]
+            scales = set(map(_KIND, map(self._stored.__getitem__, names)))
+        except KeyError:
+            return False
+        return scales == {("F32", self._scale_shape(made_of.shape))}
 
     def _scale_faults(self, entry: StoredTensor) -> Iterator[str]:
         if len(entry.shape) < 2:
@@ -149,8 +172,9 @@ class SafetensorsCheckpoint(CheckpointView):
     @cached_property
     def unused(self) -> list[str]:
         """Tensors in the files that the model does not use, e.g. next-token-prediction layers."""
-        used = {name for made_of in self._origins.values() for name in made_of.names}
-        return [n for n in self._stored if n not in used and n.removesuffix(SCALE) not in used]
+        used = set(chain.from_iterable(made_of.names for made_of in self._origins.values()))
+        used |= {name + SCALE for name in used}
+        return list(filterfalse(used.__contains__, self._stored))
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -274,6 +298,19 @@ class SafetensorsCheckpoint(CheckpointView):
             return join_scales(codes_NK, scale_NG)
         values_NK = E4M3[codes_NK] * np.repeat(scale_NG, per_cols, axis=1)[:, :cols]
         return values_NK.view(np.uint8)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector stands still: where 90 thousand objects are made to stay, it looks at all
+    that the process has several times, which takes longer than making them."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _About(NamedTuple):

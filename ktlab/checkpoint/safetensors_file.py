@@ -12,8 +12,8 @@ import math
 import mmap
 import os
 import re
-from functools import cached_property
-from itertools import chain
+from functools import cached_property, partial
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,57 +93,66 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return entries
 
 
-_ENTRY = re.compile(
-    r'"([ !#-\[\]-~]+)":\{"dtype":"(\w{1,8})","shape":\[([\d,]{0,99})\],'
-    r'"data_offsets":\[(0|[1-9]\d{0,17}),(0|[1-9]\d{0,17})\]\}'
-)
-_BETWEEN = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
 _METADATA = re.compile(r'\{(?:"__metadata__":\{[^{}]*\},)?')
+_SHAPE = re.compile(r":\[((?:0|[1-9]\d{0,17})(?:,(?:0|[1-9]\d{0,17})){0,7})?\],")
+# A header cut at its quotation marks: ten pieces an entry, six of them always the same.
+_NAME, _DTYPE, _DIMENSIONS, _OFFSETS, _PIECES = 1, 5, 8, 10, 10
+_ALWAYS = {2: ":{", 3: "dtype", 4: ":", 6: ",", 7: "shape", 9: "data_offsets"}
+_DIGITS = b"0123456789"
+_PLAIN = bytes(byte for byte in range(32, 127) if byte != ord("\\"))
+_made = partial(tuple.__new__, StoredTensor)
 
 
 def _regular(raw: bytes, path: Path, room: int) -> dict[str, StoredTensor] | None:
     """The entries of a header written as the library writes it, tensors in the order of their
     bytes; None for any other and for anything wrong, which takes JSON and words.
 
-    DeepSeek-V3's 90 thousand entries take a third of the time that JSON's objects take.
+    No step handles entries one by one in Python: DeepSeek-V3's 90 thousand take a quarter of the
+    time that JSON's objects take.
     """
-    try:
-        text = raw.decode("ascii").rstrip(" ")
-    except UnicodeDecodeError:
+    if raw.translate(None, _PLAIN):  # escapes, control characters, other alphabets
         return None
+    text = raw.decode("ascii").rstrip(" ")
     head = _METADATA.match(text)
-    found = _ENTRY.findall(text)
-    # Nothing but entries: then their parts and what stands between them make up the whole.
-    parts = sum(map(len, chain.from_iterable(found))) + _BETWEEN * len(found)
-    commas = len(found) - (1 if head is None or head.end() == 1 else 0)
-    if (
-        head is None
-        or head.end() + parts != len(text)
-        or text.count('},"') != commas
-        or not text.endswith("}}")
-    ):
+    if head is None or not text.endswith("}}"):
         return None
-    entries: dict[str, StoredTensor] = {}
-    sizes: dict[tuple[str, str], tuple[Shape, int]] = {}
-    data_start, covered, before, new = 8 + len(raw), 0, "0", tuple.__new__
-    for name, dtype, dimensions, start, end in found:
-        known = sizes.get((dtype, dimensions))
-        if known is None:
-            words = dimensions.split(",") if dimensions else []
-            if (
-                dtype not in DTYPE_BYTES
-                or len(words) > 8
-                or any(str(int(w or -1)) != w for w in words)
-            ):
-                return None
-            shape = tuple(map(int, words))
-            known = sizes[dtype, dimensions] = shape, math.prod(shape) * DTYPE_BYTES[dtype]
-        shape, nbytes = known
-        if start != before or int(end) != covered + nbytes:
-            return None
-        entries[name] = new(StoredTensor, (name, dtype, shape, data_start + covered, nbytes, path))
-        covered, before = covered + nbytes, end
-    return entries if covered == room and len(entries) == len(found) else None
+    pieces = text[head.end() : -1].split('"')
+    count = len(pieces) // _PIECES
+    if not count or len(pieces) != 1 + _PIECES * count or pieces[0]:
+        return None
+    if any(pieces[at::_PIECES] != [word] * count for at, word in _ALWAYS.items()):
+        return None
+    offsets = "".join(pieces[_OFFSETS::_PIECES]) + ","  # the last entry has no comma
+    if offsets.encode().translate(None, _DIGITS) != b":[,]}," * count:
+        return None
+    try:
+        ends = json.loads("[" + offsets[2:-3].replace("]},:[", ",") + "]")
+    except ValueError:  # 007, or nothing between two commas
+        return None
+    starts = ends[::2]
+    del ends[::2]
+    kinds = list(zip(pieces[_DTYPE::_PIECES], pieces[_DIMENSIONS::_PIECES], strict=True))
+    known = {kind: _kind(*kind) for kind in set(kinds)}
+    if None in known.values():
+        return None
+    dtypes, shapes, sizes = zip(*map(known.__getitem__, kinds), strict=True)
+    covered = [0, *accumulate(sizes)]
+    if starts != covered[:-1] or ends != covered[1:] or covered[-1] != room:
+        return None
+    names = pieces[_NAME::_PIECES]
+    places = map((8 + len(raw)).__add__, starts)
+    fields = zip(names, dtypes, shapes, places, sizes, repeat(path))
+    entries = dict(zip(names, map(_made, fields), strict=True))
+    return entries if len(entries) == count and "__metadata__" not in entries else None
+
+
+def _kind(dtype: str, dimensions: str) -> tuple[str, Shape, int] | None:
+    """Type, shape and bytes of an entry; None if they are not as they should be."""
+    found = _SHAPE.fullmatch(dimensions)
+    if found is None or dtype not in DTYPE_BYTES:
+        return None
+    shape = tuple(map(int, found[1].split(","))) if found[1] else ()
+    return dtype, shape, math.prod(shape) * DTYPE_BYTES[dtype]
 
 
 def read_json(raw: bytes, what: str) -> Any:

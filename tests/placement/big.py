@@ -1,5 +1,6 @@
 """Files of DeepSeek-V3's true shape that take no room: headers are written, weights are holes."""
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,15 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType, GGUFWriter
 
+from ktlab.checkpoint.embedded import data_path
+from ktlab.checkpoint.hugging_face import SCALE
+from ktlab.checkpoint.hugging_face_names import origin
 from ktlab.checkpoint.metadata import metadata_from_config
 from ktlab.checkpoint.mixtures import mixture
-from ktlab.checkpoint.names import expected_tensors
+from ktlab.checkpoint.names import Shape, expected_tensors
 from ktlab.checkpoint.published import published_model
+from ktlab.checkpoint.safetensors_file import DTYPE_BYTES
+from ktlab.checkpoint.safetensors_folder import CONFIG, INDEX
 
 VOCABULARY = 129280
 MERGES = 127741
@@ -74,3 +80,49 @@ def write_shards(
             file.truncate(start + size)
         paths.append(path)
     return paths
+
+
+def write_folder(folder: Path, name: str, count: int) -> list[Path]:
+    """A published model as `count` sparse safetensors in DeepSeek's FP8, experts one by one."""
+    known = json.loads(data_path("models").joinpath(f"{name}.json").read_text(encoding="utf-8"))
+    config = published_model(name).config
+    stored: dict[str, tuple[str, Shape]] = {}
+    for tensor, shape in expected_tensors(config).items():
+        made_of = origin(config, tensor, shape, ())
+        for one in made_of.names:
+            if len(made_of.shape) < 2 or "embed" in one or "lm_head" in one or ".gate." in one:
+                stored[one] = "F32" if one.endswith("bias") else "BF16", made_of.shape
+            else:
+                stored[one] = "F8_E4M3", made_of.shape
+                stored[one + SCALE] = "F32", tuple(-(-n // 128) for n in made_of.shape)
+    names = list(stored)
+    per_file = -(-len(names) // count)
+    weight_map: dict[str, str] = {}
+    paths = []
+    for number in range(count):
+        path = folder / f"model-{number + 1:05}-of-{count:06}.safetensors"
+        own = names[number * per_file : (number + 1) * per_file]
+        _write_blank(path, {one: stored[one] for one in own})
+        weight_map |= dict.fromkeys(own, path.name)
+        paths.append(path)
+    index = {"metadata": {"total_size": 0}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    content = known["config"] | {"quantization_config": fp8}
+    (folder / CONFIG).write_text(json.dumps(content), encoding="utf-8")
+    return paths
+
+
+def _write_blank(path: Path, tensors: Mapping[str, tuple[str, Shape]]) -> None:
+    """Header as the library writes it: widest type first, then by name; no weights behind it."""
+    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name][0]], name)):
+        dtype, shape = tensors[name]
+        start, end = end, end + math.prod(shape) * DTYPE_BYTES[dtype]
+        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(content, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)

@@ -1,16 +1,20 @@
 """Planning a Hugging Face folder: the same as what is loaded from it."""
 
+import json
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 
 import ktlab
 from ktlab.checkpoint.hugging_face import SafetensorsCheckpoint
 from ktlab.checkpoint.safetensors_file import MappedFile
+from ktlab.checkpoint.safetensors_folder import INDEX, read_folder
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.placement import plan
 from ktlab.placement.placed import computed_formats
 from tests.model.peer import transformers_model
+from tests.placement.big import write_folder
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +54,46 @@ def test_planning_reads_no_weights(folder: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(MappedFile, "bytes_of", read)
     assert plan(folder).stored_bytes > 0
+
+
+@pytest.fixture(scope="module")
+def v3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("v3")
+    write_folder(folder, "deepseek-v3", 163)
+    return folder
+
+
+def test_deepseek_v3_as_published(v3_folder: Path) -> None:
+    found = plan(v3_folder, vram="14GB", ram="2TB")
+    assert found.parameters == pytest.approx(671e9, rel=1e-3)
+    assert found.by_component()["experts"].stored == ("fp8_e4m3",)
+    assert sum(p.stat().st_blocks * 512 for p in v3_folder.iterdir()) < 40 * 10**6
+
+
+@pytest.mark.alone
+def test_headers_of_163_files_in_half_a_second(v3_folder: Path) -> None:
+    spent = []
+    for _ in range(7):
+        start = perf_counter()
+        plan(v3_folder, vram="14GB", ram="2TB")
+        spent.append(perf_counter() - start)
+    assert min(spent) < 0.5, spent
+
+
+def test_an_index_in_any_form_says_the_same(v3_folder: Path, tmp_path: Path) -> None:
+    """As it is mostly written, and in forms that take longer to read."""
+    for name, path in zip("ab", sorted(v3_folder.glob("*.safetensors")), strict=False):
+        (tmp_path / f"{name}.safetensors").symlink_to(path)
+    weight_map = {name: entry.path.name for name, entry in read_folder(tmp_path).items()}
+    expected = read_folder(tmp_path)
+    content = {"metadata": {}, "weight_map": weight_map}
+    for text in (
+        json.dumps(content, indent=2),
+        json.dumps(content),
+        json.dumps({"weight_map": weight_map, "metadata": {}}, indent=4),
+    ):
+        (tmp_path / INDEX).write_text(text, encoding="utf-8")
+        assert read_folder(tmp_path) == expected
+    some = dict(list(weight_map.items())[: len(weight_map) // 4])
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": some}, indent=2), encoding="utf-8")
+    assert read_folder(tmp_path).keys() == some.keys(), "the index decides"
