@@ -264,42 +264,40 @@ static void bf16_decode_blocks(int format, const uint8_t *row, int64_t row_bytes
     else bf16_from_tile(format, groups, &from, tile);
 }
 
-/* The sums are loaded into the tiles, added to and stored again; meanwhile the next ones and the
- * next tokens' activations come to L1. */
+/* A pair of panels stays in L1 while all tokens pass by. Their sums are loaded into the tiles, added to
+ * and stored again; meanwhile the next ones and the next tokens' activations come from L2. */
 static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int groups,
                           const ktl_job *job) {
     const uint16_t *acts = job->act;
     const int64_t sums_bytes = job->acc_stride * (int64_t)sizeof(float);
     ktl_ahead ahead = job->ahead;
     (void)format;
-    for (int64_t t = 0; t < job->n; t += 16) {
-        const int tokens = (int)(job->n - t < 16 ? job->n - t : 16);
-        const int64_t then = t + 16 < job->n ? t + 16 : 0;
-        const uint16_t *a = acts + t * KTL_CHUNK, *next_act = acts + then * KTL_CHUNK;
-        if (t == 0 || tokens < 16) {
-            tile_config config = config_for(tokens, 64);
-            TILE_CONFIG(&config);
-        }
-        for (int p = 0; p < panels; p += 2) {
+    for (int p = 0; p < panels; p += 2)
+        for (int64_t t = 0; t < job->n; t += 16) {
+            const int tokens = (int)(job->n - t < 16 ? job->n - t : 16);
+            const int64_t then = t + 16 < job->n ? t + 16 : 0;
+            const uint16_t *a = acts + t * KTL_CHUNK, *next_act = acts + then * KTL_CHUNK;
             float *sums = job->acc + t * job->acc_stride + p * KTL_PANEL;
-            const float *next = p + 2 < panels ? sums + 2 * KTL_PANEL
-                                               : job->acc + then * job->acc_stride;
+            const float *next = job->acc + then * job->acc_stride + (then ? p : p + 2) * KTL_PANEL;
             const uint8_t *b0 = tiles[p].codes, *b1 = tiles[p + 1].codes;
+            if (t == 0 || tokens < 16) {
+                tile_config config = config_for(tokens, 64);
+                TILE_CONFIG(&config);
+            }
             ktl_fetch(&ahead, 2 * tokens, job->n * panels);
             TILE_LOAD(0, sums, sums_bytes);
             TILE_LOAD(1, sums + KTL_PANEL, sums_bytes);
             for (int g = 0; g < groups; g++)
                 TWO_PRODUCTS(a + g * KTL_GROUP, KTL_CHUNK * 2, b0 + g * 1024, b1 + g * 1024,
                              TILE_DOT_BF16, ({
-                                 for (int i = 0; i < 4; i++) __builtin_prefetch(next_act + 32 * i);
+                                 for (int i = 0; i < 8; i++) __builtin_prefetch(next_act + 32 * i);
                                  for (int i = 0; i < 2; i++) __builtin_prefetch(next + 16 * i);
-                                 next_act += 128;
+                                 next_act += 256;
                                  next += job->acc_stride;
                              }));
             TILE_STORE(0, sums, sums_bytes);
             TILE_STORE(1, sums + KTL_PANEL, sums_bytes);
         }
-    }
     TILE_RELEASE();
 }
 
