@@ -510,7 +510,7 @@ cdef int check_seconds(double seconds) except -1:
 def peak_ops(Pool pool not None, str isa not None, double seconds=0.2, bint loading=False):
     """Operations per second (multiply and add are two) of the set's dot instruction on registers.
 
-    `loading` (AMX): with the tile load a product that eight tiles demand, from L1. 0.0 where there
+    `loading` (AMX): with three tile loads, from L1, for two products. 0.0 where there
     is no such ceiling: emulated sets, and `loading` without tiles.
     """
     cdef double found

@@ -19,7 +19,7 @@ def usable(isa: str) -> bool:
 def operations(isa: str, threads: int, seconds: float = SECONDS, *, loading: bool = False) -> float:
     """Operations/s (a multiply and an add are two) of the set's dot instruction on registers.
 
-    `loading`: of AMX with a tile load a product, which eight tile registers demand; 0.0 for others.
+    `loading`: of AMX with three tile loads for two products, as its kernels do; 0.0 for others.
     """
     return float(native._native().peak_ops(native.pool(threads), isa, seconds, loading))
 

@@ -21,7 +21,7 @@ HOPELESS = 1.5
 CACHES = 4
 """Reading is measured on a buffer of so many times the last-level cache."""
 LEAST_BUFFER, LARGEST_BUFFER = 256 << 20, 1 << 30
-LOADING = ", a tile load a product"
+LOADING = ", tile loads included"
 """Of a rate's name: what AMX can give at most in any product of matrices."""
 
 Progress = Callable[[str], None]

@@ -3,10 +3,9 @@
  *
  * A tile holds 16 rows of 64 bytes. A: 16 tokens x 64 activations. B: 64 columns of 16 weight rows,
  * four (bf16: two) columns a line, which is how packed data and decoded tiles lie. C: 16 x 16 sums.
- * One A and two B tiles make two C tiles: four tiles in all. Two by two would need a load less for
- * four products, but a processor renames tiles as it does registers and has few of them; where a
- * neighbour on the same core holds some, products on all eight tiles wait for each other (a product
- * 32 ns where it takes 14 on four tiles; 7.4 either way where nobody is there).
+ * One A and two B tiles make two C tiles: four tiles in all. Two by two on all eight would need a load
+ * less for four products, but was measured to take 32 ns a product most of the time where four tiles
+ * take 14 (7.4 either way in moments): perhaps a neighbour on the core holds renamed tiles.
  *
  * The file that includes this defines TILE_CONFIG(config) TILE_ZERO(t) TILE_LOAD(t, p, stride)
  * TILE_STORE(t, p, stride) TILE_DOT_S8U8(c, a, b) TILE_DOT_BF16(c, a, b) TILE_RELEASE() with

@@ -207,7 +207,7 @@ int ktl_header_read(const uint8_t *src, int64_t total_bytes, ktl_header *h, char
 /* ---- ceilings, measured with the same threads ------------------------------------------------------- */
 /* Operations per second (multiply and add are two) of the instruction set's own dot instruction on
  * registers: serial/avx2 float FMA resp. maddubs, avx512_vnni VPDPBUSD, amx_* tile products.
- * `loading`, amx_* only (0.0 otherwise): with the tile load a product that eight tiles demand. */
+ * `loading`, amx_* only (0.0 otherwise): with three tile loads for two products, as the kernels do. */
 double ktl_peak_ops(ktl_pool *pool, int isa, int loading, double seconds);
 double ktl_peak_fma(ktl_pool *pool, double seconds);              /* float32 FLOP/s */
 /* Bytes per second read by all workers from a buffer of `bytes` (give several times the cache). */
