@@ -52,19 +52,19 @@ THRESHOLDS = (
     *(
         Threshold(isa=f"amx_bf16{suffix}", family=kind, few=few, reason=_TILES)
         for suffix in ("", "_emulated")
-        for kind, few in (("float", 8), ("256 a block", 40), ("", 64))
+        for kind, few in (("float", 4), ("", 32))
     ),
     Threshold(isa=NUMBA_ISA, few=2, reason="above, weights are decoded once for all tokens"),
-    Threshold(layout=BLOCKS, few=9, reason=_FUSED),
+    Threshold(layout=BLOCKS, few=6, reason=_FUSED),
     Threshold(layout=PACKED, family="long scales", few=1, reason=_FUSED),
-    Threshold(layout=PACKED, few=8, reason=_FUSED),
+    Threshold(layout=PACKED, few=5, reason=_FUSED),
 )
 """The first that matches counts.
 
-Where the two paths took the same time, medians of 7 on 2 threads of a Sapphire Rapids Xeon, experts
-of DeepSeek-V3's widths, q4_k + q6_k, q8_0 and int8_channel: on blocks 8 to 12 tokens an expert; on
-packed data 8 to 12, with long scales never; amx_bf16 32 to 48 (q4_k) and about 64 (q8_0); amx_int8
-12 to 16 with long scales, beyond 128 without."""
+Where the two paths took the same time, medians of 5 on 2 threads of a Sapphire Rapids Xeon, one
+matrix of 8192 x 7168 (`measure_switch`): avx512_vnni 4 to 8 tokens an expert, packed with long
+scales at once; amx_bf16 on blocks 24 (q8_0) to 48 (q4_k, q5_0), packed 4 (q8_0) to 32, floats 0
+to 4; amx_int8 4 to 12 with long scales, beyond 48 without."""
 
 
 def threshold(isa: str, layout: str, formats: Sequence[str]) -> Threshold:

@@ -8,7 +8,7 @@ enum {
     MAX_TOKENS = 2048,   /* of one pass; more are done in several */
     MAX_TASK_ROWS = 256,
     TASKS_PER_WORKER = 8,
-    FUSED_UNDER_AMX = 8,
+    FUSED_UNDER_AMX = 5,
     SPREAD = 16, /* floats between rows of sums: a power of two apart they share cache sets */
     SMALL_WORK = 1 << 17 /* multiplications below which waking another thread costs more */
 };
