@@ -1,5 +1,6 @@
 """What the expert banks and the matrices of the dense part share: a live choice of kernel."""
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from ktlab.kernels import dispatch
@@ -49,13 +50,15 @@ class Computed:
         return self._kernel
 
     def _choose(self, request: Request) -> Kernel:
-        return dispatch.choose(self._settled(request), self.formats)
+        return dispatch.choose(self.settled(request), self.formats)
 
-    def _settled(self, request: Request) -> Request:
-        """Where nothing else is named, native kernels get small matrices packed."""
+    def settled(self, request: Request, formats: Sequence[str] = ()) -> Request:
+        """Where nothing else is named, native kernels get small matrices packed.
+
+        `formats`: what the matrices would be requantized to."""
         if request.layout != AUTO or sum(s.nbytes for s in self.stacks) > PACKED_BYTES:
             return request
-        if dispatch.choose(request, self.formats).backend != "native":
+        if dispatch.choose(request, tuple(formats) or self.formats).backend != "native":
             return request
         return request.with_(layout=PACKED)
 
@@ -108,4 +111,4 @@ class Computed:
 
         `tokens` of one expert decide between the path for few and the one for many.
         """
-        return dispatch.explain(self._settled(self._request), self.formats, tokens)
+        return dispatch.explain(self.settled(self._request), self.formats, tokens)

@@ -52,7 +52,7 @@ THRESHOLDS = (
     *(
         Threshold(isa=f"amx_bf16{suffix}", family=kind, few=few, reason=_TILES)
         for suffix in ("", "_emulated")
-        for kind, few in (("float", 4), ("", 32))
+        for kind, few in (("float", 4), ("256 a block", 32), ("", 64))
     ),
     Threshold(isa=NUMBA_ISA, few=2, reason="above, weights are decoded once for all tokens"),
     Threshold(layout=BLOCKS, few=6, reason=_FUSED),
@@ -64,7 +64,8 @@ THRESHOLDS = (
 Where the two paths took the same time, medians of 5 on 2 threads of a Sapphire Rapids Xeon, one
 matrix of 8192 x 7168 (`measure_switch`): avx512_vnni 4 to 8 tokens an expert, packed with long
 scales at once; amx_bf16 on blocks 24 (q8_0) to 48 (q4_k, q5_0), packed 4 (q8_0) to 32, floats 0
-to 4; amx_int8 4 to 12 with long scales, beyond 48 without."""
+to 4; amx_int8 4 to 12 with long scales, beyond 48 without. q8_0 under amx_bf16 stays with the path
+for few up to 64 all the same: its activations have 16 bits there."""
 
 
 def threshold(isa: str, layout: str, formats: Sequence[str]) -> Threshold:

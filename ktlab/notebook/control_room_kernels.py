@@ -83,7 +83,9 @@ def offers(model: "Model", choice: "Choice") -> dict[str, tuple[list[str], dict[
 
 def explained(model: "Model", choice: "Choice", tokens: int = 1) -> Explanation:
     """What computes the experts under a setting, and why everything else does not."""
-    return dispatch.explain(request_of(choice), expert_formats(model, choice), tokens)
+    formats = expert_formats(model, choice)
+    request = model.moe_blocks[0].experts.settled(request_of(choice), formats)
+    return dispatch.explain(request, formats, tokens)
 
 
 def tooltip(kind: str, rejected: dict[str, str]) -> str:

@@ -19,11 +19,11 @@ def test_switches_and_twin(lab: Lab, theme: str, width: int) -> None:
     page, name = lab.page, f"{theme}-{width}"
     page.evaluate(RUN_FIRST_CELL)
     lab.wait_until(f"{SETTING} === 'k=8'", LONG_S)
-    assert page.evaluate(KERNEL.format("layout")) == "ggml_blocks"
+    assert page.evaluate(KERNEL.format("layout")) == "packed", "a small bank is"
 
-    page.select_option(".cr-c-layout select", "packed")
-    lab.wait_until(f"{KERNEL.format('layout')} === 'packed'", SOON_S)
-    lab.wait_until(f"{SETTING} === 'k=8 · packed'", LONG_S)
+    page.select_option(".cr-c-layout select", "ggml_blocks")
+    lab.wait_until(f"{KERNEL.format('layout')} === 'ggml_blocks'", SOON_S)
+    lab.wait_until(f"{SETTING} === 'k=8 · ggml_blocks'", LONG_S)
     offered = page.locator(".cr-c-isa option").all_inner_texts()
     assert offered[0] == "auto" and "serial" in offered
     title = page.locator(".cr-c-isa select").get_attribute("title") or ""
@@ -34,6 +34,9 @@ def test_switches_and_twin(lab: Lab, theme: str, width: int) -> None:
     lab.wait_until(f"{KERNEL.format('kernel')} === 'numba'", SOON_S)
     assert page.input_value(".cr-c-isa select") == "auto"
     page.select_option(".cr-c-backend select", "auto")
+    # The answer draws these lines anew, and closed: look once it is there.
+    lab.wait_until(f"{KERNEL.format('kernel')}.startsWith('native')", SOON_S)
+    lab.wait_until(f"{STATUS} === 'done'", LONG_S)
     page.click(".cr-explain summary")
     assert "chosen" in page.locator(".cr-explain table").inner_text()
     page.wait_for_timeout(300)
