@@ -21,8 +21,8 @@ async function load(source) {
   }
 }
 
-// Plotly's promise may never settle (seen on a busy machine: an empty chart for good), so a drawing
-// is waited for, but not for longer than this.
+// Should Plotly's promise ever not settle, the chart must not stop for good: a drawing is waited for,
+// but not for longer than this.
 const PATIENCE_MS = 2000;
 const later = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
 
