@@ -13,8 +13,9 @@ from ktlab.kernels.threads import default_threads
 _Computed = TypeVar("_Computed", bound="Computed")
 
 PACKED_BYTES = 64 << 20
-"""Up to here matrices are packed at their first use: a second copy of all of a large model's small
-ones is a few percent of its experts, and short or odd rows are read up to ten times faster."""
+"""Up to here matrices are packed at their first use: short or odd rows are read up to ten times
+faster. The second copy is a few percent of a large model, whose banks are larger than this; a small
+model's experts it doubles, by so much a layer at most."""
 
 
 class Computed:

@@ -6,8 +6,6 @@
  * so the bits do not depend on the number of threads. */
 #include "arithmetic.h"
 
-#include <math.h>
-
 enum { MOST_PARTS = 16, LEAST_POSITIONS = 64, BLOCK = 128, SLOT_PARTS = 0, SMALL_WORK = 1 << 16 };
 
 typedef struct {
