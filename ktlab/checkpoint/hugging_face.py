@@ -8,11 +8,12 @@ import gc
 import math
 import re
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain, filterfalse
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,17 +137,15 @@ class SafetensorsCheckpoint(CheckpointView):
         kind_of = self._stored.kinds.__getitem__
         try:
             kinds = list(map(kind_of, made_of.names))
-            kind = kinds[0]
-            if kind.shape != made_of.shape or kinds.count(kind) != len(kinds):
+            if not _alike(kinds) or (kind := kinds[0]).shape != made_of.shape:
                 return False
             if kind.dtype != FP8 or len(kind.shape) < 2:
                 return kind.dtype in FORMAT_OF and kind.dtype != FP8
             scales = list(map(kind_of, [name + SCALE for name in made_of.names]))
         except KeyError:
             return False
-        scale = scales[0]
         expected = ("F32", self._scale_shape(kind.shape))
-        return (scale.dtype, scale.shape) == expected and scales.count(scale) == len(scales)
+        return _alike(scales) and (scales[0].dtype, scales[0].shape) == expected
 
     def _scale_faults(self, entry: StoredTensor) -> Iterator[str]:
         if len(entry.shape) < 2:
@@ -170,9 +169,11 @@ class SafetensorsCheckpoint(CheckpointView):
     @cached_property
     def unused(self) -> list[str]:
         """Tensors in the files that the model does not use, e.g. next-token-prediction layers."""
-        used = set(chain.from_iterable(made_of.names for made_of in self._origins.values()))
-        used |= {name + SCALE for name in used}
-        return list(filterfalse(used.__contains__, self._stored.kinds))
+        left = dict(self._stored.kinds)
+        for made_of in self._origins.values():  # no loop over names: there are 90 thousand
+            for names in (made_of.names, [name + SCALE for name in made_of.names]):
+                deque(map(left.pop, names, repeat(None)), maxlen=0)
+        return list(left)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -325,6 +326,11 @@ def _taken(rows: Bytes, made_of: Origin) -> Bytes:
     if made_of.heads:
         rows = rows.reshape(made_of.heads, -1, rows.shape[-1])
     return rows if rows.ndim < 2 else rows[..., slice(*made_of.rows), :]
+
+
+def _alike(kinds: list[Kind]) -> bool:
+    """Whether all are of one type and shape; quick, because those of a file are one object."""
+    return kinds.count(kinds[0]) == len(kinds)
 
 
 def _layer(name: str) -> int | None:

@@ -198,10 +198,11 @@ def _regular(raw: bytes, path: Path, room: int) -> StoredTensors | None:
     starts = ends[::2]
     del ends[::2]
     described = list(zip(pieces[_DTYPE::_PIECES], pieces[_DIMENSIONS::_PIECES], strict=True))
-    known = {words: _kind(*words) for words in set(described)}
-    kinds = [kind for kind in map(known.__getitem__, described) if kind is not None]
-    if len(kinds) != count:
+    distinct = set(described)
+    known = {words: kind for words in distinct if (kind := _kind(*words)) is not None}
+    if len(known) < len(distinct):
         return None
+    kinds = list(map(known.__getitem__, described))
     covered = [0, *accumulate(map(_NBYTES, kinds))]
     if starts != covered[:-1] or ends != covered[1:] or covered[-1] != room:
         return None

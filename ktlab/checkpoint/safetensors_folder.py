@@ -3,7 +3,8 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import repeat
 from pathlib import Path
 
 from ktlab.checkpoint.checkpoint import together
@@ -114,15 +115,16 @@ def _as_listed(folder: Path, index: Path) -> StoredTensors | None:
     files hold; None otherwise, which takes JSON and words: twice the time."""
     if index.stat().st_size > LARGEST_JSON:
         return None
-    start, key, words = index.read_bytes().partition(b'"weight_map": {')
+    text = index.read_bytes().decode("utf-8", errors="replace")
+    start, key, words = text.partition('"weight_map": {')
     # Four pieces a tensor: what separates it from the one before, its name, a colon, its file.
-    pieces = words.decode("utf-8", errors="replace").split('"')
+    pieces = words.split('"')
     names, files, between = pieces[1::4], pieces[3::4], pieces[4:-1:4]
     try:
-        json.loads(start.decode("utf-8") + '"weight_map": {}}')
+        json.loads(start + '"weight_map": {}}')
     except (ValueError, RecursionError):
         return None
-    if not key or len(pieces) != 4 * len(names) + 1 or b"\\" in words:
+    if not key or len(pieces) != 4 * len(names) + 1 or "\\" in words:
         return None
     if pieces[0].strip(_SPACE) or "".join(pieces[-1].split()) != "}}":
         return None
@@ -130,18 +132,22 @@ def _as_listed(folder: Path, index: Path) -> StoredTensors | None:
         return None
     if between and between[0].strip(_SPACE) != ",":
         return None
-    listed = dict(zip(names, files, strict=True))
-    parts = []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            inside = read_header(path)
-        except (CheckpointError, OSError):
-            return None
-        if list(map(listed.get, inside.kinds)).count(path.name) != len(inside):
-            return None
-        parts.append(inside)
+    paths = sorted(folder.glob("*.safetensors"))
+    try:
+        parts = [read_header(path) for path in paths]
+    except (CheckpointError, OSError):
+        return None
+    # Two sets by the sums of their hashes, which Python draws anew for each process: comparing them
+    # element by element takes a tenth of the time of a plan.
+    by_file = zip(parts, paths, strict=True)
+    inside = sum(_hashes(part.kinds, repeat(path.name, len(part))) for part, path in by_file)
     tensors = StoredTensors.joined(parts)
-    return tensors if len(tensors) == len(listed) == len(names) else None
+    same = len(tensors) == len(names) and inside == _hashes(names, files)
+    return tensors if same else None
+
+
+def _hashes(names: Iterable[str], files: Iterable[str]) -> int:
+    return sum(map(hash, zip(names, files, strict=True)))
 
 
 def _header(path: Path, problems: list[str]) -> StoredTensors:
