@@ -264,6 +264,7 @@ def _per_layer(
 
 
 def _quantize(model: "Model", change: Change, quantize: str | Mapping[str | int, str]) -> None:
+    wanted: dict[str | int, str]
     wanted = {"experts": quantize} if isinstance(quantize, str) else dict(quantize)
     layers = [block.index for block in model.moe_blocks]
     for key, format in wanted.items():
