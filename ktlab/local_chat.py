@@ -16,7 +16,6 @@ import ktlab
 from ktlab.checkpoint.chat_template import ChatTemplate
 from ktlab.checkpoint.tokenizer import Tokenizer
 from ktlab.errors import KtlabError, RuleError, SettingError
-from ktlab.placement.rules import RuleSet
 
 QUESTION = "Please write a piece of quicksort code in C++."
 """What KTransformers asks on an empty line without --prompt_file."""
@@ -75,12 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(options: argparse.Namespace) -> RuleSet | None:
+def _check(options: argparse.Namespace) -> "ktlab.RuleSet | None":
     """The rules, if there are any; everything that cannot be done, together."""
     problems, rules = [], None
     if options.optimize_config_path:
         try:
-            rules = RuleSet.read(options.optimize_config_path)
+            rules = ktlab.RuleSet.read(options.optimize_config_path)
         except RuleError as error:
             problems.append(f"--optimize_config_path {error}")
     if options.use_cuda_graph:
@@ -99,7 +98,7 @@ def _check(options: argparse.Namespace) -> RuleSet | None:
     return rules
 
 
-def _chat(options: argparse.Namespace, rules: RuleSet | None) -> int:
+def _chat(options: argparse.Namespace, rules: "ktlab.RuleSet | None") -> int:
     from ktlab.chat import ChatSession
     from ktlab.chat.terminal import inject, talk
 

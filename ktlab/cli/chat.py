@@ -4,7 +4,6 @@ import argparse
 
 from ktlab.cli.arguments import add_model, loaded
 from ktlab.model.words import EXAMPLES, settings
-from ktlab.placement.rules import RuleSet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ktlab.chat import ChatSession
     from ktlab.chat.terminal import inject, talk
+    from ktlab.placement.rules import RuleSet
 
     changes = settings(options.set)
     for name, value in (("top_k", options.experts), ("threads", options.threads)):

@@ -3,7 +3,6 @@
 import argparse
 
 from ktlab.cli.arguments import add_model, loaded
-from ktlab.placement.rules import RuleSet
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +18,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the table."""
+    from ktlab.placement.rules import RuleSet
+
     rules = RuleSet.read(options.rules)
     preview = rules.preview(loaded(options), strict=options.strict)
     print(preview.to_json() if options.json else preview)
