@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, filterfalse
-from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from ktlab.checkpoint.gathered import GatheredTensor
 from ktlab.checkpoint.hugging_face_config import config_from_json
 from ktlab.checkpoint.hugging_face_names import Origin, origin
 from ktlab.checkpoint.names import Shape, expected_tensors, is_quantizable
-from ktlab.checkpoint.safetensors_file import DTYPE_BYTES, MappedFile, StoredTensor
+from ktlab.checkpoint.safetensors_file import DTYPE_BYTES, Kind, MappedFile, StoredTensor
 from ktlab.checkpoint.safetensors_folder import CONFIG, read_folder, read_json_object
 from ktlab.checkpoint.tokenizer import Tokenizer
 from ktlab.errors import CheckpointError, short
@@ -40,7 +39,6 @@ FP8, SCALE = "F8_E4M3", "_scale_inv"
 FORMAT_OF = {"F32": "f32", "F16": "f16", "BF16": "bf16", FP8: "fp8_e4m3"}
 """{type of a safetensors file: format here}; other types hold no weights that this kit computes."""
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
-_KIND = itemgetter(StoredTensor._fields.index("dtype"), StoredTensor._fields.index("shape"))
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
@@ -74,10 +72,7 @@ class SafetensorsCheckpoint(CheckpointView):
         further = {layer for layer in further if layer >= config.num_layers}
         self.config: ModelConfig = replace(config, num_nextn_layers=len(further))
         self._check()
-        # By identity: 90 thousand paths to hash would take a tenth of the time of opening.
-        paths = list(map(attrgetter("path"), self._stored.values()))
-        unique = dict(zip(map(id, paths), paths, strict=True)).values()
-        self._files = {path: MappedFile(path) for path in unique}
+        self._files = {path: MappedFile(path) for path in self._stored.paths}
         self._kept: weakref.WeakValueDictionary[str, QTensor] = weakref.WeakValueDictionary()
 
     # What must be there ----------------------------------------------------------------------
@@ -85,7 +80,8 @@ class SafetensorsCheckpoint(CheckpointView):
     def _check_counts(self, where: str, config: ModelConfig) -> None:
         """Refuse counts far beyond the files' tensors before that many names are made."""
         counts = {"num_hidden_layers": config.num_layers}
-        if any(".experts.0." in name for name in self._stored):  # one by one, three matrices each
+        # Stored one by one, experts have three matrices each.
+        if any(".experts.0." in name for name in self._stored.kinds):
             counts["layers with experts, experts and 3"] = (
                 3 * len(config.moe_layers) * config.num_experts
             )
@@ -137,18 +133,20 @@ class SafetensorsCheckpoint(CheckpointView):
 
     def _regular(self, made_of: Origin) -> bool:
         """Whether nothing is wrong with these tensors, found without looking at each by itself."""
+        kind_of = self._stored.kinds.__getitem__
         try:
-            entries = list(map(self._stored.__getitem__, made_of.names))
-            kinds = set(map(_KIND, entries))
-            if len(kinds) != 1 or kinds.pop() != (dtype := entries[0].dtype, made_of.shape):
+            kinds = list(map(kind_of, made_of.names))
+            kind = kinds[0]
+            if kind.shape != made_of.shape or kinds.count(kind) != len(kinds):
                 return False
-            if dtype != FP8 or len(made_of.shape) < 2:
-                return dtype in FORMAT_OF and dtype != FP8
-            names = [name + SCALE for name in made_of.names]
-            scales = set(map(_KIND, map(self._stored.__getitem__, names)))
+            if kind.dtype != FP8 or len(kind.shape) < 2:
+                return kind.dtype in FORMAT_OF and kind.dtype != FP8
+            scales = list(map(kind_of, [name + SCALE for name in made_of.names]))
         except KeyError:
             return False
-        return scales == {("F32", self._scale_shape(made_of.shape))}
+        scale = scales[0]
+        expected = ("F32", self._scale_shape(kind.shape))
+        return (scale.dtype, scale.shape) == expected and scales.count(scale) == len(scales)
 
     def _scale_faults(self, entry: StoredTensor) -> Iterator[str]:
         if len(entry.shape) < 2:
@@ -174,7 +172,7 @@ class SafetensorsCheckpoint(CheckpointView):
         """Tensors in the files that the model does not use, e.g. next-token-prediction layers."""
         used = set(chain.from_iterable(made_of.names for made_of in self._origins.values()))
         used |= {name + SCALE for name in used}
-        return list(filterfalse(used.__contains__, self._stored))
+        return list(filterfalse(used.__contains__, self._stored.kinds))
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -208,7 +206,7 @@ class SafetensorsCheckpoint(CheckpointView):
         found = []
         for name, shape in self._shapes.items():
             made_of = self._origins[name]
-            format = self._format(self._stored[made_of.names[0]], made_of)
+            format = self._format(self._stored.kinds[made_of.names[0]], made_of)
             if not is_quantizable(name, shape):
                 format = get_format("f32")
             nbytes = math.prod(shape[:-1]) * format.row_bytes(shape[-1])
@@ -241,7 +239,7 @@ class SafetensorsCheckpoint(CheckpointView):
         )
         return tensor if is_quantizable(name, shape) else tensor.requantize("f32")
 
-    def _format(self, entry: StoredTensor, made_of: Origin) -> Format:
+    def _format(self, entry: Kind | StoredTensor, made_of: Origin) -> Format:
         """FP8 keeps its bytes where rows divide into groups with one scale each; else f32."""
         whole = entry.shape[-1] % GROUP == 0 and self._scale_block[1] == GROUP
         if entry.dtype == FP8 and (made_of.transposed or not whole):

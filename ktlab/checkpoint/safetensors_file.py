@@ -12,8 +12,10 @@ import math
 import mmap
 import os
 import re
-from functools import cached_property, partial
-from itertools import accumulate, repeat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,12 +39,16 @@ DTYPE_BYTES = (
 DAMAGED = "the file is damaged: copy or download it again"
 
 
-class StoredTensor(NamedTuple):
-    """One entry of a header. `offset` counts from the start of the file.
+class Kind(NamedTuple):
+    """What many tensors of a file have in common."""
 
-    A named tuple, because DeepSeek-V3 has 90 thousand of them and a dataclass takes five times as
-    long to make.
-    """
+    dtype: str
+    shape: Shape
+    nbytes: int
+
+
+class StoredTensor(NamedTuple):
+    """One entry of a header. `offset` counts from the start of the file."""
 
     name: str
     dtype: str
@@ -52,7 +58,68 @@ class StoredTensor(NamedTuple):
     path: Path
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+Columns = tuple[Iterable[str], Iterable[int]]
+"""Names, and where each one's bytes start in the file."""
+
+
+class StoredTensors(Mapping[str, StoredTensor]):
+    """The tensors of files by name, kept as columns: an entry is made for whoever asks for it.
+
+    DeepSeek-V3 has 90 thousand, and a plan of it looks at a thousand.
+    """
+
+    def __init__(self, kinds: dict[str, Kind], offsets: Mapping[Path, Columns]) -> None:
+        self.kinds = kinds
+        self._offsets = offsets
+
+    @classmethod
+    def joined(cls, parts: Sequence["StoredTensors"]) -> "StoredTensors":
+        """Those of all parts; of a name that is in several, the last."""
+        kinds: dict[str, Kind] = {}
+        offsets: dict[Path, Columns] = {}
+        for part in parts:
+            kinds.update(part.kinds)
+            offsets.update(part._offsets)
+        return cls(kinds, offsets)
+
+    def only(self, names: Iterable[str]) -> "StoredTensors":
+        """Those of these names."""
+        kinds = {name: self.kinds[name] for name in names}
+        offsets: dict[Path, Columns] = {}
+        for path, columns in self._offsets.items():
+            kept = {name: at for name, at in zip(*columns, strict=True) if name in kinds}
+            offsets[path] = (kept.keys(), kept.values())
+        return StoredTensors(kinds, offsets)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files, in the order in which they were read."""
+        return tuple(self._offsets)
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, Path]]:
+        return {
+            name: (offset, path)
+            for path, columns in self._offsets.items()
+            for name, offset in zip(*columns, strict=True)
+        }
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        dtype, shape, nbytes = self.kinds[name]
+        offset, path = self._places[name]
+        return StoredTensor(name, dtype, shape, offset, nbytes, path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.kinds)
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.kinds
+
+
+def read_header(path: Path) -> StoredTensors:
     """All tensors of a file, which lie inside it and side by side; CheckpointError otherwise.
 
     Only the header is read, so this is quick for a file of any size.
@@ -76,7 +143,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     content.pop("__metadata__", None)
     data_start, room = 8 + length, size - 8 - length
     problems: list[str] = []
-    entries: dict[str, StoredTensor] = {}
+    kinds: dict[str, Kind] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in content.items():
         if fault := _fault(entry, room):
@@ -84,13 +151,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             continue
         start, end = entry["data_offsets"]
         spans.append((start, end, name))
-        entries[name] = StoredTensor(
-            name, entry["dtype"], tuple(entry["shape"]), data_start + start, end - start, path
-        )
+        kinds[name] = Kind(entry["dtype"], tuple(entry["shape"]), end - start)
     problems = problems or _gaps(spans, room)
     if problems:
         raise CheckpointError(together(where, problems, DAMAGED))
-    return entries
+    places = [data_start + start for start, _, _ in spans]
+    return StoredTensors(kinds, {path: (list(kinds), places)})
 
 
 _METADATA = re.compile(r'\{(?:"__metadata__":\{[^{}]*\},)?')
@@ -100,10 +166,10 @@ _NAME, _DTYPE, _DIMENSIONS, _OFFSETS, _PIECES = 1, 5, 8, 10, 10
 _ALWAYS = {2: ":{", 3: "dtype", 4: ":", 6: ",", 7: "shape", 9: "data_offsets"}
 _DIGITS = b"0123456789"
 _PLAIN = bytes(byte for byte in range(32, 127) if byte != ord("\\"))
-_made = partial(tuple.__new__, StoredTensor)
+_NBYTES = itemgetter(Kind._fields.index("nbytes"))
 
 
-def _regular(raw: bytes, path: Path, room: int) -> dict[str, StoredTensor] | None:
+def _regular(raw: bytes, path: Path, room: int) -> StoredTensors | None:
     """The entries of a header written as the library writes it, tensors in the order of their
     bytes; None for any other and for anything wrong, which takes JSON and words.
 
@@ -131,28 +197,28 @@ def _regular(raw: bytes, path: Path, room: int) -> dict[str, StoredTensor] | Non
         return None
     starts = ends[::2]
     del ends[::2]
-    kinds = list(zip(pieces[_DTYPE::_PIECES], pieces[_DIMENSIONS::_PIECES], strict=True))
-    known = {kind: _kind(*kind) for kind in set(kinds)}
-    if None in known.values():
+    described = list(zip(pieces[_DTYPE::_PIECES], pieces[_DIMENSIONS::_PIECES], strict=True))
+    known = {words: _kind(*words) for words in set(described)}
+    kinds = [kind for kind in map(known.__getitem__, described) if kind is not None]
+    if len(kinds) != count:
         return None
-    dtypes, shapes, sizes = zip(*map(known.__getitem__, kinds), strict=True)
-    covered = [0, *accumulate(sizes)]
+    covered = [0, *accumulate(map(_NBYTES, kinds))]
     if starts != covered[:-1] or ends != covered[1:] or covered[-1] != room:
         return None
     names = pieces[_NAME::_PIECES]
-    places = map((8 + len(raw)).__add__, starts)
-    fields = zip(names, dtypes, shapes, places, sizes, repeat(path))
-    entries = dict(zip(names, map(_made, fields), strict=True))
-    return entries if len(entries) == count and "__metadata__" not in entries else None
+    by_name = dict(zip(names, kinds, strict=True))
+    if len(by_name) != count or "__metadata__" in by_name:
+        return None
+    return StoredTensors(by_name, {path: (names, [8 + len(raw) + start for start in starts])})
 
 
-def _kind(dtype: str, dimensions: str) -> tuple[str, Shape, int] | None:
+def _kind(dtype: str, dimensions: str) -> Kind | None:
     """Type, shape and bytes of an entry; None if they are not as they should be."""
     found = _SHAPE.fullmatch(dimensions)
     if found is None or dtype not in DTYPE_BYTES:
         return None
     shape = tuple(map(int, found[1].split(","))) if found[1] else ()
-    return dtype, shape, math.prod(shape) * DTYPE_BYTES[dtype]
+    return Kind(dtype, shape, math.prod(shape) * DTYPE_BYTES[dtype])
 
 
 def read_json(raw: bytes, what: str) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ktlab.checkpoint.checkpoint import together
-from ktlab.checkpoint.safetensors_file import StoredTensor, read_header, read_json
+from ktlab.checkpoint.safetensors_file import StoredTensors, read_header, read_json
 from ktlab.errors import CheckpointError, nearest, short
 
 CONFIG = "config.json"
@@ -16,6 +16,7 @@ INDEX = "model.safetensors.index.json"
 LARGEST_JSON = 100_000_000
 """Bytes; DeepSeek-V3's index has 9 million."""
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors$")
+_SPACE = " \t\r\n"
 _MORE = 3
 """Tensors named in one line of a message."""
 
@@ -33,7 +34,7 @@ def safetensors_folder(path: Path) -> Path | None:
     return path if any(path.glob("*.safetensors")) or (path / INDEX).exists() else None
 
 
-def read_folder(folder: Path) -> dict[str, StoredTensor]:
+def read_folder(folder: Path) -> StoredTensors:
     """Every tensor of the model by its name in the files; all problems in one CheckpointError.
 
     With an index it decides what belongs to the model, without one all of the folder's files do.
@@ -46,14 +47,16 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     if not paths:
         raise CheckpointError(f"{folder}: no *.safetensors and no {INDEX} in this folder")
     problems = _missing_numbers(paths)
-    tensors: dict[str, StoredTensor] = {}
+    parts: list[StoredTensors] = []
+    where: dict[str, str] = {}
     for path in paths:
         inside = _header(path, problems)
-        for name in tensors.keys() & inside.keys():
-            problems.append(f"{name} is in {tensors[name].path.name} and in {path.name}")
-        tensors |= inside
+        for name in where.keys() & inside.keys():
+            problems.append(f"{name} is in {where[name]} and in {path.name}")
+        where |= dict.fromkeys(inside, path.name)
+        parts.append(inside)
     _refuse(folder, problems)
-    return tensors
+    return StoredTensors.joined(parts)
 
 
 def read_json_object(path: Path) -> dict[str, object]:
@@ -73,7 +76,7 @@ def read_json_object(path: Path) -> dict[str, object]:
     return content
 
 
-def _by_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
+def _by_index(folder: Path, index: Path) -> StoredTensors:
     if (found := _as_listed(folder, index)) is not None:
         return found
     weight_map = read_json_object(index).get("weight_map")
@@ -83,7 +86,7 @@ def _by_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
     for name, file in weight_map.items():
         by_file[file if isinstance(file, str) else short(file)].append(name)
     problems: list[str] = []
-    tensors: dict[str, StoredTensor] = {}
+    parts: list[StoredTensors] = []
     for file, names in by_file.items():
         path = folder / file
         if path.name != file:  # a path could lead anywhere
@@ -101,41 +104,47 @@ def _by_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
                     f"{file} lacks {len(absent)} tensors that {index.name} lists in it: "
                     f"{_some(absent)}{nearest(absent[0], inside)}"
                 )
-            tensors.update((name, inside[name]) for name in names if name in inside)
+            parts.append(inside.only(name for name in names if name in inside))
     _refuse(folder, problems)
-    return tensors
+    return StoredTensors.joined(parts)
 
 
-def _as_listed(folder: Path, index: Path) -> dict[str, StoredTensor] | None:
+def _as_listed(folder: Path, index: Path) -> StoredTensors | None:
     """All tensors, where the index, as JSON is mostly written, lists exactly what the folder's
     files hold; None otherwise, which takes JSON and words: twice the time."""
     if index.stat().st_size > LARGEST_JSON:
         return None
     start, key, words = index.read_bytes().partition(b'"weight_map": {')
-    listed = words.decode("utf-8", errors="replace").split('",')
-    listed[-1], _, end = listed[-1].rpartition('"')
-    space, quote, _ = listed[0].partition('"')
+    # Four pieces a tensor: what separates it from the one before, its name, a colon, its file.
+    pieces = words.decode("utf-8", errors="replace").split('"')
+    names, files, between = pieces[1::4], pieces[3::4], pieces[4:-1:4]
     try:
         json.loads(start.decode("utf-8") + '"weight_map": {}}')
     except (ValueError, RecursionError):
         return None
-    if not key or not quote or space.strip() or "".join(end.split()) != "}}":
+    if not key or len(pieces) != 4 * len(names) + 1 or b"\\" in words:
         return None
-    tensors: dict[str, StoredTensor] = {}
-    found: list[str] = []
+    if pieces[0].strip(_SPACE) or "".join(pieces[-1].split()) != "}}":
+        return None
+    if pieces[2::4] != [": "] * len(names) or between != between[:1] * len(between):
+        return None
+    if between and between[0].strip(_SPACE) != ",":
+        return None
+    listed = dict(zip(names, files, strict=True))
+    parts = []
     for path in sorted(folder.glob("*.safetensors")):
         try:
             inside = read_header(path)
         except (CheckpointError, OSError):
             return None
-        before, after = space + '"', f'": "{path.name}'
-        found += [before + name + after for name in inside]
-        tensors.update(inside)
-    same = len(found) == len(listed) == len(tensors) and set(found) == set(listed)
-    return tensors if same else None
+        if list(map(listed.get, inside.kinds)).count(path.name) != len(inside):
+            return None
+        parts.append(inside)
+    tensors = StoredTensors.joined(parts)
+    return tensors if len(tensors) == len(listed) == len(names) else None
 
 
-def _header(path: Path, problems: list[str]) -> dict[str, StoredTensor]:
+def _header(path: Path, problems: list[str]) -> StoredTensors:
     """The file's tensors, or what is wrong with it among `problems`."""
     try:
         return read_header(path)
@@ -143,7 +152,7 @@ def _header(path: Path, problems: list[str]) -> dict[str, StoredTensor]:
         problems.append(str(error))
     except OSError as error:
         problems.append(f"{path.name} cannot be read: {error.strerror or error}")
-    return {}
+    return StoredTensors.joined([])
 
 
 def _missing_numbers(paths: list[Path]) -> list[str]:

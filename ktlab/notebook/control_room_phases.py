@@ -35,7 +35,7 @@ ROUTER_IDS = ("layers.*.router.ids",)
 class Options:
     """How much is measured. Sizes in tokens."""
 
-    preview_tokens: int = 32
+    preview_tokens: int = 24
     """Of the first answer: what can be on the page within 150 ms of a press."""
     max_tokens: int = 8192
     window: int = 256

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import pytest
 
@@ -17,6 +17,8 @@ pytestmark = pytest.mark.browser
 
 NOTEBOOK = "01_six_or_eight.ipynb"
 LATENCY_LIMIT_S = 0.150
+BARE_S = 0.050
+"""From press to answer of a button that only counts, in a room at rest on an idle machine."""
 LONG_S = 240
 
 RUN_FIRST_CELL = """async () => {
@@ -25,6 +27,28 @@ RUN_FIRST_CELL = """async () => {
         cell => cell.cell_type === 'code');
     await window.jupyterapp.commands.execute('notebook:run-cell');
 }"""
+RUN_ABOVE = """async (source) => {
+    const notebook = window.jupyterapp.shell.currentWidget.content;
+    const {commands} = window.jupyterapp;
+    notebook.activeCellIndex = notebook.model.toJSON().cells.findIndex(
+        cell => cell.cell_type === 'code');
+    await commands.execute('notebook:insert-cell-above');
+    notebook.activeCell.model.sharedModel.setSource(source);
+    await commands.execute('notebook:run-cell');
+}"""
+BARE_BUTTON = """
+import ipywidgets
+
+count = ipywidgets.HTML()
+button = ipywidgets.Button(description="count").add_class("bare-button")
+
+def pressed(_, times=[0]):
+    times[0] += 1
+    count.value = f'<i class="pressed" data-times="{times[0]}"></i>'
+
+button.on_click(pressed)
+ipywidgets.HBox([button, count])
+"""
 STATUS = "document.querySelector('.cr-status')?.dataset.phase"
 SETTING = "document.querySelector('.cr-quality')?.dataset.setting"
 BUTTON = ".cr-c-quick-k button:text-is('{}')"
@@ -143,10 +167,13 @@ def test_the_latest_toggle_wins_and_the_first_answer_is_quick(room) -> None:
     page.wait_for_timeout(1500)
     assert page.evaluate(SETTING) == "k=4", "an older toggle came through"
 
+    bare: list[float] = []
     fresh: list[float] = []
     known: list[float] = []
+    page.evaluate(RUN_ABOVE, BARE_BUTTON)
+    lab.wait_for(".bare-button")
     page.click(BUTTON.format(8))
-    for text in ("c", "chinese", "dictionary", "english", "german", "python", "russian"):
+    for text in ("chinese", "dictionary", "german", "python", "russian"):
         page.select_option(".cr-c-text select", text)
         for form in ("absorbed", "naive"):
             page.click(f".cr-c-attention button:text-is('{form}')")
@@ -158,16 +185,19 @@ def test_the_latest_toggle_wins_and_the_first_answer_is_quick(room) -> None:
             for name, kind in ((6, fresh), (8, known)):
                 page.wait_for_timeout(700)  # a reader looks before pressing again
                 kind.append(seconds_from_press(lab, BUTTON.format(name), shown % f"k={name}"))
+    page.click(".cr-stop")
+    lab.wait_until(f"{STATUS} === 'stopped' || {STATUS} === 'done'", LONG_S)
+    for time in range(1, 11):
+        page.wait_for_timeout(300)
+        pressed = f"document.querySelector('.pressed')?.dataset.times === '{time}'"
+        bare.append(seconds_from_press(lab, ".bare-button", pressed))
 
-    report_latencies(fresh, known)
+    report_latencies(bare, fresh, known)
     assert not lab.complaints()
-    busy = os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1) + 1
-    slack = 20 if busy else 1
-    for seconds in (fresh, known):
-        # A neighbour on a shared host slows whole seconds and shows in no load average: the promise
-        # is held by the quarter that was left alone, the median may be twice as long.
-        assert quantiles(seconds, n=4)[0] < slack * LATENCY_LIMIT_S
-        assert median(seconds) < 2 * slack * LATENCY_LIMIT_S
+    # The promise is made for a machine that nobody else uses. A slower or busier one, as a button
+    # shows that only counts, has longer; a neighbour on the host slows computing beyond that.
+    limit_s = LATENCY_LIMIT_S * max(1.0, median(bare) / BARE_S)
+    assert median(known) < limit_s and median(fresh) < 2 * limit_s
 
 
 def seconds_from_press(lab: Lab, button: str, expression: str) -> float:
@@ -190,8 +220,9 @@ def seconds_from_press(lab: Lab, button: str, expression: str) -> float:
     return float(lab.wait_until("() => window.ktlabSeconds", 30))
 
 
-def report_latencies(fresh: list[float], known: list[float]) -> None:
+def report_latencies(bare: list[float], fresh: list[float], known: list[float]) -> None:
     """Prints the table and writes it, in milliseconds, from press to changed number on the page."""
+    kinds = {"a button that only counts": bare, "never measured before": fresh}
     rows = {
         name: {
             "toggles": len(seconds),
@@ -199,7 +230,7 @@ def report_latencies(fresh: list[float], known: list[float]) -> None:
             "max_ms": round(1e3 * max(seconds), 1),
             "all_ms": [round(1e3 * s, 1) for s in seconds],
         }
-        for name, seconds in (("never measured before", fresh), ("known already", known))
+        for name, seconds in (kinds | {"known already": known}).items()
     }
     result = {"load_average_1min": os.getloadavg()[0], "from_press_to_number": rows}
     path: Path = ROOT / ".artifacts" / "latency.json"
@@ -208,5 +239,5 @@ def report_latencies(fresh: list[float], known: list[float]) -> None:
     print("\nfirst answer, from press to changed number (load average "
           f"{result['load_average_1min']:.1f}):")  # fmt: skip
     for name, row in rows.items():
-        print(f"  {name:24}{row['toggles']:4} toggles  median {row['median_ms']:6.0f} ms"
+        print(f"  {name:28}{row['toggles']:4} toggles  median {row['median_ms']:6.0f} ms"
               f"  max {row['max_ms']:6.0f} ms")  # fmt: skip

@@ -350,9 +350,9 @@ def test_ceilings_are_plausible(native: ModuleType) -> None:
             assert native.peak_ops(pool, isa, 0.05) == 0.0
         else:
             peak = native.peak_ops(pool, isa, 0.05)
-            assert peak > 1e7
+            assert 1e7 < peak < 1e14
             loading = native.peak_ops(pool, isa, 0.05, True)
-            assert (loading > 1e7) == ("amx" in isa) and loading < 1.5 * peak
+            assert 1e7 < loading < 1e14 if "amx" in isa else loading == 0.0
     assert 1e7 < native.peak_read(pool, np.ones(1 << 24, np.uint8), 0.05) < 1e13
     with pytest.raises(ValueError, match="at least 1 MiB, found 100"):
         native.peak_read(pool, np.ones(100, np.uint8))
