@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from ktlab.checkpoint.synthesis import (
 )
 from ktlab.errors import RuleError
 from ktlab.kernels import native
+from ktlab.memory import memory
 from ktlab.model.model import Model
-from ktlab.placement.rules import Preview, RuleSet
+from ktlab.placement.rules import Preview, RuleSet, ruleset
 from ktlab.placement.rules.modules import Module, modules
 from ktlab.placement.rules.preview import collapsed
 from tests.placement.test_rule_files import EXPERTS, FIRST_RELEASE, GPU_AND_CPU, LINEAR
@@ -331,6 +333,26 @@ def test_what_fails_half_way_is_undone(model: Model, monkeypatch: pytest.MonkeyP
     with pytest.raises(ZeroDivisionError), RuleSet.read("torch-reference").applied(model):
         raise ZeroDivisionError
     assert model.settings == settings
+
+
+def test_experts_that_do_not_fit_in_memory_are_refused_before(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules, settings = RuleSet.read("amx-int8-experts"), model.settings
+    for bank in model.experts:
+        bank._requantized.clear()
+    needed = rules.preview(model).new_bytes
+    assert any("other formats take" in line for line in rules.preview(model).summary)
+    for bytes_, fits in ((needed - 1024, False), (needed, True)):
+        monkeypatch.setattr(ruleset, "memory", lambda n=bytes_: replace(memory(), available=n))
+        if fits:
+            rules.apply(model).undo()
+        else:
+            with pytest.raises(RuleError, match="1.0 KiB more than is available; name fewer"):
+                rules.apply(model)
+        assert model.settings == settings
+    assert needed == sum(bank.quantized("int8_channel").nbytes for bank in model.experts)
+    assert rules.preview(model).new_bytes == 0, "kept, so that taking them again costs nothing"
 
 
 def test_progress_in_bytes(model: Model) -> None:

@@ -40,6 +40,8 @@ class Effect:
     missing: tuple[str, ...] = ()
     """What was asked for and is not done."""
     note: str = ""
+    new_bytes: int = 0
+    """Memory that weights in another format take beside those of the file."""
 
 
 AS_CONFIGURED = "computed as the model's own configuration says"
@@ -212,15 +214,18 @@ def _changed(
     after = [(_formats(p, format), _code(_choose(p, words, format))) for p in products]
     if before == after:
         return Effect(missing=missing, note=f"{_line(before)} already")
-    note = ""
+    note, new_bytes = "", 0
     if before[0][0] != after[0][0]:
-        sizes = [
-            sum(s.nbytes for p in products for s in p.stacks),
-            sum(_bytes(p, format) for p in products),
-        ]
-        note = " a layer become ".join(html.byte_size(size) for size in sizes)
+        now = sum(stack.nbytes for product in products for stack in product.stacks)
+        then = sum(_bytes(product, format) for product in products)
+        note = f"{html.byte_size(now)} a layer become {html.byte_size(then)}"
         words = {"format": format, **words}
-    return Effect(words=words, before=_line(before), after=_line(after), missing=missing, note=note)
+        made = [p for p in products if not (isinstance(p, ExpertBank) and format in p.kept_formats)]
+        new_bytes = sum(_bytes(product, format) for product in made)
+    return Effect(
+        words=words, before=_line(before), after=_line(after), missing=missing, note=note,
+        new_bytes=new_bytes,
+    )  # fmt: skip
 
 
 def _formats(product: Computed, format: str = "") -> tuple[str, ...]:

@@ -39,6 +39,8 @@ class Row(Record):
     missing: tuple[str, ...] = ()
     """What the rule asks for and is not done here, with the reason; also where it changes much."""
     note: str = ""
+    new_bytes: int = 0
+    """Memory that the modules' weights in another format take beside those of the file."""
 
     @property
     def change(self) -> str:
@@ -74,6 +76,11 @@ class Preview(Record):
                 found.setdefault(what, []).append(row.rule)
         return {what: tuple(dict.fromkeys(rules)) for what, rules in found.items()}
 
+    @property
+    def new_bytes(self) -> int:
+        """Memory that all weights in another format take."""
+        return sum(row.new_bytes for row in self.rows)
+
     def idle(self, status: str) -> tuple[int, ...]:
         """Numbers of the rules that have a row "matches nothing", or "shadowed"."""
         return tuple(dict.fromkeys(row.rule for row in self.rows if row.status == status))
@@ -86,6 +93,8 @@ class Preview(Record):
         for (stage, what), rows in groupby(order, key=lambda row: (row.stage, row.change)):
             each = list(rows)
             lines.append(f"{stage}: {what} ({', '.join(row.modules for row in each)})")
+        if self.new_bytes:
+            lines.append(f"other formats take {html.byte_size(self.new_bytes)} of memory")
         if not self.changes:
             lines.append("nothing changes: the model is computed so already, or cannot be")
         for what, numbers in self.missing.items():

@@ -20,6 +20,7 @@ from ktlab import html
 from ktlab.checkpoint.embedded import data_path
 from ktlab.errors import RuleError, nearest
 from ktlab.kernels.computed import Computed
+from ktlab.memory import memory
 from ktlab.model.model import Model
 from ktlab.model.settings import Change, ask
 from ktlab.model.settings import apply as set_words
@@ -83,6 +84,7 @@ class RuleSet:
     ) -> Change:
         """Set it on the model, live: nothing is reloaded. Returns what can be undone by `.undo()`.
 
+        Raises `RuleError` before anything changes where experts in another format do not fit.
         `strict=True` refuses, before anything changes, rules that ask for what is not done here:
         devices other than the CPU, and words without a counterpart. `progress` is called with
         (done, total) in bytes while experts change their format.
@@ -90,6 +92,7 @@ class RuleSet:
         walk = self._walk(model)
         if strict:
             self._previewed(model, walk, strict)
+        self._check_memory(model, sum(found.new_bytes for _, found in walk.changes()))
         total = sum(_requantized_bytes(*each) for each in walk.changes())
         done, change = 0, Change()
         try:
@@ -113,6 +116,17 @@ class RuleSet:
             yield model
         finally:
             change.undo()
+
+    def _check_memory(self, model: Model, needed: int) -> None:
+        found = memory()
+        available = min((n for n in (found.available, found.limit) if n is not None), default=None)
+        if available is not None and needed > available:
+            more = html.byte_size(needed - available)
+            raise RuleError(
+                f"{self.source}: the experts of {model.name} in another format need "
+                f"{html.byte_size(needed)} of memory, {more} more than is available; name fewer "
+                "layers, or a format with fewer bits"
+            )
 
     def _walk(self, model: Model) -> Walk:
         return Walk.over(modules(model), self.rules)

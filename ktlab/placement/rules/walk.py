@@ -65,14 +65,17 @@ class Walk:
         """The table: rule by rule, modules that are alike together."""
         for rule in self.rules:
             alike: dict[tuple[Any, ...], list[str]] = {}
+            new_bytes: dict[tuple[Any, ...], int] = {}
             for module, found in self.taken.get(rule.number, ()):
                 status = CHANGES if found.words else MISSING if found.missing else SAME
                 key = (module.stage, status, found.before, found.after, found.missing, found.note)
                 alike.setdefault(key, []).append(module.name)
-            for (stage, status, before, after, missing, note), names in alike.items():
+                new_bytes[key] = new_bytes.get(key, 0) + found.new_bytes
+            for key, names in alike.items():
+                stage, status, before, after, missing, note = key
                 yield _row(
                     rule, names, stage=stage, status=status, before=before, after=after,
-                    missing=missing, note=note,
+                    missing=missing, note=note, new_bytes=new_bytes[key],
                 )  # fmt: skip
             if taken_before := self.shadowed.get(rule.number):
                 firsts = sorted(set(taken_before.values()))
