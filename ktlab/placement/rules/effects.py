@@ -142,7 +142,7 @@ def _experts(rule: Rule, module: Module) -> Effect:
     format, isa = EXPERT_BACKENDS[backend]
     found = _compiled((bank,), missing, asked=backend, format=format, isa=isa)
     if backend == "AMXInt4" and found.words:
-        return replace(found, note=f"{found.note}; a scale every 128 columns, theirs one a row")
+        return replace(found, note=f"{found.note}; scales by groups of columns, theirs one a row")
     return found
 
 
