@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ktlab.model.trace import Trace
     from ktlab.placement.machine import Machine
     from ktlab.placement.plan import Plan, plan
+    from ktlab.placement.rules import RuleSet
     from ktlab.routing.rules import CumulativeProbability, FixedK, RelativeThreshold
 
 # Imported on first use, so that `import ktlab` costs nothing.
@@ -30,6 +31,7 @@ _HOMES = {
     "plan": "ktlab.placement.plan",
     "Plan": "ktlab.placement.plan",
     "Machine": "ktlab.placement.machine",
+    "RuleSet": "ktlab.placement.rules",
     "domain_texts": "ktlab.checkpoint.embedded",
     "compare": "ktlab.measurement.compare",
     "sweep": "ktlab.measurement.compare",
@@ -46,6 +48,7 @@ __all__ = [
     "Model",
     "Plan",
     "RelativeThreshold",
+    "RuleSet",
     "Trace",
     "__version__",
     "compare",

@@ -32,6 +32,10 @@ class TraceError(KtlabError):
     """A trace asked for something it does not hold, or mixed with another model's."""
 
 
+class RuleError(KtlabError):
+    """A rule file that cannot be read, or that asks for what this model or machine cannot do."""
+
+
 class StageError(KtlabError, AttributeError):
     """A stage that this layer does not have (a dense layer has no router).
 

@@ -15,7 +15,7 @@ from typing import Any
 import ktlab
 from ktlab.checkpoint.chat_template import ChatTemplate
 from ktlab.checkpoint.tokenizer import Tokenizer
-from ktlab.errors import KtlabError, SettingError
+from ktlab.errors import KtlabError, RuleError, SettingError
 
 QUESTION = "Please write a piece of quicksort code in C++."
 """What KTransformers asks on an empty line without --prompt_file."""
@@ -26,8 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see ktlab.cli
     options = _parser().parse_args(_spelled(sys.argv[1:] if arguments is None else arguments))
     try:
-        _check(options)
-        return _chat(options)
+        return _chat(options, _check(options))
     except KeyboardInterrupt:
         print("\nktlab: interrupted", file=sys.stderr)
         return 130
@@ -67,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cpu_infer", type=int, metavar="N", help="threads; default: one a core")
     add("--cache_lens", type=int, metavar="N", help="tokens of history and answer; default 8192")
     add("--max_new_tokens", type=int, default=300, metavar="N")
-    add("--optimize_config_path", metavar="RULES.yaml", help="not applied yet: refused")
+    add("--optimize_config_path", metavar="RULES.yaml", help="rules: what is computed how")
     add("--force_think", **flag, help="begin every answer with <think>")
     add("--chunk_prefill_size", type=int, metavar="N", help="prefill goes in pieces of 512 here")
     add("--use_cuda_graph", **flag, help="refused: there is no CUDA part yet")
@@ -75,14 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Everything that cannot be done, together."""
-    problems = []
+def _check(options: argparse.Namespace) -> "ktlab.RuleSet | None":
+    """The rules, if there are any; everything that cannot be done, together."""
+    problems, rules = [], None
     if options.optimize_config_path:
-        problems.append(
-            f"--optimize_config_path {options.optimize_config_path}: rule files are not applied "
-            "yet; leave it out to run with every layer on the CPU"
-        )
+        try:
+            rules = ktlab.RuleSet.read(options.optimize_config_path)
+        except RuleError as error:
+            problems.append(f"--optimize_config_path {error}")
     if options.use_cuda_graph:
         problems.append("--use_cuda_graph: nothing runs on CUDA here; leave it out")
     if options.mode != "normal":
@@ -96,15 +95,18 @@ def _check(options: argparse.Namespace) -> None:
             problems.append(f"--{name} {path}: there is no such file or folder")
     if problems:
         raise SettingError("\n  ".join(problems))
+    return rules
 
 
-def _chat(options: argparse.Namespace) -> int:
+def _chat(options: argparse.Namespace, rules: "ktlab.RuleSet | None") -> int:
     from ktlab.chat import ChatSession
-    from ktlab.chat.terminal import talk
+    from ktlab.chat.terminal import inject, talk
 
     model = ktlab.load(options.gguf_path or options.model_path)
     if options.cpu_infer is not None:
         model.set(threads=options.cpu_infer)
+    if rules is not None:
+        inject(rules, model)
     folder = Path(options.model_path).expanduser() if options.model_path else None
     chat = ChatSession(
         model,

@@ -34,6 +34,15 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_gguf(path, TINY_TEST_CONFIG, tensors, tokenizer))
 
 
+def test_the_command_line_starts_without_torch() -> None:
+    """--help is there at once: what a command needs is imported when it runs."""
+    code = "import sys, ktlab.cli; sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(ktlab.__file__).parents[1]).returncode
+        == 0
+    )
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> str:
     path = tmp_path / "text.txt"

@@ -117,6 +117,7 @@ def test_wheel_holds_what_it_should(source: Path, wheel: Path) -> None:
 def test_wheel_holds_the_data(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "ktlab/data/tiny.gguf" in names
+    assert "ktlab/data/rules/cpu-experts.yaml" in names
     texts = {f"ktlab/data/texts/{path.name}" for path in (ROOT / "data" / "texts").glob("*.txt")}
     assert texts <= names
 

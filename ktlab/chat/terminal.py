@@ -11,6 +11,9 @@ from typing import TextIO
 from ktlab.chat.commands import Ask, Leave, run_command
 from ktlab.chat.session import CHUNK, ChatSession
 from ktlab.errors import KtlabError
+from ktlab.model.model import Model
+from ktlab.placement.rules import RuleSet
+from ktlab.progress import ProgressBar
 
 QUOTES = '"""'
 PLAIN = "has no chat template (a base model): your text is continued, not answered"
@@ -68,6 +71,13 @@ def talk(
             return
         except KtlabError as error:
             _remark(f"ktlab: {error}")
+
+
+def inject(rules: RuleSet, model: Model) -> None:
+    """Apply a rule file, and say what it changed and what it asked for in vain."""
+    for line in rules.preview(model).summary:
+        _remark(line)
+    rules.apply(model, progress=ProgressBar("experts in another format", sys.stderr))
 
 
 def answer(chat: ChatSession, question: str) -> None:

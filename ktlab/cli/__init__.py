@@ -1,4 +1,5 @@
-"""The command line: doctor, info, plan, generate, compare, trace, chat, eval, synthesize, bench.
+"""The command line: doctor, info, plan, generate, compare, trace, chat, eval, rules, synthesize,
+bench.
 
 Results go to standard output, remarks to standard error. Exit code 2 and one line for what a user
 can put right, 130 after Ctrl-C, 0 when the reader of a pipe has had enough.
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ktlab
-from ktlab.cli import bench, chat, eval, plan, synthesize
+from ktlab.cli import bench, chat, eval, plan, rules, synthesize
 from ktlab.cli.arguments import add_model, add_text, loaded, texts_of
 from ktlab.errors import KtlabError
 from ktlab.model.words import EXAMPLES, settings
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
     chat.add_arguments(command("chat", chat.run, "talk to a model; /help lists commands"))
     eval.add_arguments(command("eval", eval.run, "perplexity of a text, and KL against a baseline"))
+    rules.add_commands(command("rules", rules.run, "what a rule file would do to a model"))
     synthesize.add_arguments(
         command("synthesize", synthesize.run, "a model file of true size with synthetic weights")
     )

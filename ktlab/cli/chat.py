@@ -10,6 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("-k", "--experts", type=int, metavar="K", help="routed experts a token")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=EXAMPLES)
+    parser.add_argument("--rules", metavar="FILE", help="a rule file, as KTransformers writes them")
     parser.add_argument("-s", "--system", default="", metavar="TEXT", help="system message")
     parser.add_argument("-c", "--context", type=int, metavar="N", help="tokens; default 8192")
     parser.add_argument("-n", "--max-new-tokens", type=int, default=512, metavar="N")
@@ -26,13 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ktlab.chat import ChatSession
-    from ktlab.chat.terminal import talk
+    from ktlab.chat.terminal import inject, talk
+    from ktlab.placement.rules import RuleSet
 
     changes = settings(options.set)
     for name, value in (("top_k", options.experts), ("threads", options.threads)):
         if value is not None:
             changes[name] = value
+    rules = RuleSet.read(options.rules) if options.rules else None
     model = loaded(options)
+    if rules is not None:
+        inject(rules, model)
     model.set(**changes)
     chat = ChatSession(
         model,

@@ -101,6 +101,11 @@ class ExpertBank(Computed):
                 found[name] = found.get(name, 0) + nbytes
         return found
 
+    @property
+    def kept_formats(self) -> tuple[str, ...]:
+        """Formats that it has been requantized to and still has: taking them costs nothing."""
+        return tuple(self._requantized)
+
     # The switches ----------------------------------------------------------------------------
 
     def use(self, *, format: str | None = None, **words: Any) -> "ExpertBank":

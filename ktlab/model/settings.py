@@ -165,8 +165,8 @@ def apply(
     top_k: int | Mapping[int, int] | None = None,
     rule: SelectionRule | Mapping[int, SelectionRule] | None = None,
     attention: str | Mapping[int, str] | None = None,
-    quantize: str | Mapping[str, str] | None = None,
-    format: str | Mapping[str, str] | None = None,
+    quantize: str | Mapping[str | int, str] | None = None,
+    format: str | Mapping[str | int, str] | None = None,
     mask: Mapping[int, Sequence[int]] | None = None,
     force: Mapping[int, Sequence[int]] | None = None,
     **words: Any,
@@ -227,13 +227,19 @@ def _set_kernels(model: "Model", change: Change, words: Mapping[str, Any]) -> No
                 if key in value:
                     wanted[product][word] = value[key]
     for product, changed in wanted.items():
-        before = product.request
-        request = before.with_(**changed) if changed else before
-        if request == before and product.kernel:
-            continue
-        kernel = dispatch.choose(request, product.formats)
-        change.set(product, "_request", request)
-        change.set(product, "_kernel", kernel)
+        ask(change, product, **changed)
+
+
+def ask(change: Change, product: Computed, **words: Any) -> None:
+    """Set words of one product's request; `SettingError` where nothing computes it so."""
+    before = product.request
+    request = before.with_(**words) if words else before
+    if request == before and product.kernel:
+        return
+    # Settled, as a first choice is: a small matrix stays packed whatever else is named.
+    kernel = dispatch.choose(product.settled(request), product.formats)
+    change.set(product, "_request", request)
+    change.set(product, "_kernel", kernel)
 
 
 def _per_layer(
@@ -257,17 +263,22 @@ def _per_layer(
     return dict(value)
 
 
-def _quantize(model: "Model", change: Change, quantize: str | Mapping[str, str]) -> None:
+def _quantize(model: "Model", change: Change, quantize: str | Mapping[str | int, str]) -> None:
+    wanted: dict[str | int, str]
     wanted = {"experts": quantize} if isinstance(quantize, str) else dict(quantize)
-    for component, format in wanted.items():
-        if component not in COMPONENTS:
+    layers = [block.index for block in model.moe_blocks]
+    for key, format in wanted.items():
+        if key not in (*COMPONENTS, *layers):
             raise SettingError(
-                f"quantize: component {component!r} is unknown; expected some of "
-                f"{', '.join(COMPONENTS)}{nearest(component, COMPONENTS)}"
+                f"quantize: component {key!r} is unknown; expected some of "
+                f"{', '.join(COMPONENTS)}, or layers with experts {layers}"
+                f"{nearest(str(key), COMPONENTS)}"
             )
         get_format(format)
     for component, holder, name in component_stages(model):
-        if component not in wanted:
-            continue
         stage = getattr(holder, name)
-        change.set(holder, name, model.requantized(stage, get_format(wanted[component]).name))
+        found = wanted.get(component)
+        if isinstance(stage, ExpertBank):
+            found = wanted.get(stage.layer, found)  # the layer counts more than "experts"
+        if found is not None:
+            change.set(holder, name, model.requantized(stage, get_format(found).name))

@@ -20,6 +20,16 @@ from tests.chat.conftest import TEMPLATE, tokenizer, write
 
 ROOT = Path(ktlab.__file__).parents[1]
 
+RULES = """
+- match: {name: "mlp\\\\.experts$"}
+  replace:
+    class: ktransformers.operators.experts.KTransformersExperts
+    kwargs: {generate_device: cpu, generate_op: KExpertsTorch}
+  recursive: False
+- match: {name: "^lm_head$"}
+  replace: {class: default, kwargs: {generate_device: "cuda:0", prefill_device: "cuda:0"}}
+"""
+
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch):
@@ -167,11 +177,35 @@ def test_local_chat_takes_the_template_of_its_model_path(gguf, base_gguf, tmp_pa
     assert "of another model than the weights: of 258 tokens 2 differ" in capsys.readouterr().err
 
 
-def test_local_chat_refuses_together_what_it_has_not(capsys):
-    wanted = ["--optimize_config_path", "r.yaml", "--mode=long_context", "--use_cuda_graph"]
+def test_local_chat_applies_a_rule_file_and_says_what_it_did(gguf, tmp_path, typed, capsys):
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(RULES)
+    typed("Hi\n/show\n")
+    names = ["--gguf_path", gguf, "--max_new_tokens", "2", "--optimize_config_path", str(rules)]
+    assert local_chat.main(names) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("rules.yaml: 2 rules on tiny-test\nexperts: f32, ")
+    assert "-> f32, torch (model.layers.1-2.mlp.experts)\n" in said
+    assert "rule 2: asks for cuda:0; computed on the CPU\n" in said
+    assert "backend torch" in said, "/show tells how the model is set"
+
+
+def test_chat_takes_rules_and_then_what_is_named_beside_them(gguf, typed, capsys):
+    typed("/show\n")
+    assert cli.main(["chat", gguf, "--rules", "torch-reference", "--set", "backend=numpy"]) == 0
+    said = capsys.readouterr().err
+    assert "torch-reference.yaml: 2 rules on tiny-test" in said and "backend numpy" in said
+    assert cli.main(["chat", gguf, "--rules", "torch-referense"]) == 2
+    assert 'did you mean "torch-reference"' in capsys.readouterr().err
+
+
+def test_local_chat_refuses_together_what_it_has_not(tmp_path, capsys):
+    rules = tmp_path / "r.yaml"
+    rules.write_text("- match: {name: a}")
+    wanted = ["--optimize_config_path", str(rules), "--mode=long_context", "--use_cuda_graph"]
     assert local_chat.main(wanted) == 2
     said = capsys.readouterr().err
-    for word in ("not applied yet", "expected normal", "CUDA", "neither --gguf_path nor"):
+    for word in ("has no replace", "expected normal", "CUDA", "neither --gguf_path nor"):
         assert word in said
     assert local_chat.main(["--gguf_path", "/no/such/folder"]) == 2
     assert "--gguf_path /no/such/folder: there is no such" in capsys.readouterr().err

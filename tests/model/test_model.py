@@ -28,6 +28,7 @@ OVERRIDES = [
     {"few": 1},
     {"quantize": "q4_0"},
     {"format": "int8_channel"},
+    {"format": {"experts": "q5_0", 2: "int8_channel"}},
     {"format": {"experts": "int4_group32", "attention": "int8_channel"}, "layout": "packed"},
     {"quantize": {"attention": "q4_0", "shared": "q5_0", "dense": "q4_0", "output": "q8_0"}},
     {"mask": {1: [0, 3]}},
@@ -281,6 +282,22 @@ def test_without_a_tokenizer_text_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no tokenizer"):
         silent.generate("text")
     assert silent.forward([1, 2]).shape == (2, 100)
+
+
+def test_one_layer_in_another_format(model: Model) -> None:
+    with model.override(format={1: "q4_0"}, backend={2: "torch"}):
+        assert [b.experts.format for b in model.moe_blocks][:2] == ["q4_0", "q8_0"]
+    with pytest.raises(SettingError, match="component 0 is unknown; .* layers with experts"):
+        model.set(format={0: "q4_0"})
+
+
+def test_other_words_leave_small_matrices_packed(model: Model) -> None:
+    """A second choice is made as the first one was."""
+    bank, matrix = model.layers[1].experts, model.layers[1].attention.weights.output
+    before = bank.kernel.layout, matrix.kernel.layout
+    with model.override(threads=1):
+        assert (bank.kernel.layout, matrix.kernel.layout) == before
+        assert bank.kernel.layout == bank.explain().chosen.layout
 
 
 def test_requantizing_is_done_once_for_all_clones(model: Model) -> None:

@@ -1,0 +1,280 @@
+"""From the text of a rule file to rules: YAML with line numbers, everything wrong with it at once.
+
+The grammar is KTransformers' (optimize/optimize.py, gen_optimize_config): a list of
+`match: {name, class}`, `replace: {class, kwargs}`, `recursive`. The text may come from anywhere, so
+it is small, plain (no anchors, aliases or tags) and shallow before anything is built from it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from ktlab.errors import RuleError, nearest, short
+from ktlab.placement.rules import vocabulary
+from ktlab.placement.rules.modules import known_class, nearest_class
+
+LIMIT_BYTES = 128 << 10
+"""KTransformers' longest file has 20 KB."""
+LIMIT_DEPTH = 10
+LIMIT_PATTERN = 1000
+LIMIT_PROBLEMS = 40
+_SCALARS = ("str", "int", "float", "bool", "null")
+_TAG = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One entry of a file; `name` and `match_class` are None where they match everything."""
+
+    number: int
+    """From 1, in the order of the file."""
+    line: int
+    name: str | None
+    """A regular expression, searched for anywhere in a module's name."""
+    match_class: str | None
+    """A dotted class."""
+    replace_class: str
+    """A dotted class, or "default"."""
+    kwargs: Mapping[str, Any]
+    recursive: bool
+    """Whether the modules below a match are looked at, too."""
+
+    @property
+    def kind(self) -> str:
+        """What the replacement stands for: experts, matrix, attention, ..., default."""
+        return vocabulary.replaces(self.replace_class) or ""
+
+    @property
+    def class_name(self) -> str:
+        """The replacement's name without its module."""
+        return self.replace_class.rpartition(".")[2]
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(self.name or "")  # asked of a hundred thousand modules: compiled once
+
+    def named(self, module_name: str) -> bool:
+        """Whether the regular expression is found in a module's name."""
+        return self._pattern.search(module_name) is not None
+
+    def __str__(self) -> str:
+        wanted = [f"name {self.name}"] if self.name is not None else []
+        wanted += [f"class {self.match_class}"] if self.match_class is not None else []
+        return f"rule {self.number} (line {self.line}): {', '.join(wanted)} -> {self.class_name}"
+
+
+def read_rules(text: str, source: str) -> tuple[Rule, ...]:
+    """The rules of a file's text; RuleError with everything that is wrong, line by line."""
+    size = len(text.encode("utf-8", errors="surrogatepass"))
+    if size > LIMIT_BYTES:
+        raise RuleError(
+            f"{source}: {size:,} bytes; a rule file has at most {LIMIT_BYTES:,}. Is it one?"
+        )
+    reader = _Reader(problems=[])
+    try:
+        reader.look_at(text)
+        rules = () if reader.problems else reader.rules(yaml.compose(text, yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise RuleError(f"{source}: not YAML: {_words(error)}") from error
+    if reader.problems:
+        shown = sorted(reader.problems)[:LIMIT_PROBLEMS]
+        lines = [f"line {line}, column {column}: {what}" for line, column, what in shown]
+        if more := len(reader.problems) - len(shown):
+            lines.append(f"and {more} more")
+        count = "1 problem" if len(reader.problems) == 1 else f"{len(reader.problems)} problems"
+        raise RuleError(f"{source}: {count}\n  " + ";\n  ".join(lines))
+    return rules
+
+
+def _words(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    what = " ".join(filter(None, (getattr(error, "context", ""), getattr(error, "problem", ""))))
+    return f"line {mark.line + 1}, column {mark.column + 1}: {what}"
+
+
+Fields = dict[str, tuple[yaml.Node, yaml.Node]]
+
+
+@dataclass
+class _Reader:
+    """Walks the nodes and collects what is wrong as (line, column, words)."""
+
+    problems: list[tuple[int, int, str]] = field(default_factory=list)
+
+    def say(self, where: Any, what: str) -> None:
+        mark = getattr(where, "start_mark", None)
+        self.problems.append((mark.line + 1, mark.column + 1, what) if mark else (1, 1, what))
+
+    def look_at(self, text: str) -> None:
+        """Refuse what could blow up, before anything is built from it."""
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                self.say(event, "anchors (&) and aliases (*) are not read here; write it out")
+            if getattr(event, "tag", None) is not None:
+                self.say(event, f"tags ({short(event.tag)}) are not read here")
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+                if depth > LIMIT_DEPTH:
+                    self.say(event, f"nested more than {LIMIT_DEPTH} deep; a rule needs five")
+                    return
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+
+    def rules(self, root: yaml.Node | None) -> tuple[Rule, ...]:
+        expected = "expected a list of rules, each with match and replace"
+        if not isinstance(root, yaml.SequenceNode) or not root.value:
+            self.say(root, f"{expected}; found {_kind(root)}")
+            return ()
+        found = [self.rule(i, node) for i, node in enumerate(root.value, 1)]
+        return tuple(rule for rule in found if rule is not None)
+
+    def rule(self, number: int, node: yaml.Node) -> Rule | None:
+        here = len(self.problems)
+        fields = self.fields(node, ("match", "replace", "recursive"), f"rule {number}")
+        match = self.section(fields, "match", ("name", "class"), node, number)
+        replace = self.section(fields, "replace", ("class", "kwargs", "device"), node, number)
+        if "match" in fields and not match and len(self.problems) == here:
+            self.say(fields["match"][1], f"rule {number}: match needs a name, a class, or both")
+        name, match_class = self.pattern(match), self.text(match, "class")
+        if match_class is not None and not known_class(match_class):
+            self.say(
+                match["class"][1],
+                f"match class {short(match_class)} is unknown{nearest_class(match_class)}",
+            )
+        replace_class = self.text(replace, "class") or vocabulary.DEFAULT
+        kind = vocabulary.replaces(replace_class)
+        if kind is None:
+            self.say(
+                replace["class"][1],
+                f"replace class {short(replace_class, 90)} is unknown"
+                f"{vocabulary.nearest_replacement(replace_class)}",
+            )
+        kwargs = self.kwargs(replace, kind)
+        recursive = self.value(fields["recursive"][1]) if "recursive" in fields else True
+        if not isinstance(recursive, bool):
+            self.say(fields["recursive"][1], f"recursive is True or False, found {recursive!r}")
+        if len(self.problems) > here:
+            return None
+        return Rule(
+            number=number,
+            line=node.start_mark.line + 1,
+            name=name,
+            match_class=match_class,
+            replace_class=replace_class,
+            kwargs=kwargs,
+            recursive=bool(recursive),
+        )
+
+    def fields(self, node: yaml.Node, known: tuple[str, ...], what: str) -> Fields:
+        """{key: (key's node, value's node)} of a mapping whose keys are known words."""
+        if not isinstance(node, yaml.MappingNode):
+            self.say(node, f"{what}: expected {', '.join(known)}, found {_kind(node)}")
+            return {}
+        found: Fields = {}
+        for key_node, value_node in node.value:
+            key = key_node.value if key_node.tag == _TAG + "str" else None
+            if not isinstance(key, str):
+                self.say(key_node, f"{what}: expected words as keys, found {_kind(key_node)}")
+            elif key in found:
+                self.say(key_node, f"{what}: {key} stands here twice")
+            elif key not in known:
+                self.say(
+                    key_node,
+                    f"{what}: unknown key {short(key)}; expected {', '.join(known)}"
+                    f"{nearest(key, known)}",
+                )
+            else:
+                found[key] = (key_node, value_node)
+        return found
+
+    def section(
+        self, fields: Fields, name: str, known: tuple[str, ...], node: yaml.Node, number: int
+    ) -> Fields:
+        if name in fields:
+            return self.fields(fields[name][1], known, f"rule {number}, {name}")
+        if isinstance(node, yaml.MappingNode):
+            self.say(node, f"rule {number} has no {name}")
+        return {}
+
+    def text(self, fields: Fields, key: str) -> str | None:
+        if key not in fields:
+            return None
+        value = self.value(fields[key][1])
+        if isinstance(value, str) and value:
+            return value
+        self.say(fields[key][1], f"{key}: expected text, found {short(value)}")
+        return None
+
+    def pattern(self, match: Fields) -> str | None:
+        pattern = self.text(match, "name")
+        if pattern is None:
+            return None
+        if len(pattern) > LIMIT_PATTERN:
+            self.say(
+                match["name"][1],
+                f"a regular expression of {len(pattern):,} characters; at most {LIMIT_PATTERN:,}",
+            )
+            return None
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            self.say(match["name"][1], f"{short(pattern)} is no regular expression: {error}")
+        return pattern
+
+    def kwargs(self, replace: Fields, kind: str | None) -> dict[str, Any]:
+        checks = vocabulary.keyword_arguments(kind or vocabulary.DEFAULT)
+        given: Fields = {}
+        if "kwargs" in replace and replace["kwargs"][1].tag != _TAG + "null":
+            # Of an unknown class nobody knows the arguments either: one problem is enough.
+            known = tuple(checks) if kind else tuple(_every_argument())
+            given = self.fields(replace["kwargs"][1], known, "kwargs")
+        if "device" in replace:
+            given["device"] = replace["device"]
+        found = {}
+        for key, (_, node) in given.items():
+            found[key] = value = self.value(node)
+            if kind and (wrong := checks[key](value)):
+                self.say(node, f"{key}: {wrong}")
+        return found
+
+    def value(self, node: yaml.Node) -> Any:
+        """Plain Python: text, numbers, True, False, None, lists, dicts by text or number."""
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(each) for each in node.value]
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(self.value(key), self.value(value)) for key, value in node.value]
+            for key, (key_node, _) in zip((k for k, _ in pairs), node.value, strict=True):
+                if not isinstance(key, (str, int)):
+                    self.say(key_node, f"expected a word or a number as key, found {key!r}")
+            return {key: value for key, value in pairs if isinstance(key, (str, int))}
+        kind = node.tag.removeprefix(_TAG)
+        if kind not in _SCALARS or (kind != "str" and len(node.value) > 40):
+            self.say(node, f"expected text, a number, True or False, found {_kind(node)}")
+            return None
+        try:
+            return yaml.SafeLoader("").construct_object(node)
+        except ValueError:  # such as 0x_, which YAML's pattern for numbers lets through
+            self.say(node, f"expected a number, found {_kind(node)}")
+            return None
+
+
+def _every_argument() -> Iterator[str]:
+    for kind in (*vocabulary.KWARGS, vocabulary.DEFAULT):
+        yield from vocabulary.keyword_arguments(kind)
+
+
+def _kind(node: yaml.Node | None) -> str:
+    """What stands there, for a message."""
+    if node is None:
+        return "nothing"
+    if isinstance(node, yaml.ScalarNode):
+        kind = node.tag.removeprefix(_TAG)
+        return "nothing" if kind == "null" and not node.value else f"{kind} {short(node.value)}"
+    return "an empty list" if not node.value else f"a {node.id}"

@@ -1,0 +1,182 @@
+"""Rule files: read, previewed on a model, applied to it, taken back.
+
+    rules = RuleSet.read("DeepSeek-V2-Lite-Chat.yaml")
+    rules.preview(model)
+    with rules.applied(model):
+        ...
+
+As in KTransformers the first rule that matches a module counts for it, and what lies below a module
+is looked at in turn unless its rule says `recursive: False`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ktlab import html
+from ktlab.checkpoint.embedded import data_path
+from ktlab.errors import RuleError, nearest
+from ktlab.kernels.computed import Computed
+from ktlab.memory import memory
+from ktlab.model.model import Model
+from ktlab.model.settings import Change, ask
+from ktlab.model.settings import apply as set_words
+from ktlab.placement.rules.effects import Effect, set_on
+from ktlab.placement.rules.modules import Module, modules
+from ktlab.placement.rules.preview import Preview, counted
+from ktlab.placement.rules.reading import LIMIT_BYTES, Rule, read_rules
+from ktlab.placement.rules.walk import Walk
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RuleSet:
+    """The rules of one file, in its order; comparable, never changed."""
+
+    source: str
+    rules: tuple[Rule, ...]
+
+    @classmethod
+    def read(cls, path: str | PathLike[str]) -> "RuleSet":
+        """A file, or one that comes with the kit by its name, such as "cpu-experts".
+
+        Raises `RuleError` with everything that is wrong, by line and column.
+        """
+        file = Path(path).expanduser()
+        if not file.exists() and file.name == str(path):
+            own = {each.stem: each for each in sorted(data_path("rules").glob("*.yaml"))}
+            if file.name not in own:
+                raise RuleError(
+                    f"{path}: there is no such rule file; expected a path, or one of "
+                    f"{', '.join(own)}{nearest(file.name, own)}"
+                )
+            file = own[file.name]
+        try:
+            with open(file, "rb") as opened:
+                data = opened.read(LIMIT_BYTES + 1)
+        except OSError as error:
+            raise RuleError(f"{path}: {error.strerror}; expected a YAML file of rules") from error
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RuleError(
+                f"{path}: not text in UTF-8 ({error.reason} at byte {error.start}); expected YAML"
+            ) from error
+        return cls.parse(text, file.name)
+
+    @classmethod
+    def parse(cls, text: str, source: str = "rules") -> "RuleSet":
+        """The rules of a text; `source` names it in messages."""
+        return cls(source=source, rules=read_rules(text, source))
+
+    def preview(self, model: Model, *, strict: bool = False) -> Preview:
+        """What each rule would do; nothing changes. `strict` as in `apply`."""
+        return self._previewed(model, self._walk(model), strict)
+
+    def apply(
+        self,
+        model: Model,
+        *,
+        strict: bool = False,
+        progress: Callable[[float, float], None] | None = None,
+    ) -> Change:
+        """Set it on the model, live: nothing is reloaded. Returns what can be undone by `.undo()`.
+
+        Raises `RuleError` before anything changes where experts in another format do not fit.
+        `strict=True` refuses, before anything changes, rules that ask for what is not done here:
+        devices other than the CPU, and words without a counterpart. `progress` is called with
+        (done, total) in bytes while experts change their format.
+        """
+        walk = self._walk(model)
+        if strict:
+            self._previewed(model, walk, strict)
+        self._check_memory(model, sum(found.new_bytes for _, found in walk.changes()))
+        total = sum(_requantized_bytes(*each) for each in walk.changes())
+        done, change = 0, Change()
+        try:
+            for module, found in walk.changes():
+                if progress is not None and total:
+                    progress(done, total)
+                done += _requantized_bytes(module, found)
+                _set(model, change, module, found)
+            if progress is not None and total:
+                progress(total, total)
+        except BaseException:
+            change.undo()
+            raise
+        return change
+
+    @contextmanager
+    def applied(self, model: Model, *, strict: bool = False) -> Iterator[Model]:
+        """`apply` for the length of a `with`; everything is restored on leaving."""
+        change = self.apply(model, strict=strict)
+        try:
+            yield model
+        finally:
+            change.undo()
+
+    def _check_memory(self, model: Model, needed: int) -> None:
+        found = memory()
+        available = min((n for n in (found.available, found.limit) if n is not None), default=None)
+        if available is not None and needed > available:
+            more = html.byte_size(needed - available)
+            raise RuleError(
+                f"{self.source}: the experts of {model.name} in another format need "
+                f"{html.byte_size(needed)} of memory, {more} more than is available; name fewer "
+                "layers, or a format with fewer bits"
+            )
+
+    def _walk(self, model: Model) -> Walk:
+        return Walk.over(modules(model), self.rules)
+
+    def _previewed(self, model: Model, walk: Walk, strict: bool) -> Preview:
+        found = Preview(
+            source=self.source, model=model.name, rules=len(self.rules), rows=tuple(walk.rows())
+        )
+        if strict and found.missing:
+            lines = [f"{counted('rule', at)}: {what}" for what, at in found.missing.items()]
+            raise RuleError(
+                f"{self.source} asks for what is not done here on {model.name}; without strict the "
+                "rest is applied\n  " + ";\n  ".join(lines)
+            )
+        return found
+
+    def __repr__(self) -> str:
+        lines = "\n".join(f"  {rule}" for rule in self.rules)
+        return f"RuleSet({self.source}, {len(self.rules)} rules)\n{lines}"
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        rows = [
+            (
+                rule.number,
+                rule.name or "",
+                rule.match_class or "",
+                rule.class_name,
+                ", ".join(f"{key} {value}" for key, value in rule.kwargs.items()),
+            )
+            for rule in self.rules
+        ]
+        headers = ("rule", "name", "class", "becomes", "with")
+        return html.mimebundle(repr(self), html.card(self.source, html.table(rows, headers)))
+
+
+def _requantized_bytes(module: Module, found: Effect) -> int:
+    return sum(p.nbytes for p in set_on(module)) if "format" in found.words else 0
+
+
+def _set(model: Model, change: Change, module: Module, found: Effect) -> None:
+    """The same switches as by hand, one module's at a time."""
+    words, layer = dict(found.words), module.layer
+    if form := words.pop("form", None):
+        assert layer is not None
+        set_words(model, change, attention={layer: form})
+        return
+    products: tuple[Computed, ...] = tuple(set_on(module))
+    if format := words.pop("format", None):
+        assert layer is not None
+        set_words(model, change, format={layer: format})
+        products = (model.experts.by_layer[layer],)
+    for product in products:
+        ask(change, product, **words)

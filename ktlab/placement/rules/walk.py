@@ -1,0 +1,124 @@
+"""Which rule takes which module, in the order in which KTransformers asks (gen_optimize_config)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ktlab.placement.rules.effects import Effect, effect
+from ktlab.placement.rules.modules import Module
+from ktlab.placement.rules.preview import (
+    CHANGES,
+    MISSING,
+    NOTHING,
+    SAME,
+    SHADOWED,
+    Row,
+    collapsed,
+    counted,
+)
+from ktlab.placement.rules.reading import Rule
+
+
+@dataclass
+class Walk:
+    """One pass over a model's modules; `Walk.over` makes it."""
+
+    rules: Sequence[Rule]
+    root: Module
+    taken: dict[int, list[tuple[Module, Effect]]] = field(default_factory=dict)
+    """{rule: what it does to which modules}."""
+    shadowed: dict[int, dict[str, int]] = field(default_factory=dict)
+    """{rule: {module that it matches: the rule that came first}}."""
+    stops: list[tuple[str, Rule]] = field(default_factory=list)
+    """Modules below which nothing was looked at."""
+
+    @classmethod
+    def over(cls, root: Module, rules: Sequence[Rule]) -> "Walk":
+        """Ask every rule about every module that is reached."""
+        walk = cls(rules=rules, root=root)
+        walk._look_at(root)
+        return walk
+
+    def _look_at(self, module: Module) -> None:
+        first = None
+        for rule in self.rules:
+            if not matches(rule, module):
+                continue
+            if first is None:
+                first = rule
+                self.taken.setdefault(rule.number, []).append((module, effect(rule, module)))
+            else:
+                self.shadowed.setdefault(rule.number, {})[module.name] = first.number
+        if first is not None and not first.recursive:
+            self.stops.append((module.name, first))
+            return
+        for child in module.below():
+            self._look_at(child)
+
+    def changes(self) -> Iterator[tuple[Module, Effect]]:
+        """Modules on which something is set."""
+        for rule in self.rules:
+            yield from ((m, found) for m, found in self.taken.get(rule.number, ()) if found.words)
+
+    def rows(self) -> Iterator[Row]:
+        """The table: rule by rule, modules that are alike together."""
+        for rule in self.rules:
+            alike: dict[tuple[Any, ...], list[str]] = {}
+            new_bytes: dict[tuple[Any, ...], int] = {}
+            for module, found in self.taken.get(rule.number, ()):
+                status = CHANGES if found.words else MISSING if found.missing else SAME
+                key = (module.stage, status, found.before, found.after, found.missing, found.note)
+                alike.setdefault(key, []).append(module.name)
+                new_bytes[key] = new_bytes.get(key, 0) + found.new_bytes
+            for key, names in alike.items():
+                stage, status, before, after, missing, note = key
+                yield _row(
+                    rule, names, stage=stage, status=status, before=before, after=after,
+                    missing=missing, note=note, new_bytes=new_bytes[key],
+                )  # fmt: skip
+            if taken_before := self.shadowed.get(rule.number):
+                firsts = sorted(set(taken_before.values()))
+                note = f"{counted('rule', firsts)} {'comes' if len(firsts) == 1 else 'come'} first"
+                yield _row(rule, list(taken_before), status=SHADOWED, note=note)
+            elif not alike:
+                yield _row(rule, [], status=NOTHING, note=self._why_nothing(rule))
+
+    @cached_property
+    def _every(self) -> list[Module]:
+        """Also what no rule was asked about."""
+        return list(_below(self.root))
+
+    def _why_nothing(self, rule: Rule) -> str:
+        unseen = next((module for module in self._every if matches(rule, module)), None)
+        if unseen is not None:
+            stop = next(r for name, r in self.stops if unseen.name.startswith(f"{name}."))
+            return f"{unseen.name} lies below what rule {stop.number} takes whole (recursive)"
+        named = sum(rule.named(module.name) for module in self._every)
+        if not named:
+            return "no module here has such a name"
+        of_class = (rule.match_class or "").rpartition(".")[2]
+        if rule.name is None:
+            return f"no module here is a {of_class}"
+        return f"{named} modules here have such a name, none of them is a {of_class}"
+
+
+def matches(rule: Rule, module: Module) -> bool:
+    """Whether class and name, where the rule gives them, are the module's."""
+    if rule.match_class is not None and not module.is_a(rule.match_class):
+        return False
+    return rule.named(module.name)
+
+
+def _below(module: Module) -> Iterator[Module]:
+    yield module
+    for child in module.below():
+        yield from _below(child)
+
+
+def _row(rule: Rule, names: Sequence[str], *, stage: str = "", **fields: Any) -> Row:
+    return Row(
+        rule=rule.number, line=rule.line, replacement=rule.class_name,
+        modules=collapsed(names) or ("(the root)" if names else ""), count=len(names), stage=stage,
+        **fields,
+    )  # fmt: skip

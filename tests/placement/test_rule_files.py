@@ -1,0 +1,262 @@
+"""Rule files as text: the grammar, and everything that can be wrong with one, said at once."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ktlab.checkpoint.embedded import data_path
+from ktlab.errors import RuleError
+from ktlab.placement.rules import RuleSet
+from ktlab.placement.rules.reading import LIMIT_BYTES, LIMIT_PATTERN
+
+EXPERTS = "ktransformers.operators.experts.KTransformersExperts"
+LINEAR = "ktransformers.operators.linear.KTransformersLinear"
+ATTENTION = "ktransformers.operators.attention.KDeepseekV2Attention"
+MODEL = "ktransformers.operators.models.KDeepseekV2Model"
+
+# Written here, with the grammar, the comments and the class names that KTransformers' files have.
+GPU_AND_CPU = r"""
+- match:
+    class: ktransformers.models.modeling_deepseek_v3.DeepseekV3RotaryEmbedding
+  replace:
+    class: ktransformers.operators.RoPE.YarnRotaryEmbeddingV3
+    kwargs:
+      generate_device: "cuda:0"
+      prefill_device: "cuda:0"
+- match:
+    name: "^model\\.layers\\.([0-9]+)\\.(?!self_attn\\.kv_b_proj).*$"  # everything but kv_b
+    class: torch.nn.Linear
+  replace:
+    class: ktransformers.operators.linear.KTransformersLinear
+    kwargs: {generate_device: cuda, prefill_device: cuda, generate_op: KLinearMarlin, prefill_op: KLinearTorch}
+
+- match:
+    class: ktransformers.models.modeling_deepseek_v3.MoEGate
+  replace:
+    class: ktransformers.operators.gate.KMoEGate
+    kwargs: {generate_device: "cuda:0", prefill_device: "cuda:0"}
+- match:
+    name: "^model\\.layers\\..*\\.mlp\\.experts$"
+  replace:
+    class: ktransformers.operators.experts.KTransformersExperts
+    kwargs:
+      prefill_device: "cuda"
+      prefill_op: "KExpertsTorch"
+      generate_device: "cpu"
+      generate_op: "KExpertsCPU"
+      out_device: "cuda"
+      backend: "AMXInt8"  # or "llamafile"
+  recursive: False
+- match:
+    name: "^model\\.layers\\..*\\.self_attn$"
+  replace:
+    class: ktransformers.operators.attention.KDeepseekV2Attention
+    kwargs:
+      generate_device: "cuda"
+      absorb_for_prefill: True
+- match:
+    name: "^model$"
+  replace:
+    class: "ktransformers.operators.models.KDeepseekV2Model"
+    kwargs:
+      per_layer_prefill_intput_threshold: 0
+      transfer_map:
+        2: "cuda:1"
+- match:
+    name: "^model.embed_tokens"
+  replace:
+    class: "default"
+    kwargs:
+      generate_device: "cpu"
+      prefill_device: "cpu"
+- match:
+    name: "(^model\\.layers\\.)|(model.norm)|(lm_head)"
+  replace:
+    class: "default"
+    kwargs: {generate_device: "cuda:1", prefill_device: "cuda:1"}
+"""  # noqa: E501
+
+# The same words as they were called at first.
+FIRST_RELEASE = r"""
+- match: {name: "^model\\.layers\\.(?!.*self_attn).*$", class: torch.nn.Linear}
+  replace:
+    class: ktransformers.operators.linear.KTransformerLinear
+    kwargs: {generate_device: cuda, generate_op: QuantizedLinearMarlin, prefill_op: QuantizedLinearTorch}
+- match: {class: ktransformers.models.modeling_deepseekv3.DeepseekV3MoE}
+  replace: {class: ktransformers.operators.experts.DeepseekV2MoEInjected}
+- match: {name: "mlp\\.experts$"}
+  replace:
+    class: ktransformers.operators.experts.KTransformersMLPExpert
+    device: "cpu"
+    kwargs: {prefill_mlp_type: MLPExpertsTorch, generate_mlp_type: MLPCPUExperts, n_deferred_experts: [6, 8]}
+  recursive: False
+- match: {name: "^model$"}
+  replace: {class: ktransformers.operators.layer_wise_prefill.DeepseekV2ModelPerLayerPrefill}
+- match: {class: ktransformers.models.modeling_llama4.Llama4TextMLP}
+  replace: {class: default, kwargs: }
+"""  # noqa: E501
+
+
+def rule(match: str = "name: a", replace: str = "class: default", rest: str = "") -> str:
+    return f"- match: {{{match}}}\n  replace: {{{replace}}}\n{rest}"
+
+
+def test_the_grammar() -> None:
+    rules = RuleSet.parse(GPU_AND_CPU, "both.yaml").rules
+    assert [r.number for r in rules] == list(range(1, 9)) and rules[1].line == 9
+    rope, linear, _, experts, _, model, *_ = rules
+    assert rope.name is None and linear.match_class == "torch.nn.Linear"
+    assert linear.named("model.layers.12.mlp.gate_proj") and not linear.named("lm_head")
+    assert not linear.named("model.layers.12.self_attn.kv_b_proj")
+    assert (experts.recursive, linear.recursive) == (False, True)
+    assert experts.kwargs["backend"] == "AMXInt8" and experts.replace_class == EXPERTS
+    assert model.kwargs["transfer_map"] == {2: "cuda:1"}
+    assert RuleSet.parse(GPU_AND_CPU, "both.yaml") == RuleSet.parse(GPU_AND_CPU, "both.yaml")
+    shown = repr(RuleSet.parse(GPU_AND_CPU, "both.yaml"))
+    assert "RuleSet(both.yaml, 8 rules)" in shown and "rule 4 (line 21)" in shown
+
+
+def test_the_words_of_the_first_release() -> None:
+    kinds = [r.kind for r in RuleSet.parse(FIRST_RELEASE).rules]
+    assert kinds == ["matrix", "moe", "experts", "model", "default"]
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "expected"),
+    [
+        ("", 1, "expected a list of rules, each with match and replace; found nothing"),
+        ("[]", 1, "found an empty list"),
+        ("match: 1", 1, "found a mapping"),
+        ("- 17", 1, "rule 1: expected match, replace, recursive, found int '17'"),
+        ("- replace: {class: default}", 1, "rule 1 has no match"),
+        ("- match: {name: a}", 1, "rule 1 has no replace"),
+        (rule(match=""), 1, "match needs a name, a class, or both"),
+        (rule(match="nam: a"), 1, "unknown key 'nam'; expected name, class; did you mean \"name\""),
+        (rule(match="name: a, name: b"), 1, "name stands here twice"),
+        (rule(match="name: 5"), 1, "name: expected text, found 5"),
+        (rule(match="5: a"), 1, "expected words as keys, found int '5'"),
+        (rule(match="name: '(a'"), 1, r"'\(a' is no regular expression: missing \), unterminated"),
+        (rule(match=f"name: {'a' * 1001}"), 1, "a regular expression of 1,001 characters"),
+        (rule(match="class: torch.nn.Linaer"), 1, 'did you mean "torch.nn.Linear"'),
+        (rule(match="class: os.system"), 1, "match class 'os.system' is unknown"),
+        (
+            rule(match="class: ktransformers.models.modeling_deepseek.DeepseekV2MoEs"),
+            1,
+            'did you mean "ktransformers.models.modeling_deepseek.DeepseekV2MoE"',
+        ),
+        (rule(replace=f"class: {EXPERTS}x"), 2, f'did you mean "{EXPERTS}'),
+        (rule(replace="class: nonsense"), 2, "replace class 'nonsense' is unknown"),
+        (rule(replace="clas: default"), 2, 'did you mean "class"'),
+        (rule(rest="  recursive: 'False'"), 3, "recursive is True or False, found 'False'"),
+        (rule(rest="  recursiv: False"), 3, 'did you mean "recursive"'),
+        (
+            rule(replace=f"class: {EXPERTS}, kwargs: {{generate_opp: KExpertsCPU}}"),
+            2,
+            "unknown key 'generate_opp'; expected .*; did you mean \"generate_op\"",
+        ),
+        (rule(replace="class: default, kwargs: {backend: AMXInt8}"), 2, "unknown key 'backend'"),
+        (
+            rule(replace=f"class: {EXPERTS}, kwargs: {{backend: AMXint8}}"),
+            2,
+            "backend: 'AMXint8' is unknown; expected llamafile, .*did you mean \"AMXInt8\"",
+        ),
+        (rule(replace=f"class: {LINEAR}, kwargs: {{prefill_op: KExpertsCPU}}"), 2, "prefill_op: "),
+        (rule(replace="kwargs: {generate_device: 'cuda:x'}"), 2, "'cuda:x' is no device"),
+        (rule(replace="kwargs: {prefill_device: 'cpu:7'}"), 2, "expected cpu, or cuda, cuda:0"),
+        (rule(replace="kwargs: {out_device: 0}"), 2, "out_device: 0 is no device"),
+        (rule(replace="device: gpu"), 2, "device: 'gpu' is no device"),
+        (
+            rule(replace=f"class: {ATTENTION}, kwargs: {{absorb_for_prefill: 1}}"),
+            2,
+            "absorb_for_prefill: expected True or False, found 1",
+        ),
+        (
+            rule(replace=f"class: {MODEL}, kwargs: {{transfer_map: {{a: cpu, 3: gpu}}}}"),
+            2,
+            "transfer_map: expected a whole number from 0 on, found 'a'; 'gpu' is no device",
+        ),
+        (
+            rule(replace=f"class: {MODEL}, kwargs: {{per_layer_prefill_intput_threshold: 0x_}}"),
+            2,
+            "expected a number, found int '0x_'",
+        ),
+        ("- &a\n  match: *a", 1, r"anchors \(&\) and aliases \(\*\) are not read here"),
+        ("- !!python/object:os.system x", 1, "tags .* are not read here"),
+        ("[" * 5000, 1, "nested more than 10 deep"),
+    ],
+)
+def test_what_can_be_wrong(text: str, where: int, expected: str) -> None:
+    with pytest.raises(RuleError, match=rf"(?s)^bad\.yaml: \d+ problems?\n.*{expected}") as caught:
+        RuleSet.parse(text, "bad.yaml")
+    assert f"line {where}, column " in str(caught.value)
+
+
+def test_everything_wrong_is_said_at_once() -> None:
+    texts = [rule(match="name: '(a'"), rule(replace="device: gpu"), "- 17\n", rule(match="")]
+    with pytest.raises(RuleError) as caught:
+        RuleSet.parse("".join(texts), "bad.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "bad.yaml: 4 problems"
+    assert [line.split(",")[0].strip() for line in lines[1:]] == [
+        "line 1", "line 4", "line 5", "line 6"
+    ]  # fmt: skip
+    with pytest.raises(RuleError, match="60 problems\n(?s:.*)and 20 more$"):
+        RuleSet.parse("- 17\n" * 60)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- match: [", "not YAML: line 1, column 11: .*expected the node content"),
+        ("- a\n\t- b", "not YAML: line 2, column 1: .*cannot start any token"),
+        ("--- \n- a\n---\n- b", "not YAML: line 3, column 1: .*single document"),
+        ("- \x00", "not YAML: unacceptable character"),
+        ("#" * (LIMIT_BYTES + 1), "131,073 bytes; a rule file has at most 131,072"),
+    ],
+)
+def test_not_yaml(text: str, expected: str) -> None:
+    with pytest.raises(RuleError, match=f"bad.yaml: {expected}"):
+        RuleSet.parse(text, "bad.yaml")
+
+
+def test_the_longest_pattern_that_is_read() -> None:
+    (read,) = RuleSet.parse(rule(match=f"name: {'a' * LIMIT_PATTERN}")).rules
+    assert read.named("a" * LIMIT_PATTERN)
+
+
+@given(st.data())
+def test_altered_files_give_rules_or_our_error(data: st.DataObject) -> None:
+    text = data.draw(st.sampled_from([GPU_AND_CPU, FIRST_RELEASE]))
+    at = data.draw(st.integers(0, len(text)))
+    cut = data.draw(st.integers(0, 30))
+    put = data.draw(st.text("aA0.:-{}[]()*&!#'\"\\\n\t |>?%@~\x00\xe9", max_size=6))
+    try:
+        RuleSet.parse(text[:at] + put + text[at + cut :])
+    except RuleError as error:
+        assert "rules: " in str(error)
+
+
+def test_files(tmp_path: Path) -> None:
+    path = tmp_path / "both.yaml"
+    path.write_text("\ufeff" + GPU_AND_CPU, encoding="utf-8")
+    assert RuleSet.read(path) == RuleSet.read(str(path)) == RuleSet.parse(GPU_AND_CPU, "both.yaml")
+    path.write_bytes(b"- \xff\xfe")
+    with pytest.raises(RuleError, match=r"both\.yaml: not text in UTF-8 \(.* at byte 2\)"):
+        RuleSet.read(path)
+    path.write_bytes(b"#" * (LIMIT_BYTES + 10))
+    with pytest.raises(RuleError, match="Is it one"):
+        RuleSet.read(path)
+    with pytest.raises(RuleError, match="Is a directory; expected a YAML file"):
+        RuleSet.read(tmp_path)
+    with pytest.raises(RuleError, match="No such file"):
+        RuleSet.read(tmp_path / "none.yaml")
+    with pytest.raises(RuleError, match='one of amx.*cpu-experts.*did you mean "cpu-experts"'):
+        RuleSet.read("cpu-expert")
+
+
+def test_our_own_files_are_read_by_name() -> None:
+    for path in data_path("rules").glob("*.yaml"):
+        assert RuleSet.read(path.stem).rules and os.path.getsize(path) < 2000
