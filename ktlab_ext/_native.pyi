@@ -51,6 +51,18 @@ def linear(
 ) -> None: ...
 def linear_by_head(pool: Pool, isa: str, few: int, matrix: Matrix, x: Array, y: Array) -> None: ...
 def attend(pool: Pool, isa: str, q: Array, keys: Array, scale: float, y: Array) -> None: ...
+def attends_many(isa: str) -> bool: ...
+def attend_many(
+    pool: Pool,
+    isa: str,
+    q: Array,
+    q_rope: Array,
+    keys: Array,
+    k_b: Array,
+    v_b: Array,
+    scale: float,
+    y: Array,
+) -> None: ...
 
 class MLA:
     matrices: tuple[Matrix | None, ...]

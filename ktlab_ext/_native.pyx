@@ -11,7 +11,7 @@ from collections import namedtuple
 from cpython.buffer cimport (
     PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
-from libc.stdint cimport int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
@@ -272,42 +272,7 @@ def linear_by_head(Pool pool not None, str isa not None, int few, Matrix matrix 
         PyBuffer_Release(&v[1])
 
 
-def attend(Pool pool not None, str isa not None, q, keys, float scale, y):
-    """y (H x V) = softmax(scale q keys^T) keys[:, :V]: one query a head, keys shared by all heads.
-
-    q: (H x C), y: (H x V) with V <= C, both C-contiguous; keys: (S x C), rows contiguous, the
-    distance between them is free. All float32; y is overwritten.
-    """
-    cdef Py_buffer v[3]
-    cdef int64_t stride
-    cdef int code, i, isa_number = isa_of(isa)
-    memset(v, 0, sizeof(v))
-    try:
-        take(q, &v[0], "q", 2, b'f', b'f', "2 dimensions of float32", False)
-        take(keys, &v[1], "keys", 2, b'f', b'f', "2 dimensions of float32", False)
-        take(y, &v[2], "y", 2, b'f', b'f', "2 dimensions of float32", True)
-        whole(&v[0], "q")
-        whole(&v[2], "y")
-        stride = row_stride(&v[1], "keys", False)
-        if v[1].shape[1] != v[0].shape[1] or v[1].shape[0] < 1:
-            raise ValueError(f"keys: expected at least one row of {v[0].shape[1]}, found shape "
-                             f"({v[1].shape[0]}, {v[1].shape[1]})")
-        if v[2].shape[0] != v[0].shape[0] or not 0 < v[2].shape[1] <= v[0].shape[1]:
-            raise ValueError(f"y: expected shape ({v[0].shape[0]}, 1 to {v[0].shape[1]}), found "
-                             f"({v[2].shape[0]}, {v[2].shape[1]})")
-        apart(&v[0], &v[2])
-        apart(&v[1], &v[2])
-        with nogil:
-            code = ktl_attend(pool.pool, isa_number, <const float *>v[0].buf, v[0].shape[0],
-                              v[0].shape[1], <const float *>v[1].buf, v[1].shape[0], stride,
-                              v[2].shape[1], scale, <float *>v[2].buf)
-        if code == KTL_ERR_MEMORY:
-            raise MemoryError(f"attend: no memory for scratch of {v[1].shape[0]} positions")
-        if code != KTL_OK:
-            raise ValueError(f"attend: {isa} cannot be used: {isas()[isa]}")
-    finally:
-        for i in range(3):
-            PyBuffer_Release(&v[i])
+include "attention.pxi"
 
 
 def moe(Pool pool not None, str isa not None, int few, Matrix gate not None, Matrix up not None,

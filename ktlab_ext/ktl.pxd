@@ -1,6 +1,6 @@
 """What _native.pyx calls of csrc/ktl.h, which says what each does."""
 
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t
 
 
 cdef extern from "ktl.h" nogil:
@@ -38,6 +38,19 @@ cdef extern from "ktl.h" nogil:
     int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t cols,
                    const float *keys, int64_t positions, int64_t stride, int64_t values,
                    float scale, float *y)
+    ctypedef struct ktl_many:
+        const float *q
+        const float *q_rope
+        int64_t q_token, q_head, rope_token, rope_head
+        const float *keys
+        int64_t keys_stride
+        const uint16_t *k_b
+        const uint16_t *v_b
+        int64_t tokens, positions, heads, rank, nope, rope, values
+        float scale
+        float *y
+    int ktl_attends_many(int isa)
+    int ktl_attend_many(ktl_pool *pool, int isa, const ktl_many *m)
     ctypedef struct ktl_mla:
         const ktl_matrix *q_a
         const ktl_matrix *q_b

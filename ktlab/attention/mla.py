@@ -184,12 +184,22 @@ class MLA(Attention):
         return others + context * self._flop_decompressing + pairs
 
     def _decompressed(self, new: "_New", keys_BSc: Tensor) -> Tensor:
-        """The naive form's products over the absorbed form's cache, a few heads at a time.
-
-        In bfloat16 where the kernels of k_b and v_b compute in it, else in float32."""
-        sizes = self.sizes
-        k_b_HCN, v_b_HVC = self.weights.k_b.values_OI, self.weights.v_b.values_OI
-        keys_B1Sc = keys_BSc[:, None].to(v_b_HVC.dtype)
+        """The naive form's products over the absorbed form's cache, a few heads at a time."""
+        sizes, k_b, v_b = self.sizes, self.weights.k_b, self.weights.v_b
+        out_BTHV = new.q_nope_BTHN.new_empty((*new.q_nope_BTHN.shape[:3], sizes.v_dim))
+        if products.attends_many(k_b.kernel) and products.attends_many(v_b.kernel):
+            for b, start in enumerate(new.places.starts):
+                products.attend_many(
+                    k_b.kernel,
+                    (new.q_nope_BTHN[b], new.q_rope_BTHR[b]),
+                    keys_BSc[b, : start + out_BTHV.shape[1]],
+                    (k_b.stack, v_b.stack),
+                    self._scale,
+                    out_BTHV[b],
+                )
+            return out_BTHV
+        k_b_HCN, v_b_HVC = k_b.weight_OI, v_b.weight_OI
+        keys_B1Sc = keys_BSc[:, None]
         latent_B1SC, k_rope_B1SR = keys_B1Sc.split((sizes.kv_lora_rank, sizes.qk_rope_dim), dim=-1)
         batch, seen, _ = keys_BSc.shape
         causal = batch == 1 and new.places.starts == (0,)
@@ -204,7 +214,6 @@ class MLA(Attention):
         key_BHSd = v_b_HVC.new_empty((batch, group, seen, sizes.qk_dim))
         key_BHSd[..., nope:] = k_rope_B1SR
         value_BHSd = v_b_HVC.new_zeros((batch, group, seen, sizes.qk_dim))
-        out_BTHV = new.q_nope_BTHN.new_empty((batch, tokens, sizes.num_heads, sizes.v_dim))
         for first in range(0, sizes.num_heads, group):
             heads = slice(first, min(first + group, sizes.num_heads))
             made = slice(0, heads.stop - first)

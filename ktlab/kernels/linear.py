@@ -9,8 +9,6 @@ from ktlab.kernels.computed import Computed
 from ktlab.kernels.stack import Stack
 from ktlab.quantization import QTensor, fallback_format
 
-BF16_ISA = "amx_bf16"
-
 SMALL = 1 << 17
 """Matrices by head with no more weights than this are multiplied by torch: calls would weigh more
 than reading a float32 copy from the cache."""
@@ -37,13 +35,6 @@ class Linear(Computed):
     def weight_OI(self) -> Tensor:
         """W as a float32 copy, (out, in) or with leading axes, e.g. one matrix a head."""
         return self.stack.floats
-
-    @property
-    def values_OI(self) -> Tensor:
-        """A copy as exact as the kernel: bfloat16 where it multiplies that, else float32.
-
-        For products of activations with activations, which no kernel for weights computes."""
-        return self.stack.halves if self.kernel.isa == BF16_ISA else self.weight_OI
 
     @property
     def stack(self) -> Stack:

@@ -45,7 +45,7 @@ class _Idle:
     def linear(self, *_: Any) -> None:
         pass
 
-    moe = linear_by_head = attend = mla_token = layer_token = linear
+    moe = linear_by_head = attend = attend_many = mla_token = layer_token = linear
 
 
 @contextmanager
@@ -159,6 +159,35 @@ def attend(kernel: Kernel, q_HC: Tensor, keys_SC: Tensor, values: int, scale: fl
         y_HV.numpy(),
     )
     return y_HV
+
+
+def attends_many(isa: str) -> bool:
+    """Whether an instruction set has `attend_many`."""
+    return bool(_native().attends_many(isa))
+
+
+def attend_many(
+    kernel: Kernel,
+    q_nope_THN: Tensor,
+    q_rope_THR: Tensor,
+    keys_Sc: Tensor,
+    k_b_HCN: Tensor,
+    v_b_HVC: Tensor,
+    scale: float,
+    out_THV: Tensor,
+) -> None:
+    """See `products.attend_many`; k_b and v_b are bfloat16."""
+    _native().attend_many(
+        pool(kernel.threads, kernel.numa),
+        kernel.isa,
+        q_nope_THN.numpy(),
+        q_rope_THR.numpy(),
+        keys_Sc.numpy(),
+        k_b_HCN.view(torch.int16).numpy(),
+        v_b_HVC.view(torch.int16).numpy(),
+        scale,
+        out_THV.numpy(),
+    )
 
 
 def mla_token(

@@ -46,6 +46,28 @@ def attend(kernel: Kernel, q_HC: Tensor, keys_SC: Tensor, values: int, scale: fl
     return weights_HS @ keys_SC[:, :values]
 
 
+def attends_many(kernel: Kernel) -> bool:
+    """Whether `attend_many` computes with a kernel: where tiles multiply bfloat16."""
+    return kernel.backend == "native" and native.attends_many(kernel.isa)
+
+
+def attend_many(
+    kernel: Kernel,
+    q: tuple[Tensor, Tensor],
+    keys_Sc: Tensor,
+    up: tuple[Stack, Stack],
+    scale: float,
+    out_THV: Tensor,
+) -> None:
+    """What many tokens, the last of S positions, attend to in a latent cache: `out_THV`, float32.
+
+    q: (T, H, N) and, turned, (T, H, R); keys_Sc: (S, C + R), the latent and the turned part; up:
+    k_b (H, C, N) and v_b (H, V, C), which make keys and values of the latent. Computed in bfloat16
+    with float32 sums; token t sees S - T + t + 1 positions.
+    """
+    native.attend_many(kernel, *q, keys_Sc, up[0].halves, up[1].halves, scale, out_THV)
+
+
 def native_matrix(kernel: Kernel, stack: Stack, layout: str = "") -> Any:
     """The C core's view of a stack in a layout, the kernel's own if none is named."""
     layout = layout or kernel.layout

@@ -162,6 +162,56 @@ typedef struct {
     float *out, *most, *total; /* heads x values, not yet divided by total = sum of exp(score - most) */
 } ktl_attend_part;
 
+/* ---- many queries of a head over the latent ------------------------------------------------------- */
+/* Positions whose keys and values are made at a time, and numbers from row to row of their scores: a
+ * power of two apart, rows would share cache sets. */
+enum { KTL_MANY_RUN = 512, KTL_MANY_ROW = KTL_MANY_RUN + 32 };
+
+/* Sizes rounded up to whole tiles; dims: nope and rope, each by itself. */
+typedef struct {
+    int64_t rank, nope, dims, values, tokens;
+} ktl_many_sizes;
+
+KTL_INLINE ktl_many_sizes ktl_many_sizes_of(const ktl_many *m) {
+    const int64_t nope = ktl_ceil(m->nope, 32) * 32;
+    return (ktl_many_sizes){ktl_ceil(m->rank, 32) * 32, nope, nope + ktl_ceil(m->rope, 32) * 32,
+                            ktl_ceil(m->values, 32) * 32, ktl_ceil(m->tokens, 16) * 16};
+}
+
+/* A head's scratch: weights, keys and values as tiles; queries, sums, scores and weights by row. */
+typedef struct {
+    uint16_t *k_b, *v_b, *keys, *values, *q, *weights;
+    float *out, *scores, *most, *total;
+} ktl_many_room;
+
+KTL_INLINE ktl_many_room ktl_many_room_in(const ktl_many_sizes *z, uint8_t *scratch) {
+    ktl_many_room r;
+    r.k_b = (uint16_t *)scratch;
+    r.v_b = r.k_b + z->rank * z->nope;
+    r.keys = r.v_b + z->rank * z->values;
+    r.values = r.keys + KTL_MANY_RUN * z->dims;
+    r.q = r.values + KTL_MANY_RUN * z->values;
+    r.weights = r.q + z->tokens * z->dims;
+    r.out = (float *)(r.weights + 16 * KTL_MANY_ROW);
+    r.scores = r.out + z->tokens * z->values;
+    r.most = r.scores + 16 * KTL_MANY_ROW;
+    r.total = r.most + z->tokens;
+    return r;
+}
+
+KTL_INLINE size_t ktl_many_bytes(const ktl_many_sizes *z) {
+    const int64_t halves = z->rank * (z->nope + z->values) + KTL_MANY_RUN * (z->dims + z->values) +
+                           z->tokens * z->dims + 16 * KTL_MANY_ROW;
+    return (size_t)(2 * halves + 4 * (z->tokens * (z->values + 2) + 16 * KTL_MANY_ROW));
+}
+
+typedef struct {
+    const ktl_many *m;
+    int64_t head;
+    const uint16_t *latent; /* positions rounded up to 32, ktl_many_sizes.rank columns: bfloat16 */
+    uint8_t *scratch;
+} ktl_many_head;
+
 /* ---- one instruction set ------------------------------------------------------------------------- */
 typedef struct {
     ktl_act_key (*act_key)(int format);
@@ -189,6 +239,7 @@ typedef struct {
     void (*scale_row)(float *x, float factor, int64_t count);
     void (*add_row)(float *x, const float *more, int64_t count);
     void (*attend)(const ktl_attend_part *part);
+    void (*attend_many)(const ktl_many_head *head); /* NULL: none */
 } ktl_kernels;
 
 extern const ktl_kernels ktl_kernels_serial, ktl_kernels_avx2, ktl_kernels_avx512,

@@ -264,4 +264,4 @@ static void dot_packed(int format, const uint8_t *head, const uint8_t *chunk, in
 #define KERNELS                                                                                     \
     {act_key,    prepare,    decode_packed, decode_blocks, multiply,                                \
      dot_blocks, dot_packed, 0,             ktl_silu_mul,  ktl_scale_row, ktl_add_row,                 \
-     attend}
+     attend,     NULL}

@@ -122,6 +122,25 @@ int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t c
                const float *keys, int64_t positions, int64_t stride, int64_t values, float scale,
                float *y);
 
+/* Many tokens of one sequence over its latent cache: T tokens, the last of S positions, H heads, C
+ * latent, N plain and R turned dimensions of a head, V of its value. Token t sees S - T + t + 1
+ * positions. k_b and v_b are bfloat16. */
+typedef struct {
+    const float *q, *q_rope; /* T x H x N and T x H x R; from token to token and head to head: */
+    int64_t q_token, q_head, rope_token, rope_head;
+    const float *keys; /* S x (C + R), the latent and the turned part, `keys_stride` apart */
+    int64_t keys_stride;
+    const uint16_t *k_b, *v_b; /* H x C x N; H x V x C */
+    int64_t tokens, positions, heads, rank, nope, rope, values;
+    float scale;
+    float *y; /* T x H x V */
+} ktl_many;
+
+/* y = softmax(scale q K^T) V with keys and values made of the latent: K = (latent k_b, turned part), V =
+ * latent v_b^T. Only with tiles of bfloat16: KTL_ERR_ISA otherwise, as ktl_attends_many says (0). */
+int ktl_attends_many(int isa);
+int ktl_attend_many(ktl_pool *pool, int isa, const ktl_many *m);
+
 /* Multi-head latent attention of one layer, absorbed. D hidden, H heads, C = kv_a_norm's numbers. */
 typedef struct {
     const ktl_matrix *q_a;  /* Q x D, or NULL: then q_b reads D */

@@ -18,7 +18,6 @@ from ktlab.checkpoint.synthesis import (
 )
 from ktlab.errors import ContextError, SettingError
 from ktlab.kernels import native
-from ktlab.kernels.linear import Linear
 from ktlab.model.model import Model
 from ktlab.probe import Recorder
 
@@ -161,20 +160,29 @@ def test_a_token_goes_by_its_operations_where_kernels_differ() -> None:
     assert attention.whole_token() is None
 
 
-def test_long_prompts_are_computed_in_bfloat16_where_the_kernels_are(
+@pytest.mark.skipif(bool(native.unavailable()), reason="no native kernels here")
+def test_long_prompts_are_computed_on_tiles_where_the_kernels_have_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = Model(synthesize(TINY_YARN_CONFIG))
+    model = Model(synthesize(TINY_YARN_CONFIG, formats={"*_b.weight": "q8_0", "*": "f32"}))
     attention = model.layers[0].attention
-    hidden = torch.randn(1, 30, 64, generator=torch.manual_seed(0))
+    assert isinstance(attention, MLA)
+    hidden = torch.randn(2, 30, 64, generator=torch.manual_seed(0))
     monkeypatch.setattr(MLA, "_decompression_pays", lambda *_: True)
 
     def output() -> torch.Tensor:
-        cache = model.new_cache(context=40).layers[0]
-        return attention.forward(hidden, cache, torch.arange(30)[None])
+        cache = model.new_cache(batch=2, context=40).layers[0]
+        at = torch.arange(20).expand(2, -1)
+        first = attention.forward(hidden[:, :20], cache, at)
+        # The second sequence goes on at another place, as after a shorter text.
+        then = torch.stack((torch.arange(20, 30), torch.arange(15, 25)))
+        return torch.cat((first, attention.forward(hidden[:, 20:], cache, then)), dim=1)
 
+    for linear in (attention.weights.k_b, attention.weights.v_b):
+        linear.use(backend="torch")
     exact = output()
-    monkeypatch.setattr(Linear, "values_OI", property(lambda self: self.stack.halves))
+    for linear in (attention.weights.k_b, attention.weights.v_b):
+        linear.use(backend="auto", isa="amx_bf16_emulated")
     error = float((output() - exact).norm() / exact.norm())
     assert 1e-5 < error < 1e-2
 

@@ -247,6 +247,55 @@ static void attention(const run *r) {
         }
 }
 
+/* A prompt over its latent cache: sizes that fill tiles and that do not, two runs of positions; numbers
+ * that are none in every second case. */
+static void prompts(const run *r) {
+    static const int64_t SIZES[][7] = {/* heads, rank, nope, rope, values, tokens, positions */
+        {1, 1, 1, 0, 1, 1, 1}, {2, 40, 24, 8, 24, 7, 33}, {3, 33, 33, 5, 17, 18, 18}, {1, 32, 16, 8, 16, 20, 540}};
+    for (size_t s = 0; s < sizeof SIZES / sizeof *SIZES; s++)
+        for (int isa = 0; isa < KTL_ISAS; isa++) {
+            if (*ktl_isa_reason(isa)) continue;
+            ktl_many m = {.heads = SIZES[s][0], .rank = SIZES[s][1], .nope = SIZES[s][2], .rope = SIZES[s][3],
+                          .values = SIZES[s][4], .tokens = SIZES[s][5], .positions = SIZES[s][6], .scale = 0.1f};
+            const int64_t k_bytes = m.heads * m.rank * m.nope * 2, v_bytes = m.heads * m.rank * m.values * 2;
+            uint8_t *k_b = exactly(k_bytes), *v_b = exactly(v_bytes);
+            fill(k_b, k_bytes);
+            fill(v_b, v_bytes);
+            m.k_b = (uint16_t *)k_b;
+            m.v_b = (uint16_t *)v_b;
+            void *q = random_x(KTL_X_F32, m.tokens, m.heads * m.nope, (int)(s % 2));
+            void *q_rope = random_x(KTL_X_F32, m.tokens, m.heads * m.rope + 1, (int)(s % 2));
+            void *keys = random_x(KTL_X_F32, m.positions, m.rank + m.rope, (int)(s % 2));
+            m.q = q;
+            m.q_rope = q_rope;
+            m.keys = keys;
+            m.q_head = m.nope;
+            m.q_token = m.heads * m.nope + X_GAP;
+            m.rope_head = m.rope;
+            m.rope_token = m.heads * m.rope + 1 + X_GAP;
+            m.keys_stride = m.rank + m.rope + X_GAP;
+            output y[2];
+            for (int i = 0; i < 2; i++) {
+                y[i] = poisoned(1, m.tokens * m.heads * m.values);
+                m.y = y[i].data;
+                const int code = ktl_attend_many(i ? r->many : r->one, isa, &m);
+                CHECK(code == (ktl_attends_many(isa) ? KTL_OK : KTL_ERR_ISA), "attend_many: code %d", code);
+                check_written(&y[i], ktl_attends_many(isa), "attend_many");
+            }
+            CHECK(memcmp(y[0].data, y[1].data, (size_t)y[0].count * 4) == 0, "attend_many: threads changed bits");
+            m.positions = m.tokens - 1;
+            CHECK(ktl_attend_many(r->one, isa, &m) != KTL_OK, "fewer positions than tokens");
+            free(k_b);
+            free(v_b);
+            free(q);
+            free(q_rope);
+            free(keys);
+            free(y[0].data);
+            free(y[1].data);
+            cases++;
+        }
+}
+
 static ktl_matrix random_floats(int64_t experts, int64_t rows, int64_t cols) {
     float *data = exactly(experts * rows * cols * 4);
     for (int64_t i = 0; i < experts * rows * cols; i++)
@@ -314,6 +363,7 @@ int main(int argc, char **argv) {
     run r = {.one = ktl_pool_new(1, NULL, 0), .many = ktl_pool_new(3, NULL, 0)};
     refusals(r.many);
     attention(&r);
+    prompts(&r);
     layers(&r);
     for (int format = 0; format < KTL_FORMATS; format++)
         for (size_t s = 0; s < sizeof SHAPES / sizeof *SHAPES; s++) {
