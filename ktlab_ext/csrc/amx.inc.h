@@ -93,6 +93,16 @@ KTL_INLINE void int8_add(int format, const waiting *w, place at, int from, int r
     }
 }
 
+/* Asks for a token's activations of this chunk, and of the second if there is one; returns the next
+ * token's. What lies beyond the last token is harmless to ask for. */
+KTL_INLINE const ktl_act *fetch_act(const ktl_act *act, int64_t second) {
+    for (int i = 0; i < (int)sizeof *act; i += 64) {
+        __builtin_prefetch((const uint8_t *)act + i);
+        if (second) __builtin_prefetch((const uint8_t *)act + second + i);
+    }
+    return act + 1;
+}
+
 /* The products of an A and two B tiles, and after each what `between` does. */
 #define TWO_PRODUCTS(a, stride, b0, b1, DOT, between)                                               \
     do {                                                                                            \
@@ -113,6 +123,7 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
     waiting sums[2];
     place last = {0}, here = {.next = cols > KTL_CHUNK ? job->act_next : 0};
     int turn = 0;
+    const int64_t passes = ktl_ceil(job->n, 16) * (panels / 2) * ktl_ceil(cols, k);
     uint8_t half[2][1024] KTL_ALIGNED; /* the last 32 columns, padded to 64 */
     const ktl_act *acts = job->act;
     for (here.t = 0; here.t < job->n; here.t += 16) {
@@ -124,7 +135,7 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
             TILE_CONFIG(&config);
         }
         const int8_t *a = acts[t].q;
-        ktl_fetch(&ahead, tokens, job->n);
+        const ktl_act *next = acts + (t + 16 < job->n ? t + 16 : 0);
         for (here.p = 0; here.p < panels; here.p += 2)
             for (here.s = 0; here.s * sub < cols; here.s++) {
                 const uint8_t *codes[2] = {tiles[here.p].codes, tiles[here.p + 1].codes};
@@ -143,9 +154,12 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
                         b1 = half[1];
                     }
                     const int64_t at = c < KTL_CHUNK ? c : here.next + c - KTL_CHUNK;
-                    TWO_PRODUCTS(a + at, sizeof(ktl_act), b0, b1, TILE_DOT_S8U8,
-                                 (int8_add(format, &sums[!turn], last, row, rows, tiles, job),
-                                  row += rows));
+                    ktl_fetch(&ahead, 1, passes);
+                    TWO_PRODUCTS(a + at, sizeof(ktl_act), b0, b1, TILE_DOT_S8U8, ({
+                                     int8_add(format, &sums[!turn], last, row, rows, tiles, job);
+                                     row += rows;
+                                     if (here.p + 2 == panels) next = fetch_act(next, here.next);
+                                 }));
                 }
                 int8_add(format, &sums[!turn], last, row, 16, tiles, job);
                 take(&sums[turn]);
