@@ -323,4 +323,4 @@ static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int gro
 #define BF16_KERNELS                                                                                \
     {bf16_act_key, bf16_prepare, bf16_decode_packed, bf16_decode_blocks, bf16_multiply,             \
      NULL,         NULL,         0,                  ktl_silu_mul,    ktl_scale_row,                   \
-     ktl_add_row,  NULL,         bf16_attend_many}
+     ktl_add_row,  bf16_attend,  bf16_attend_many}

@@ -6,13 +6,23 @@
  * so the bits do not depend on the number of threads. */
 #include "arithmetic.h"
 
-enum { MOST_PARTS = 16, LEAST_POSITIONS = 64, BLOCK = 128, SLOT_PARTS = 0, SMALL_WORK = 1 << 16 };
+enum {
+    MOST_PARTS = 16,
+    LEAST_POSITIONS = 64,
+    BLOCK = 128,
+    /* From so many on, tiles of bfloat16 pay for making tiles of keys and values. */
+    TILED_HEADS = 8,
+    TILED_POSITIONS = 512,
+    SLOT_PARTS = 0,
+    SMALL_WORK = 1 << 16
+};
 
 typedef struct {
     ktl_pool *pool;
     const ktl_kernels *kernels;
     const float *q, *keys;
     int64_t heads, cols, values, stride, positions, part;
+    int64_t block; /* positions at a time */
     float scale;
     float *parts, *most, *total; /* [part][head][value]; [part][head] */
     float *y;
@@ -31,7 +41,15 @@ static void join(const ktl_attend_part *to, const ktl_attend_part *from) {
     }
 }
 
-static size_t block_floats(const attend_work *w) { return (size_t)(w->heads * (w->values + 2 + BLOCK)); }
+/* Floats of a kernel's scratch, then of a block's result. */
+static size_t kernel_floats(const attend_work *w) {
+    const ktl_tiled_sizes tiled = ktl_tiled_sizes_of(w->heads, w->cols, w->values);
+    return w->block == BLOCK ? (size_t)(w->heads * BLOCK) : ktl_tiled_floats(&tiled);
+}
+
+static size_t block_floats(const attend_work *w) {
+    return kernel_floats(w) + (size_t)(w->heads * (w->values + 2));
+}
 
 static void attend_part(void *context, int64_t part, int worker) {
     attend_work *w = context;
@@ -43,13 +61,13 @@ static void attend_part(void *context, int64_t part, int worker) {
         .scale = w->scale, .weights = scratch, .out = w->parts + part * each,
         .most = w->most + part * w->heads, .total = w->total + part * w->heads};
     ktl_attend_part block = all;
-    block.out = scratch + w->heads * BLOCK;
+    block.out = scratch + kernel_floats(w);
     block.most = block.out + each;
     block.total = block.most + w->heads;
-    for (int64_t at = first; at < end; at += BLOCK) {
+    for (int64_t at = first; at < end; at += w->block) {
         ktl_attend_part *here = at == first ? &all : &block;
         here->keys = w->keys + at * w->stride;
-        here->n = end - at < BLOCK ? end - at : BLOCK;
+        here->n = end - at < w->block ? end - at : w->block;
         w->kernels->attend(here);
         if (here == &block) join(&all, &block);
     }
@@ -81,9 +99,11 @@ int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t c
     if (heads < 1 || cols < 1 || positions < 1 || values < 1 || values > cols) return KTL_ERR_SHAPE;
     const int64_t part = ktl_ceil(ktl_ceil(positions, MOST_PARTS), LEAST_POSITIONS) * LEAST_POSITIONS;
     const int64_t parts = ktl_ceil(positions, part);
-    attend_work w = {.pool = pool, .kernels = ktl_kernels_of(isa, 1), .q = q, .keys = keys,
-                     .heads = heads, .cols = cols, .values = values, .stride = stride,
-                     .positions = positions, .part = part, .scale = scale, .y = y};
+    const int tiled = heads >= TILED_HEADS && positions >= TILED_POSITIONS && ktl_attends_many(isa);
+    attend_work w = {.pool = pool, .kernels = ktl_kernels_of(isa, !tiled), .q = q, .keys = keys,
+                     .block = tiled ? KTL_MANY_RUN : BLOCK, .heads = heads, .cols = cols,
+                     .values = values, .stride = stride, .positions = positions, .part = part,
+                     .scale = scale, .y = y};
     int error = KTL_OK;
     ktl_pool_lock(pool);
     w.parts = ktl_pool_scratch(pool, ktl_pool_threads(pool) + SLOT_PARTS,

@@ -233,3 +233,101 @@ static void bf16_attend_many(const ktl_many_head *h) {
         for (int64_t v = 0; v < m->values; v++) y[v] = out[v] * share;
     }
 }
+
+/* ---- one query a head: attend.c's part of the positions ------------------------------------------------ */
+enum { MIXED = 128 /* positions whose values are tiles at a time */ };
+
+/* 16 rows of a run of positions, as many as there are, to bf16 tiles of all columns. Rows are read in the
+ * order of memory, and those of the next two calls fetched; `rows`: room for 16. */
+static void key_tiles(const ktl_attend_part *a, int64_t first, int64_t cols, uint16_t *rows,
+                      uint16_t *tiles) {
+    for (int64_t i = 0; i < 16; i++) {
+        const float *key = a->keys + (first + i) * a->stride;
+        uint16_t *row = rows + i * cols;
+        const int64_t count = first + i < a->n ? a->cols : 0;
+        for (int64_t c = 0; c < count; c += 16) __builtin_prefetch(key + 32 * a->stride + c, 0, 2);
+        bf16_row(key, count, row);
+        memset(row + count, 0, (size_t)(cols - count) * 2);
+    }
+    for (int64_t c = 0; c < cols; c += PART) {
+        rows_u line[16];
+        for (int i = 0; i < 16; i++) memcpy(&line[i], rows + i * cols + c, sizeof line[i]);
+        transpose_lines(line);
+        memcpy(tiles + c / PART * TILE, line, sizeof line);
+    }
+}
+
+/* Values of 32 positions from `first` on to tiles; zeros beyond the last. */
+static void value_tiles(const ktl_attend_part *a, int64_t first, int64_t values, uint16_t *tiles) {
+    for (int i = 0; i < 16; i++) {
+        const int64_t s = first + 2 * i;
+        const float *even = a->keys + s * a->stride, *odd = even + a->stride;
+        for (int64_t v = 0; v < values; v += 16) {
+            rows_u *line = (rows_u *)(tiles + v / 16 * TILE) + i;
+            const int64_t count = a->values - v;
+            if (count >= 16 && s + 1 < a->n) {
+                *line = bf16_pair(*(const rows_f *)(even + v), *(const rows_f *)(odd + v));
+                continue;
+            }
+            rows_f low = {0}, high = {0};
+            const size_t bytes = (size_t)(count < 16 ? count : 16) * sizeof(float);
+            if (count > 0 && s < a->n) memcpy(&low, even + v, bytes);
+            if (count > 0 && s + 1 < a->n) memcpy(&high, odd + v, bytes);
+            *line = bf16_pair(low, high);
+        }
+    }
+}
+
+static void bf16_attend(const ktl_attend_part *a) {
+    const ktl_tiled_sizes z = ktl_tiled_sizes_of(a->heads, a->cols, a->values);
+    const ktl_tiled_room r = ktl_tiled_room_in(&z, a->weights);
+    const int64_t parts = z.cols / PART, vectors = z.values / 16, padded = ktl_ceil(a->n, PART) * PART;
+    tile_config config = config_for(16, 64);
+    memset(r.q, 0, (size_t)(z.heads * z.cols) * 2);
+    memset(r.out, 0, (size_t)(z.heads * z.values) * sizeof(float));
+    for (int64_t h = 0; h < a->heads; h++)
+        for (int64_t c = 0; c < a->cols; c++)
+            r.q[h * z.cols + c] = ktl_to_bf16(a->q[h * a->cols + c] * a->scale);
+    TILE_CONFIG(&config);
+    for (int64_t s = 0; s < padded; s += 32) {
+        key_tiles(a, s, z.cols, r.rows, r.tiles);
+        key_tiles(a, s + 16, z.cols, r.rows, r.tiles + parts * TILE);
+        for (int64_t h = 0; h < z.heads; h += 16) {
+            TILE_ZERO(0);
+            TILE_ZERO(1);
+            for (int64_t c = 0; c < parts; c++)
+                TWO_PRODUCTS(r.q + h * z.cols + c * PART, z.cols * 2, r.tiles + c * TILE,
+                             r.tiles + (parts + c) * TILE, TILE_DOT_BF16, (void)0);
+            TILE_STORE(0, r.scores + h * KTL_MANY_ROW + s, KTL_MANY_ROW * sizeof(float));
+            TILE_STORE(1, r.scores + h * KTL_MANY_ROW + s + 16, KTL_MANY_ROW * sizeof(float));
+        }
+    }
+    memset(r.weights, 0, (size_t)(z.heads * KTL_MANY_ROW) * 2);
+    for (int64_t h = 0; h < a->heads; h++) {
+        a->most[h] = -3.4028235e38f;
+        a->total[h] = 0;
+        softmax_on(r.scores + h * KTL_MANY_ROW, a->n, padded, a->most + h, a->total + h,
+                   r.weights + h * KTL_MANY_ROW);
+    }
+    for (int64_t first = 0; first < padded; first += MIXED) {
+        const int64_t steps = (padded - first < MIXED ? padded - first : MIXED) / PART;
+        for (int64_t i = 0; i < steps; i++)
+            value_tiles(a, first + i * PART, z.values, r.tiles + i * vectors * TILE);
+        for (int64_t h = 0; h < z.heads; h += 16)
+            for (int64_t v = 0; v < z.values; v += PART) {
+                float *out = r.out + h * z.values + v;
+                TILE_LOAD(0, out, z.values * sizeof(float));
+                TILE_LOAD(1, out + 16, z.values * sizeof(float));
+                for (int64_t i = 0; i < steps; i++) {
+                    const uint16_t *tile = r.tiles + (i * vectors + v / 16) * TILE;
+                    TWO_PRODUCTS(r.weights + h * KTL_MANY_ROW + first + i * PART, KTL_MANY_ROW * 2, tile,
+                                 tile + TILE, TILE_DOT_BF16, (void)0);
+                }
+                TILE_STORE(0, out, z.values * sizeof(float));
+                TILE_STORE(1, out + 16, z.values * sizeof(float));
+            }
+    }
+    TILE_RELEASE();
+    for (int64_t h = 0; h < a->heads; h++)
+        memcpy(a->out + h * a->values, r.out + h * z.values, (size_t)a->values * sizeof(float));
+}

@@ -158,7 +158,7 @@ typedef struct {
     const float *q, *keys; /* heads x cols; n rows, `stride` floats apart */
     int64_t heads, cols, values /* the first columns of keys */, stride, n;
     float scale;
-    float *weights;            /* scratch, heads x n */
+    float *weights;            /* scratch, heads x n; on tiles ktl_tiled_floats */
     float *out, *most, *total; /* heads x values, not yet divided by total = sum of exp(score - most) */
 } ktl_attend_part;
 
@@ -203,6 +203,39 @@ KTL_INLINE size_t ktl_many_bytes(const ktl_many_sizes *z) {
     const int64_t halves = z->rank * (z->nope + z->values) + KTL_MANY_RUN * (z->dims + z->values) +
                            z->tokens * z->dims + 16 * KTL_MANY_ROW;
     return (size_t)(2 * halves + 4 * (z->tokens * (z->values + 2) + 16 * KTL_MANY_ROW));
+}
+
+/* The same for one query a head (ktl_attend_part) of up to KTL_MANY_RUN positions. */
+typedef struct {
+    int64_t heads, cols, values;
+} ktl_tiled_sizes;
+
+KTL_INLINE ktl_tiled_sizes ktl_tiled_sizes_of(int64_t heads, int64_t cols, int64_t values) {
+    return (ktl_tiled_sizes){ktl_ceil(heads, 16) * 16, ktl_ceil(cols, 32) * 32, ktl_ceil(values, 32) * 32};
+}
+
+/* `rows`: keys of 16 positions; `tiles`: keys of 32 or values of 128. */
+typedef struct {
+    uint16_t *q, *rows, *tiles, *weights;
+    float *scores, *out;
+} ktl_tiled_room;
+
+KTL_INLINE ktl_tiled_room ktl_tiled_room_in(const ktl_tiled_sizes *z, float *scratch) {
+    const int64_t keys = 32 * z->cols, values = 128 * z->values;
+    ktl_tiled_room r;
+    r.q = (uint16_t *)scratch;
+    r.rows = r.q + z->heads * z->cols;
+    r.tiles = r.rows + 16 * z->cols;
+    r.weights = r.tiles + (keys > values ? keys : values);
+    r.scores = (float *)(r.weights + z->heads * KTL_MANY_ROW);
+    r.out = r.scores + z->heads * KTL_MANY_ROW;
+    return r;
+}
+
+KTL_INLINE size_t ktl_tiled_floats(const ktl_tiled_sizes *z) {
+    const int64_t tiles = 32 * z->cols > 128 * z->values ? 32 * z->cols : 128 * z->values;
+    return (size_t)(((z->heads + 16) * z->cols + z->heads * KTL_MANY_ROW + tiles) / 2 +
+                    z->heads * (KTL_MANY_ROW + z->values));
 }
 
 typedef struct {

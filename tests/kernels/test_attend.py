@@ -10,7 +10,15 @@ from ktlab.kernels.dispatch import choose
 from ktlab.kernels.request import Kernel, Request
 
 ISAS = [isa for isa, reason in native.isas().items() if not reason]
-SHAPES = [(16, 512, 576, 512), (8, 200, 80, 64), (5, 1, 37, 21), (9, 67, 37, 37), (3, 1100, 48, 32)]
+SHAPES = [  # heads, positions, columns, values
+    (16, 512, 576, 512),
+    (8, 200, 80, 64),
+    (5, 1, 37, 21),
+    (9, 67, 37, 37),
+    (3, 1100, 48, 32),
+    (9, 1101, 37, 21),
+    (40, 9000, 48, 32),
+]
 
 
 def kernel(isa: str, threads: int = 2) -> Kernel:
@@ -35,10 +43,16 @@ def test_attend_is_softmax_times_values(
     isa: str, heads: int, positions: int, cols: int, values: int
 ) -> None:
     q, keys = case(heads, positions, cols)
-    found = products.attend(kernel(isa), q, keys, values, 0.2)
-    torch.testing.assert_close(
-        found, exact(q, keys, values, 0.2).float(), rtol=1e-4, atol=2e-5, check_stride=False
+    found, expected = (
+        products.attend(kernel(isa), q, keys, values, 0.2),
+        exact(q, keys, values, 0.2),
     )
+    if native.attends_many(isa) and heads >= 8 and positions >= 512:  # tiles of bfloat16
+        assert 1e-5 < float((found - expected).norm() / expected.norm()) < 6e-3
+    else:
+        torch.testing.assert_close(
+            found, expected.float(), rtol=1e-4, atol=2e-5, check_stride=False
+        )
     for threads in (1, 3):
         assert torch.equal(found, products.attend(kernel(isa, threads), q, keys, values, 0.2))
 
@@ -50,9 +64,10 @@ def test_without_native_kernels_torch_computes_the_same() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("positions", [200, 600])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_bad_query_stays_in_its_head(isa: str, bad: float) -> None:
-    q, keys = case(8, 200, 80)
+def test_a_bad_query_stays_in_its_head(isa: str, positions: int, bad: float) -> None:
+    q, keys = case(8, positions, 80)
     clean = products.attend(kernel(isa), q, keys, 64, 0.2)
     q[3, 5] = bad
     found = products.attend(kernel(isa), q, keys, 64, 0.2)
@@ -62,10 +77,12 @@ def test_a_bad_query_stays_in_its_head(isa: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_huge_scores_do_not_overflow(isa: str) -> None:
-    q, keys = case(8, 200, 80)
+@pytest.mark.parametrize("positions", [200, 600])
+def test_huge_scores_do_not_overflow(isa: str, positions: int) -> None:
+    q, keys = case(8, positions, 80)
     found = products.attend(kernel(isa), q * 1e4, keys, 64, 1.0)
-    torch.testing.assert_close(found, keys[(q @ keys.T).argmax(-1), :64], rtol=1e-4, atol=1e-4)
+    best = keys[(q @ keys.T).argmax(-1), :64]
+    torch.testing.assert_close(found, best, rtol=4e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(not ISAS, reason=f"no native kernels here: {native.unavailable()}")
