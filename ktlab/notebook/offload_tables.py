@@ -79,9 +79,11 @@ def link_frame(
     """
     import pandas as pd
 
-    bank, layers = model.moe_blocks[0].experts, len(model.moe_blocks)
+    layers = len(model.moe_blocks)
+    # Of all layers: a file mixes formats, so that their experts differ in size.
+    mean_bytes = sum(block.experts.expert_bytes for block in model.moe_blocks) / layers
     sizes = {
-        model.name: (bank.expert_bytes, 1.0),
+        model.name: (mean_bytes, 1.0),
         "DeepSeek-V3's sizes": (V3_EXPERT_BYTES, V3_LAYERS * 8 / caches.requests_per_token),
     }
     assert layers == len(caches.by_layer)

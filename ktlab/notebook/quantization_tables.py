@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ktlab import figures
-from ktlab.notebook.quantization_plane import Tried
+from ktlab.notebook.quantization_plane import Tried, named
 from ktlab.notebook.requantizing import component_tensors
 from ktlab.quantization import FORMATS, QTensor
 
@@ -40,8 +40,8 @@ def component_frame(model: "Model") -> "pd.DataFrame":
     import pandas as pd
 
     rows = []
-    for component, named in component_tensors(model).items():
-        tensors = [tensor for _, tensor in named]
+    for component, found in component_tensors(model).items():
+        tensors = [tensor for _, tensor in found]
         stored = sum(tensor.nbytes for tensor in tensors)
         rows.append(
             {
@@ -94,11 +94,13 @@ def spent_frame(points: Iterable[Tried], loaded_bytes: int, format: str) -> "pd.
         value, low, high = (1e3 * x for x in (kl.value, kl.low, kl.high))
         rows.append(
             {
-                "component": next(iter(formats)),
+                "component": named(next(iter(formats)), point.layers),
                 "MiB saved": round(saved, 2),
                 "KL, millinats": f"{value:.2f} [{low:.2f}, {high:.2f}]",
                 "per MiB saved": round(value / saved, 2),
                 "interval": f"[{low / saved:.2f}, {high / saved:.2f}]",
             }
         )
+    if not rows:
+        return pd.DataFrame(columns=["MiB saved", "KL, millinats", "per MiB saved", "interval"])
     return pd.DataFrame(rows).set_index("component").sort_values("per MiB saved")
