@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SHAPES = ("deepseek-v2-lite", "deepseek-v2", "deepseek-v3")
 FORMATS = ("q4_k_m", "q8_0", "int8_channel", "q4_0", "bf16")
+LARGE_TOKENS = 6
 COMPARED_WEIGHTS = 6e8
 """Of experts, whose float32 copies take four bytes each."""
 SLOTS = 32
@@ -205,6 +206,7 @@ def kernel_frame(
     name = f"layers.{model.moe_blocks[0].index}.experts.output"
     every, model = len(model.layers), beginning(model)
     count = len(model.layers)
+    ids = ids if count == every else ids[:LARGE_TOKENS]  # serial code takes seconds a token
     of_logits = "logits" if count == every else f"logits of the first {count} layers"
 
     def outputs(words: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
