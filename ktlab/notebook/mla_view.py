@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 COLOR = {"naive": figures.ORANGE, "absorbed": figures.BLUE}
 DASH = {"naive": "dash", "absorbed": "solid"}
-MOST_TOKENS, READ_S = 512, 8.0
+MOST_TOKENS, READ_S = 512, 5.0
 """Both forms read so many tokens, or as many as this model reads in so many seconds."""
-MEASURE_S = 30.0
+MEASURE_S = 20.0
 CALLS = (1, 16, 128)
 
 

@@ -194,7 +194,8 @@ def kernel_frame(
     model: "Model", settings: dict[str, dict[str, Any]], ids: list[int]
 ) -> "pd.DataFrame":
     """Each setting's kernel and its error: relative distance of the experts' outputs of the first
-    layer with experts, and of the logits, from float32 products of the stored weights.
+    layer with experts (of tokens that went to the same ones), and of the logits, from float32
+    products of the stored weights.
 
     A setting that cannot compute this model says why. Of a large model only the first layers run,
     since float32 copies of all would not fit; their name is on the column."""
@@ -203,33 +204,39 @@ def kernel_frame(
 
     from ktlab.probe import Recorder
 
-    name = f"layers.{model.moe_blocks[0].index}.experts.output"
+    layer = f"layers.{model.moe_blocks[0].index}"
+    name, chosen = f"{layer}.experts.output", f"{layer}.router.ids"
     every, model = len(model.layers), beginning(model)
     count = len(model.layers)
     ids = ids if count == every else ids[:LARGE_TOKENS]  # serial code takes seconds a token
     of_logits = "logits" if count == every else f"logits of the first {count} layers"
 
-    def outputs(words: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, str]:
-        recorder = Recorder((name,))
+    def outputs(words: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+        recorder = Recorder((name, chosen))
         with model.override(**words):
             logits = model.forward(ids, probe=recorder).numpy()
             kernel = str(model.moe_blocks[0].experts.kernel)
-        return recorder.joined()[name].numpy(), logits, kernel
+        found = recorder.joined()
+        return found[name].numpy(), np.sort(found[chosen].numpy()), logits, kernel
 
-    exact, exact_logits, _ = outputs({"backend": "torch"})
+    exact, exact_ids_TK, exact_logits, _ = outputs({"backend": "torch"})
     rows = []
     for label, words in settings.items():
         try:
-            found, logits, kernel = outputs(words)
+            found, ids_TK, logits, kernel = outputs(words)
         except SettingError as error:
             why = {"kernel": str(error).split(";")[0], "experts' output": "", of_logits: ""}
             rows.append({"setting": label, **why})
             continue
+        # Where two experts are nearly equal, rounding before the router lets it take the other one.
+        same_T = (ids_TK == exact_ids_TK).all(-1)
         rows.append(
             {
                 "setting": label,
                 "kernel": kernel,
-                "experts' output": _relative(found, exact),
+                "experts' output": _relative(found[same_T], exact[same_T])
+                if same_T.any()
+                else "other experts",
                 of_logits: _relative(logits, exact_logits),
             }
         )
