@@ -23,8 +23,9 @@ CHARACTERS_PER_TOKEN = 8
 """Enough in every language here; what is too much is cut."""
 TRACE_S = 40.0
 """So long a cell may trace."""
-SHORT = 128
-"""Tokens of a passage below which there are rather fewer of them."""
+SHORT, LEAST_TOKENS = 128, 64
+"""Tokens of a passage below which there are rather fewer of them, and below which none is cut:
+with less, statistics of a text mean nothing."""
 NEEDED = ("layers.*.router.ids", "layers.*.router.weights")
 
 
@@ -55,7 +56,7 @@ def trace_passages(
     if each < whole:
         # Two are what can be held against each other; a short passage says little of its text.
         count = min(count, max(2, each // SHORT))
-        tokens = max(8, each // count)
+        tokens = min(tokens, max(LEAST_TOKENS, each // count))
         counted = f"{len(texts)} texts" if len(texts) > 1 else "the text"
         would = duration(whole * len(texts) * pace(model).pass_s / pace(model).tokens)
         print(

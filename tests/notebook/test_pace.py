@@ -100,11 +100,11 @@ def test_sizes_follow_seconds() -> None:
 def test_a_trace_is_cut_to_its_seconds_and_says_so(
     model: Model, slow: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trace = trace_passages(model, TEXTS, count=4, tokens=64, seconds=10)
-    assert len(trace) == 2 * 80 and set(trace.domains) == set(TEXTS)
+    trace = trace_passages(model, TEXTS, count=4, tokens=100, seconds=10)
+    assert len(trace) == 2 * 2 * 64 and set(trace.domains) == set(TEXTS)
     said = capsys.readouterr().out
-    assert "4 passages of 64 tokens from each of 2 texts would take about 32 s" in said
-    assert "2 of 40 are traced" in said
+    assert "4 passages of 100 tokens from each of 2 texts would take about 50 s" in said
+    assert "2 of 64 are traced" in said
     assert len(trace_passages(model, TEXTS, count=1, tokens=64, seconds=math.inf)) == 128
     assert not capsys.readouterr().out
     frame = offload_tables.touched_frame(model, trace, model.moe_blocks[0].index, [1, 32, 256])
