@@ -55,10 +55,15 @@ def format_bytes(product: Computed, format: str) -> int:
 
 
 def prepared_bytes(products: Iterable[Computed]) -> int:
-    """Bytes that the kernels chosen now would still make of the weights at their first call."""
+    """Bytes that the kernels chosen now would still make of the weights at their first call.
+
+    Where none is chosen yet, none is: what is asked for may not go with a format that is new.
+    """
     total = 0
     for product in products:
-        kernel = product.kernel
+        kernel = product._kernel
+        if kernel is None:
+            continue
         for stack in product.stacks:
             made = stack.operand_bytes
             if kernel.backend == "torch":

@@ -88,6 +88,12 @@ def test_copies_for_kernels_are_refused_before(
     model.experts.use(**words)  # made before
 
 
+def test_a_format_and_a_backend_for_it_in_one_go(model: ktlab.Model) -> None:
+    model.experts.use(backend="native")  # which has no mxfp4, as it stands until numpy is named
+    with model.override(format={"output": "mxfp4", "experts": "mxfp4"}, backend="numpy"):
+        assert model.experts[0].kernel.backend == "numpy"
+
+
 def test_the_models_own_file_keeps_its_place(
     model: ktlab.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
