@@ -1,6 +1,7 @@
 """Budgets in seconds: a slow model reads less, says so, and no small model does."""
 
 import math
+import threading
 
 import pytest
 
@@ -205,3 +206,16 @@ def test_an_expert_weighs_what_it_does_on_average(model: Model) -> None:
     sizes = [block.experts.expert_bytes for block in mixed.moe_blocks]
     assert min(sizes) < max(sizes)
     assert frame["one expert"].iloc[0] == html.byte_size(sum(sizes) / len(sizes))
+
+
+def test_a_picture_taken_too_early_says_so(model: Model) -> None:
+    view, go_on = OffloadView(model, TEXTS), threading.Event()
+    view.wait(60)
+
+    def job(_: threading.Event) -> None:
+        go_on.wait(30)
+
+    view.submit(job, "measuring")
+    assert "still measuring: this is what is known after 0 s" in view.wait(0.01).to_html()
+    go_on.set()
+    view.close()
