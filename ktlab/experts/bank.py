@@ -4,6 +4,7 @@ T tokens, D hidden, E experts, K selected, F expert width.
 """
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -105,6 +106,11 @@ class ExpertBank(Computed):
     def kept_formats(self) -> tuple[str, ...]:
         """Formats that it has been requantized to and still has: taking them costs nothing."""
         return tuple(self._requantized)
+
+    def let_go(self, keep: Collection[str] = ()) -> None:
+        """Forget requantized copies but those in the formats `keep`; who uses one still has it."""
+        for format in [name for name in self._requantized if name not in keep]:
+            self._requantized.pop(format, None)
 
     # The switches ----------------------------------------------------------------------------
 

@@ -1,18 +1,27 @@
 """The routed experts of all layers as one object: the same switches, all or none."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from ktlab import html
 from ktlab.experts.bank import ExpertBank
 from ktlab.kernels.dispatch import Explanation
 
+Check = Callable[[], None]
+"""Called once everything is set: raises where what kernels would now make does not fit."""
+
 
 class ExpertBanks(Sequence[ExpertBank]):
     """The banks of the layers with experts, in order; `by_layer` has them by layer number."""
 
-    def __init__(self, banks: Sequence[ExpertBank]) -> None:
+    def __init__(
+        self,
+        banks: Sequence[ExpertBank],
+        *,
+        check: Callable[[Sequence[ExpertBank], Mapping[str, Any]], Check] | None = None,
+    ) -> None:
         self._banks = tuple(banks)
+        self._check = check
 
     @overload
     def __getitem__(self, index: int) -> ExpertBank: ...
@@ -20,7 +29,7 @@ class ExpertBanks(Sequence[ExpertBank]):
     def __getitem__(self, index: slice) -> "ExpertBanks": ...
     def __getitem__(self, index: int | slice) -> "ExpertBank | ExpertBanks":
         found = self._banks[index]
-        return ExpertBanks(found) if isinstance(found, tuple) else found
+        return ExpertBanks(found, check=self._check) if isinstance(found, tuple) else found
 
     def __len__(self) -> int:
         return len(self._banks)
@@ -50,12 +59,15 @@ class ExpertBanks(Sequence[ExpertBank]):
     def use(self, **words: Any) -> "ExpertBanks":
         """`ExpertBank.use` on every layer: format, layout, backend, isa, threads, numa, few.
 
-        If one layer refuses, none is changed.
+        If one layer refuses, none is changed, nor where copies that this makes would not fit.
         """
+        check = self._check(self._banks, words) if self._check is not None else None
         before = [(bank, dict(vars(bank))) for bank in self._banks]
         try:
             for bank in self._banks:
                 bank.use(**words)
+            if check is not None:
+                check()
         except BaseException:
             for bank, state in before:
                 vars(bank).update(state)

@@ -7,7 +7,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from time import perf_counter
 from typing import Any
@@ -30,6 +30,7 @@ from ktlab.kernels.pack_run import PackReport
 from ktlab.model import generation
 from ktlab.model.block import Layer, MoEBlock
 from ktlab.model.build import build_layers, vector
+from ktlab.model.copies import check_use
 from ktlab.model.cost import Cost, cost
 from ktlab.model.pack import pack_model
 from ktlab.model.residency import Residency, residency
@@ -83,7 +84,8 @@ class Model:
     @property
     def experts(self) -> ExpertBanks:
         """The routed experts of all layers: `.use(...)`, `.explain()`."""
-        return ExpertBanks([block.experts for block in self.moe_blocks])
+        banks = [block.experts for block in self.moe_blocks]
+        return ExpertBanks(banks, check=partial(check_use, self))
 
     @property
     def nbytes(self) -> int:

@@ -8,7 +8,8 @@ from ktlab.errors import SettingError
 from ktlab.kernels.pack_run import PackedTensor, PackReport
 from ktlab.kernels.packed_file import PackCache, file_identity
 from ktlab.kernels.threads import default_threads
-from ktlab.model.settings import component_stages, products
+from ktlab.model.copies import products_of
+from ktlab.model.settings import component_stages
 
 if TYPE_CHECKING:
     from ktlab.model.model import Model
@@ -26,7 +27,7 @@ def pack_model(
     for block in model.layers:
         block.let_go()  # or the blocks that packing lets go would stay
     for _, holder, name in component_stages(model):
-        for product in products(getattr(holder, name)):
+        for product in products_of(getattr(holder, name)):
             try:
                 report = product.pack(folder, identity=identity, threads=threads)
             except SettingError as error:  # no kernel computes a format of it

@@ -9,9 +9,9 @@ from ktlab.errors import SettingError, nearest
 from ktlab.experts.bank import ExpertBank
 from ktlab.kernels import dispatch
 from ktlab.kernels.computed import Computed
-from ktlab.kernels.linear import Linear
 from ktlab.kernels.request import AUTO, REQUEST_WORDS
 from ktlab.model.block import Layer, MoEBlock
+from ktlab.model.copies import check_formats, check_prepared, prepared_bytes, products_of
 from ktlab.quantization import get_format
 from ktlab.routing.rules import FixedK, SelectionRule, with_k
 
@@ -111,7 +111,7 @@ def component_kernels(model: "Model") -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for component, holder, name in component_stages(model):
         if component != "experts":
-            kernels = [str(product.kernel) for product in products(getattr(holder, name))]
+            kernels = [str(product.kernel) for product in products_of(getattr(holder, name))]
             found.setdefault(component, []).extend(kernels)
     return {component: " + ".join(dict.fromkeys(kernels)) for component, kernels in found.items()}
 
@@ -123,11 +123,9 @@ def tensor_formats(stage: Any) -> list[str]:
     return [linear.stack.format.name for linear in stage.linears.values()]
 
 
-def products(stage: Any) -> list[Computed]:
-    """What kernels compute in a stage: the bank, or its matrices."""
-    if isinstance(stage, ExpertBank):
-        return [stage]
-    return [stage] if isinstance(stage, Linear) else list(stage.linears.values())
+def _every_product(model: "Model") -> Iterator[Computed]:
+    for _, holder, name in component_stages(model):
+        yield from products_of(getattr(holder, name))
 
 
 def component_stages(model: "Model") -> Iterator[tuple[str, Any, str]]:
@@ -178,6 +176,8 @@ def apply(
     wanted = format if quantize is None else quantize
     if wanted is not None:
         _quantize(model, change, wanted)  # first: the other switches belong on the new stages
+    heavy = any(words.get(word) is not None for word in ("backend", "layout", "isa"))
+    before = prepared_bytes(_every_product(model)) if heavy else 0
     moe: dict[int, MoEBlock] = {b.index: b for b in model.moe_blocks}
     every: dict[int, Layer] = {b.index: b for b in model.layers}
     for index, new_rule in _per_layer("rule", rule, moe).items():
@@ -194,6 +194,8 @@ def apply(
     for index, form in _per_layer("attention", attention, every).items():
         change.set(every[index].attention, "form", form)
     _set_kernels(model, change, words)
+    if heavy:
+        check_prepared(model, before, _every_product(model))
     for block in moe.values():
         block.router.check()
 
@@ -204,7 +206,7 @@ def _set_kernels(model: "Model", change: Change, words: Mapping[str, Any]) -> No
     wanted: dict[Computed, dict[str, Any]] = {}
     every: list[tuple[str, int | None, Computed]] = []
     for component, holder, name in component_stages(model):
-        for product in products(getattr(holder, name)):
+        for product in products_of(getattr(holder, name)):
             layer = product.layer if isinstance(product, ExpertBank) else None
             every.append((component, layer, product))
             wanted[product] = {}
@@ -275,10 +277,22 @@ def _quantize(model: "Model", change: Change, quantize: str | Mapping[str | int,
                 f"{nearest(str(key), COMPONENTS)}"
             )
         get_format(format)
+    check_formats(
+        model, [(c, products_of(getattr(h, n)), f) for c, h, n, f in formatted(model, wanted)]
+    )
+    for _, holder, name, format in formatted(model, wanted):
+        change.set(holder, name, model.requantized(getattr(holder, name), format))
+
+
+def formatted(
+    model: "Model", wanted: Mapping[str, str] | Mapping[str | int, str]
+) -> Iterator[tuple[str, Any, str, str]]:
+    """(component, holder, attribute, format) of every stage for which `quantize` names one."""
+    by_key: Mapping[Any, str] = wanted
     for component, holder, name in component_stages(model):
+        found = by_key.get(component)
         stage = getattr(holder, name)
-        found = wanted.get(component)
         if isinstance(stage, ExpertBank):
-            found = wanted.get(stage.layer, found)  # the layer counts more than "experts"
+            found = by_key.get(stage.layer, found)  # the layer counts more than "experts"
         if found is not None:
-            change.set(holder, name, model.requantized(stage, get_format(found).name))
+            yield component, holder, name, get_format(found).name

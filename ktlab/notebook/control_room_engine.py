@@ -26,6 +26,7 @@ from ktlab.notebook.control_room_choice import OWN, Choice, Library
 from ktlab.notebook.control_room_kernels import OFF, twin_sides
 from ktlab.notebook.control_room_phases import Glance, Options
 from ktlab.notebook.control_room_results import Progress, Results
+from ktlab.notebook.pace import pace
 from ktlab.notebook.worker import Worker
 
 SWITCH_S = 0.0005
@@ -172,7 +173,9 @@ class Engine:
         if known.complete:
             return
         yield {}, "pictures"
-        texts = request.library.ids(model, request.text, self.options.max_tokens)
+        options = self._sized(model)
+        yield {"limits": options.smaller_than(self.options)}, "pictures"
+        texts = request.library.ids(model, request.text, options.max_tokens)
         timed = known.stages is not None
         for found in self._quality(model, request, known, texts):
             yield found, "quality"
@@ -187,6 +190,10 @@ class Engine:
         if known.speed is None or not known.speed.done:
             for found in self._speed(model, request, known, texts):
                 yield found, "speed"
+
+    def _sized(self, model: Model) -> Options:
+        """The options with sizes that this model's pace has time for; timed at the first call."""
+        return self.options.within(pace(model))
 
     def _first_answer(self, model: Model, request: Request) -> Fields:
         start = perf_counter()
@@ -203,7 +210,7 @@ class Engine:
 
     def _stages(self, model: Model, request: Request, texts: Texts) -> Fields:
         times, histogram = phases.stages(
-            model, request.baseline, request.choice, texts, self.options
+            model, request.baseline, request.choice, texts, self._sized(model)
         )
         return {"stages": times, "histogram": histogram}
 
@@ -259,7 +266,7 @@ class Engine:
             yield str(error)
 
     def _text(self, model: Model, request: Request, texts: Texts) -> Iterator[Fields]:
-        options = self.options
+        options = self._sized(model)
         prompt = next(iter(texts.values()))[: options.prompt_tokens]
         a, b, where = request.baseline, request.choice, request.text_key
         for choice in (a, b):
@@ -306,7 +313,16 @@ class Engine:
         if request.choice != request.baseline:
             settings["now"] = request.choice.overrides()
         ids = next(iter(texts.values()))
-        for speed in stream_speed(model, settings, repeats=self.options.repeats, text=ids):
+        options, context = self._sized(model), model.config.context_length
+        run = stream_speed(
+            model,
+            settings,
+            prompt_tokens=min(options.speed_prompt, context * 3 // 4),
+            decode_tokens=min(options.speed_decode, context // 4),
+            repeats=options.repeats,
+            text=ids,
+        )
+        for speed in run:
             if speed.repeats > before:
                 yield {"speed": speed}
 

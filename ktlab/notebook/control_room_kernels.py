@@ -19,7 +19,8 @@ from ktlab.kernels.request import (
 )
 from ktlab.measurement.synthetic import MIXES, shapes
 from ktlab.measurement.twin import Side
-from ktlab.model.settings import component_stages, products
+from ktlab.model.copies import products_of
+from ktlab.model.settings import component_stages
 from ktlab.quantization import fallback_format
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def all_formats(model: "Model", choice: "Choice") -> list[Formats]:
     found: dict[Formats, None] = {expert_formats(model, choice): None}
     for component, holder, name in component_stages(model):
         if component != "experts" or choice.experts == STORED:
-            found.update(dict.fromkeys(p.formats for p in products(getattr(holder, name))))
+            found.update(dict.fromkeys(p.formats for p in products_of(getattr(holder, name))))
     return list(found)
 
 

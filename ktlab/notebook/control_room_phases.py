@@ -4,7 +4,7 @@ B texts, T tokens, V vocabulary, L layers with a router, E experts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from statistics import median
 from time import perf_counter
@@ -26,6 +26,7 @@ from ktlab.notebook.control_room_results import (
     Marked,
     StageTimes,
 )
+from ktlab.notebook.pace import Pace
 from ktlab.probe import Recorder
 
 ROUTER_IDS = ("layers.*.router.ids",)
@@ -44,11 +45,48 @@ class Options:
     stage_repeats: int = 3
     repeats: int = 6
     """Of the speed measurement; 6 are the fewest that hold a 95 % interval of the median."""
+    speed_prompt: int = 256
+    speed_decode: int = 32
     prompt_tokens: int = 24
     new_tokens: int = 48
     twin_rounds: int = 6
     twin_tokens: int = 256
     """Of the twin's prefill, fewer where a call would take long."""
+    read_s: float = 12.0
+    """A setting's text, its stages, its speed beside the baseline's, and what it writes take about
+    so long at the most: with a slow model, sizes are smaller."""
+    stages_s: float = 15.0
+    speed_s: float = 24.0
+    write_s: float = 5.0
+
+    def within(self, quick: Pace) -> "Options":
+        """These options with the sizes that a model of this pace has time for."""
+        both = 2  # baseline and setting
+        stage_tokens = min(quick.tokens, self.stage_tokens)
+        stage_s = both * (2 * quick.seconds(stage_tokens) + self.stage_steps * quick.token_s)
+        stage_repeats = quick.times(self.stages_s, stage_s, self.stage_repeats, least=2)
+        stage_s = self.stages_s / both / stage_repeats
+        run_s = self.speed_s / both / (self.repeats + 1)
+        return replace(
+            self,
+            max_tokens=quick.read(self.read_s, self.max_tokens, least=min(128, self.max_tokens)),
+            stage_tokens=quick.read(0.4 * stage_s, self.stage_tokens, least=16),
+            stage_steps=quick.write(0.2 * stage_s, self.stage_steps, least=2),
+            stage_repeats=stage_repeats,
+            speed_prompt=quick.read(run_s / 2, self.speed_prompt, least=16),
+            speed_decode=quick.write(run_s / 2, self.speed_decode, least=4),
+            new_tokens=quick.write(self.write_s, self.new_tokens, least=8),
+        )
+
+    def smaller_than(self, asked: "Options") -> str:
+        """What is read and timed of it, in words; "" where that is all that was `asked`."""
+        if replace(self, stage_repeats=asked.stage_repeats) == asked:
+            return ""
+        return (
+            f"sized to this model's pace: up to {self.max_tokens:,} of {asked.max_tokens:,} tokens "
+            f"of text, speed of {self.speed_prompt} + {self.speed_decode} tokens instead of "
+            f"{asked.speed_prompt} + {asked.speed_decode}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

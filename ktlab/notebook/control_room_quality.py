@@ -40,6 +40,8 @@ def quality(results: Results | None) -> str:
     progress = f"{found.tokens:,} of {total:,} tokens"
     if results.preliminary:
         progress = f"first {found.tokens} tokens; the evaluation follows"
+    if results.limits:
+        progress += f"; {results.limits}"
     grey = " · ".join(
         f'{label} <b title="{text(_how(interval, found, source, name))}">{text(interval)}</b>'
         for name, label in (("perplexity_b", "perplexity"), ("bits_per_byte_b", ""))

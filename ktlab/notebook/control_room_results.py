@@ -118,6 +118,8 @@ class Results:
     stages: StageTimes | None = None
     speed: SpeedComparison | None = None
     generations: Generations | None = None
+    limits: str = ""
+    """What is measured on less than the room was asked for, since the model is slow here."""
     seconds: float = 0.0
     """Computing time so far."""
 

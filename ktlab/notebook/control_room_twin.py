@@ -8,7 +8,7 @@ from ktlab.notebook.control_room_kernels import OFF
 from ktlab.notebook.control_room_speed import ENOUGH
 
 WHY = (
-    "The tiny model is too small for a clock: it lives in the cache, and calls cost more than "
+    "A small model is no use for a clock: it lives in the cache, and calls cost more than "
     "arithmetic. Choose a real model's widths to measure one layer of its experts, with synthetic "
     "weights, under the same switches. Takes some 10 to 30 s and up to 1 GB."
 )

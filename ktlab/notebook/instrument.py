@@ -165,8 +165,13 @@ class Instrument:
         return self.worker.publish(cancel, write)
 
     def wait(self, timeout: float | None = 60) -> "Instrument":
-        """Block until the instrument has answered; for scripts and for `snapshot`."""
-        self.worker.wait(timeout)
+        """Block until the instrument has answered; for scripts and for `snapshot`.
+
+        After `timeout` seconds the note says that it has not.
+        """
+        if not self.worker.wait(timeout):
+            with self.worker.lock:
+                self.note = f"still {self._doing}: this is what is known after {timeout:.0f} s"
         return self
 
     def close(self) -> None:

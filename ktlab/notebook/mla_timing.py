@@ -14,11 +14,17 @@ import torch
 
 from ktlab.attention.cache import FORMS, Form
 from ktlab.errors import ContextError
+from ktlab.model.copies import products_of
+from ktlab.model.settings import component_stages
 from ktlab.probe import Recorder
 
 if TYPE_CHECKING:
     from ktlab.measurement.roofline import Bound, Ceilings
     from ktlab.model.model import Model
+
+REPEATS = 5
+EXACT = ("torch", "numpy")
+"""Backends that multiply in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,11 @@ class Agreement:
     """The same over the largest logit."""
     same_top1: int
     """Places where both put the same token first, of `tokens`."""
+    kl: float
+    """Mean KL(naive || absorbed), nats a token."""
+    rounded: bool
+    """Whether kernels round activations somewhere in this model: then a difference in the last bit
+    grows, and unequal logits say nothing against the forms."""
 
     @property
     def equal(self) -> bool:
@@ -48,11 +59,17 @@ def agreement(model: "Model", ids: Sequence[int]) -> Agreement:
             logits[form] = twin.forward(ids)
     a, b = logits["naive"], logits["absorbed"]
     difference = float((a - b).abs().max())
+    log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+    computed = [
+        p for _, holder, n in component_stages(twin) for p in products_of(getattr(holder, n))
+    ]
     return Agreement(
         tokens=len(a),
         max_difference=difference,
         relative=difference / float(a.abs().max()),
         same_top1=int((a.argmax(-1) == b.argmax(-1)).sum()),
+        kl=float((log_a.exp() * (log_a - log_b)).sum(-1).mean()),
+        rounded=any(p.kernel.backend not in EXACT for p in computed),
     )
 
 
@@ -99,12 +116,28 @@ def default_contexts(longest: int) -> list[int]:
     return [n for n in (128, 256, 512, 1024, 2048, 4096, 8192, 16384) if n <= longest]
 
 
+def affordable(
+    once_s: float, contexts: Sequence[int], seconds: float, repeats: int = REPEATS
+) -> tuple[list[int], int]:
+    """(contexts, repeats) that `measure` is done with in about `seconds`, if a pass takes `once_s`.
+
+    First fewer repeats, down to 2; then contexts are left out between the first and the last.
+    """
+    passes = seconds / max(once_s, 1e-9) / len(FORMS)
+    fit = int(min(repeats, max(2, passes / max(1, len(contexts)) - 1)))
+    count = int(min(len(contexts), max(2, passes / (fit + 1))))
+    if count >= len(contexts):
+        return list(contexts), fit
+    places = np.linspace(0, len(contexts) - 1, count).round().astype(int)
+    return [contexts[i] for i in places], fit
+
+
 def measure(
     model: "Model",
     *,
     tokens: int,
     contexts: Sequence[int],
-    repeats: int = 5,
+    repeats: int = REPEATS,
     ceilings: "Ceilings | None" = None,
     cancel: threading.Event | None = None,
 ) -> Iterator[dict[Form, AttentionTime]]:
@@ -117,10 +150,12 @@ def measure(
     for form, twin in twins.items():
         twin.set(attention=form)
     ids = np.full(tokens, 5 % model.config.vocab_size)
+    caches: dict[Form, Any] = {}
     for context in contexts:
         if context < tokens:
             raise ContextError(f"a call of {tokens} tokens does not end at context {context}")
-        caches = {form: _filled(twin, context) for form, twin in twins.items()}
+        caches.clear()  # those of a long context take gigabytes: never two of them
+        caches |= {form: _filled(twin, context) for form, twin in twins.items()}
         seconds: dict[Form, list[float]] = {form: [] for form in FORMS}
         for repeat in range(repeats + 1):
             for form, twin in twins.items():

@@ -20,12 +20,14 @@ from ktlab.notebook.mla_tables import check_latent
 from ktlab.notebook.mla_timing import (
     Agreement,
     AttentionTime,
+    affordable,
     agreement,
     cache_bytes,
     default_contexts,
     measure,
     work,
 )
+from ktlab.notebook.pace import pace
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
 
 COLOR = {"naive": figures.ORANGE, "absorbed": figures.BLUE}
 DASH = {"naive": "dash", "absorbed": "solid"}
-MOST_TOKENS = 512
+MOST_TOKENS, READ_S = 512, 5.0
+"""Both forms read so many tokens, or as many as this model reads in so many seconds."""
+MEASURE_S = 20.0
 CALLS = (1, 16, 128)
 
 
@@ -85,14 +89,22 @@ class MLAView(Instrument):
 
     def _measure(self, cancel: threading.Event) -> None:
         tokens = int(self.calls.value)
+        quick = pace(self.model)
         ids = self.model.tokenizer.encode(self.source.text)
-        found = agreement(self.model, ids[:MOST_TOKENS])
+        found = agreement(self.model, ids[: quick.read(READ_S, MOST_TOKENS, least=64)])
         if not self.publish(cancel, lambda: self._show_agreement(found)):
             return
         ceilings = measure_machine()
-        contexts = [n for n in self.contexts if n >= tokens]
+        contexts, repeats = affordable(
+            quick.seconds(tokens), [n for n in self.contexts if n >= tokens], MEASURE_S
+        )
         points = measure(
-            self.model, tokens=tokens, contexts=contexts, ceilings=ceilings, cancel=cancel
+            self.model,
+            tokens=tokens,
+            contexts=contexts,
+            repeats=repeats,
+            ceilings=ceilings,
+            cancel=cancel,
         )
         for point in points:
             if not self.publish(cancel, partial(self._show_point, point)):
@@ -119,7 +131,10 @@ class MLAView(Instrument):
         found: dict[str, Any] = {}
         if self.agreement is not None:
             a = self.agreement
-            verdict = "equal" if a.equal else "DIFFERENT"
+            if a.rounded and not a.equal:
+                verdict = f"KL {a.kl:.2g} nats: kernels here round activations"
+            else:
+                verdict = "equal" if a.equal else "DIFFERENT"
             found["logits"] = f"{verdict}, largest difference {a.max_difference:.1e}"
             found["same top-1"] = f"{a.same_top1:,} of {a.tokens:,} tokens"
         per_token = {form: cache_bytes(self.model, form, 1) for form in FORMS}

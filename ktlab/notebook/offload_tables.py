@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ktlab import html
 from ktlab.notebook.passages import experts_touched
 
@@ -21,13 +23,17 @@ V3_EXPERT_BYTES = 3 * 7168 * 2048 * 4.5 / 8
 def touched_frame(
     model: "Model", trace: "Trace", layer: int, calls: Sequence[int]
 ) -> "pd.DataFrame":
-    """For calls of so many consecutive tokens: experts read, their bytes, work per byte."""
+    """For calls of so many consecutive tokens: experts read, their bytes, work per byte.
+
+    Calls longer than every text of the trace are left out.
+    """
     import pandas as pd
 
     bank, k = model.layers[layer].experts, model.config.top_k
     flop = 2 * sum(weight.size for weight in (bank.gate[0], bank.up[0], bank.down[0]))
     rows = []
-    for tokens in calls:
+    longest = int(np.bincount(trace.segment_T).max())
+    for tokens in (n for n in calls if n <= longest):
         touched = experts_touched(trace, layer, tokens)
         alone = bank.num_experts * (1 - (1 - k / bank.num_experts) ** tokens)
         nbytes = touched * bank.expert_bytes
@@ -73,9 +79,11 @@ def link_frame(
     """
     import pandas as pd
 
-    bank, layers = model.moe_blocks[0].experts, len(model.moe_blocks)
+    layers = len(model.moe_blocks)
+    # Of all layers: a file mixes formats, so that their experts differ in size.
+    mean_bytes = sum(block.experts.expert_bytes for block in model.moe_blocks) / layers
     sizes = {
-        model.name: (bank.expert_bytes, 1.0),
+        model.name: (mean_bytes, 1.0),
         "DeepSeek-V3's sizes": (V3_EXPERT_BYTES, V3_LAYERS * 8 / caches.requests_per_token),
     }
     assert layers == len(caches.by_layer)

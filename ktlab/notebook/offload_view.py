@@ -24,14 +24,16 @@ from ktlab.notebook.expert_choice import (
     pick,
 )
 from ktlab.notebook.instrument import Instrument, Snapshot, TextSource, live, numbers
+from ktlab.notebook.pace import pace
 
 if TYPE_CHECKING:
     from ktlab.model.generation import Generation
     from ktlab.model.model import Model
     from ktlab.routing.patterns import Histogram
 
-MOST_TOKENS = 768
-CONTINUATION = 32
+MOST_TOKENS, LEAST_TOKENS, READ_S = 768, 96, 12.0
+"""Read with a mask: as many tokens as this model reads in so many seconds."""
+CONTINUATION, WRITE_S = 32, 5.0
 PROMPT_CHARACTERS = 160
 GONE = "rgba(213,94,0,0.45)"
 
@@ -105,7 +107,8 @@ class OffloadView(Instrument):
 
     def _measure(self, cancel: threading.Event) -> None:
         layer, text, order = self.layer, self.source.text, str(self.order_choice.value)
-        ids = self.model.tokenizer.encode(text)[: MOST_TOKENS + 1]
+        most = pace(self.model).read(READ_S, MOST_TOKENS, least=LEAST_TOKENS)
+        ids = self.model.tokenizer.encode(text)[: most + 1]
         if (text, layer) not in self._whole:
             trace = self.model.trace(ids[:256])
             for index in trace.routing.layers:
@@ -142,7 +145,8 @@ class OffloadView(Instrument):
     def _continue(model: "Model", prompt: str, cancel: threading.Event) -> "Generation":
         from ktlab.model.generation import Generation
 
-        tokens = list(model.stream(prompt, max_new_tokens=CONTINUATION, cancel=cancel))
+        longest = pace(model).write(WRITE_S, CONTINUATION, least=8)
+        tokens = list(model.stream(prompt, max_new_tokens=longest, cancel=cancel))
         return Generation(
             prompt=prompt,
             text="".join(token.text for token in tokens),

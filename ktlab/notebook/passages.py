@@ -4,6 +4,7 @@ A passage starts on a new line somewhere in its text; passages are far enough ap
 different texts, so halves of them can be held out.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from ktlab.errors import ContextError
 from ktlab.notebook.excerpts import excerpt
+from ktlab.notebook.pace import pace
+from ktlab.progress import ProgressBar, duration
 
 if TYPE_CHECKING:
     from ktlab.model.model import Model
@@ -18,6 +21,11 @@ if TYPE_CHECKING:
 
 CHARACTERS_PER_TOKEN = 8
 """Enough in every language here; what is too much is cut."""
+TRACE_S = 40.0
+"""So long a cell may trace."""
+SHORT, LEAST_TOKENS = 128, 64
+"""Tokens of a passage below which there are rather fewer of them, and below which none is cut:
+with less, statistics of a text mean nothing."""
 NEEDED = ("layers.*.router.ids", "layers.*.router.weights")
 
 
@@ -28,16 +36,41 @@ def passages(text: str, count: int, characters: int) -> list[str]:
 
 
 def trace_passages(
-    model: "Model", texts: Mapping[str, str], *, count: int = 4, tokens: int = 256
+    model: "Model",
+    texts: Mapping[str, str],
+    *,
+    count: int = 4,
+    tokens: int = 256,
+    seconds: float = TRACE_S,
 ) -> "Trace":
-    """The routers' decisions on `count` passages of each text, labelled by its name."""
+    """The routers' decisions on `count` passages of each text, labelled by its name.
+
+    Where that would take longer than about `seconds`, passages are fewer and shorter, which a line
+    says; `math.inf` traces them all.
+    """
     if not texts:
         raise ContextError("no texts: expected a mapping such as ktlab.domain_texts()")
+    tokens = min(tokens, model.config.context_length)
+    asked = f"{count} passages of {tokens} tokens"
+    whole, each = count * tokens, pace(model).read(seconds / len(texts), count * tokens, least=16)
+    if each < whole:
+        # Two are what can be held against each other; a short passage says little of its text.
+        count = min(count, max(2, each // SHORT))
+        tokens = min(tokens, max(LEAST_TOKENS, each // count))
+        counted = f"{len(texts)} texts" if len(texts) > 1 else "the text"
+        would = duration(whole * len(texts) * pace(model).pass_s / pace(model).tokens)
+        print(
+            f"{asked} from each of {counted} would take about {would} with this model: "
+            f"{count} of {tokens} are traced. With seconds=math.inf it would be all."
+        )
+    bar = ProgressBar("tracing", sys.stdout, shown=None if each < whole else False)
     traces = []
-    for name, text in texts.items():
+    for number, (name, text) in enumerate(texts.items()):
+        bar(number, len(texts))
         for passage in passages(text, count, CHARACTERS_PER_TOKEN * tokens):
             ids = model.tokenizer.encode(passage)[:tokens]
             traces.append(model.trace(ids, names=NEEDED, domain=name))
+    bar(len(texts), len(texts))
     return traces[0].merge(*traces[1:])
 
 

@@ -22,17 +22,27 @@ class Tried:
     text: str
     nbytes: int
     quality: Quality
+    layers: tuple[int, ...] = ()
+    """The layers whose experts were changed; () for all."""
 
     @property
     def label(self) -> str:
-        return label(dict(self.formats))
+        return label(dict(self.formats), self.layers)
 
 
-def label(formats: Mapping[str, str]) -> str:
-    """{"experts": "q4_k"} -> "experts q4_k"."""
+def label(formats: Mapping[str, str], layers: Sequence[int] = ()) -> str:
+    """{"experts": "q4_k"} -> "experts q4_k", or "experts of 4 layers q4_k"."""
+    formats = {named(component, layers): format for component, format in formats.items()}
     if len(formats) > 1 and len(set(formats.values())) == 1 and len(formats) == len(COMPONENTS):
         return f"all {next(iter(formats.values()))}"
     return ", ".join(f"{c} {f}" for c, f in formats.items()) or AS_LOADED
+
+
+def named(component: str, layers: Sequence[int]) -> str:
+    """A component; the experts with the number of layers, where that is not all."""
+    if component != "experts" or not layers:
+        return component
+    return f"experts of {len(layers)} layer{'s' if len(layers) > 1 else ''}"
 
 
 def label_places(size: Sequence[float], kl: Sequence[float], loaded: float) -> list[str]:

@@ -1,10 +1,11 @@
 """Tables and plots of notebook 05: formats, where the bytes are, what they are worth."""
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ktlab import figures
-from ktlab.notebook.quantization_plane import Tried
+from ktlab.notebook.quantization_plane import Tried, named
 from ktlab.notebook.requantizing import component_tensors
 from ktlab.quantization import FORMATS, QTensor
 
@@ -40,8 +41,8 @@ def component_frame(model: "Model") -> "pd.DataFrame":
     import pandas as pd
 
     rows = []
-    for component, named in component_tensors(model).items():
-        tensors = [tensor for _, tensor in named]
+    for component, found in component_tensors(model).items():
+        tensors = [tensor for _, tensor in found]
         stored = sum(tensor.nbytes for tensor in tensors)
         rows.append(
             {
@@ -62,8 +63,13 @@ def snr_plot(tensor: QTensor) -> "Figure":
         for f in FORMATS.values()
         if f.can_quantize and f.bits_per_weight < 8 and tensor.shape[-1] % f.block_size == 0
     ]
-    found = sorted((tensor.error(f) for f in fitting), key=lambda e: (e.bits_per_weight, e.snr_db))
-    fig = figures.figure(tensor.name, x="bits per weight", y="signal to noise, dB", height=380)
+    errors = (tensor.error(f) for f in fitting)
+    # A format that gives the stored values back, as its own does, has no error to draw.
+    found = sorted(
+        (e for e in errors if math.isfinite(e.snr_db)), key=lambda e: (e.bits_per_weight, e.snr_db)
+    )
+    title = f"{tensor.name}, against {tensor.format.name} as stored"
+    fig = figures.figure(title, x="bits per weight", y="signal to noise, dB", height=380)
     best = max(found, key=lambda e: e.snr_db - DB_PER_BIT * e.bits_per_weight)
     ends = [found[0].bits_per_weight - 0.2, found[-1].bits_per_weight + 0.4]
     fig.add_scatter(
@@ -94,11 +100,15 @@ def spent_frame(points: Iterable[Tried], loaded_bytes: int, format: str) -> "pd.
         value, low, high = (1e3 * x for x in (kl.value, kl.low, kl.high))
         rows.append(
             {
-                "component": next(iter(formats)),
+                "component": named(next(iter(formats)), point.layers),
                 "MiB saved": round(saved, 2),
                 "KL, millinats": f"{value:.2f} [{low:.2f}, {high:.2f}]",
-                "per MiB saved": round(value / saved, 2),
-                "interval": f"[{low / saved:.2f}, {high / saved:.2f}]",
+                "per MiB saved": value / saved,
+                "interval": f"[{low / saved:.3g}, {high / saved:.3g}]",
             }
         )
-    return pd.DataFrame(rows).set_index("component").sort_values("per MiB saved")
+    if not rows:
+        return pd.DataFrame(columns=["MiB saved", "KL, millinats", "per MiB saved", "interval"])
+    frame = pd.DataFrame(rows).set_index("component").sort_values("per MiB saved")
+    frame["per MiB saved"] = frame["per MiB saved"].map("{:.3g}".format)
+    return frame

@@ -3,19 +3,23 @@
 import threading
 from collections.abc import Mapping
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 import numpy as np
 
 from ktlab import figures, html
+from ktlab.errors import SettingError
 from ktlab.measurement.quality import Quality, stream_quality
 from ktlab.measurement.tokens import BaselineCache
 from ktlab.model.settings import COMPONENTS, component_formats
 from ktlab.notebook.css import style
 from ktlab.notebook.instrument import Instrument, Snapshot, TextSource, live, numbers
+from ktlab.notebook.pace import pace
 from ktlab.notebook.quantization_plane import AS_LOADED, Tried, empty_plane, label, label_places
-from ktlab.notebook.requantizing import planned_bytes, requantize_all
+from ktlab.notebook.requantizing import planned_bytes, requantize_all, some_layers
+from ktlab.progress import duration
 from ktlab.quantization import FORMATS
 
 if TYPE_CHECKING:
@@ -23,7 +27,8 @@ if TYPE_CHECKING:
 
 FORMATS_SHOWN = "q8_0 q6_k q5_k q5_1 q5_0 q4_k q4_1 q4_0 iq4_nl mxfp4 q3_k q2_k tq2_0".split()
 SWEEP = "q6_k q5_0 q4_k q4_0 q3_k q2_k".split()
-MOST_TOKENS = 1024
+MOST_TOKENS, LEAST_TOKENS, READ_S = 1024, 128, 8.0
+"""Read for a setting: as many tokens as this model reads in so many seconds."""
 
 
 class QuantizationView(Instrument):
@@ -35,7 +40,7 @@ class QuantizationView(Instrument):
         self, model: "Model", texts: Mapping[str, str], *, formats: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(model)
-        self.tried: dict[tuple[tuple[tuple[str, str], ...], str], Tried] = {}
+        self.tried: dict[tuple[tuple[tuple[str, str], ...], tuple[int, ...], str], Tried] = {}
         self.quality: Quality | None = None
         self._baseline = BaselineCache()
         self._size = model.nbytes
@@ -52,6 +57,18 @@ class QuantizationView(Instrument):
                 choice.style.description_width = "66px"
                 choice.observe(lambda _: self.refresh(), "value")
                 self.choices[component] = choice
+        some, every = some_layers(self.model), len(self.model.moe_blocks)
+        self.layers_choice = widgets.Dropdown(
+            options=[(f"all {every} layers", ())]
+            + [(f"{len(some)} of {every} layers", some)] * bool(some),
+            value=some,
+            description="experts of",
+            tooltip="requantizing the experts of all layers takes minutes",
+        )
+        self.layers_choice.layout.width = "220px"
+        if not some:
+            self.layers_choice.layout.display = "none"
+        self.layers_choice.observe(lambda _: self.refresh(), "value")
         self.sweep_button = widgets.Button(
             description="sweep the experts", icon="play", tooltip=f"{', '.join(SWEEP)} in turn"
         )
@@ -65,7 +82,13 @@ class QuantizationView(Instrument):
         for button in (self.sweep_button, self.stop_button, self.reset_button):
             button.layout.width = "auto"
         top = widgets.HBox(
-            [self.source.choice, self.sweep_button, self.stop_button, self.reset_button]
+            [
+                self.source.choice,
+                self.layers_choice,
+                self.sweep_button,
+                self.stop_button,
+                self.reset_button,
+            ]
         )
         row = widgets.HBox(list(self.choices.values()))
         for controls in (top, row):
@@ -77,6 +100,19 @@ class QuantizationView(Instrument):
     def formats(self) -> dict[str, str]:
         """What is chosen: component -> format, without those left as loaded."""
         return {c: str(w.value) for c, w in self.choices.items() if w.value}
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose experts change their format; () for all."""
+        return tuple(self.layers_choice.value)
+
+    def overrides(self, formats: Mapping[str, str]) -> dict[str, Any]:
+        """`formats` as `model.override` takes them, the experts in `layers` only."""
+        wanted: dict[str | int, str] = {}
+        for component, format in formats.items():
+            spread = self.layers if component == "experts" and self.layers else (component,)
+            wanted |= dict.fromkeys(spread, format)
+        return {"quantize": wanted} if wanted else {}
 
     def set(self, formats: Mapping[str, str]) -> None:
         """Choose formats by component (others as loaded) and measure."""
@@ -97,18 +133,27 @@ class QuantizationView(Instrument):
             return
         formats = self.formats
         with self.worker.lock:
-            self._size = planned_bytes(self.model, formats)
+            self._size = planned_bytes(self.model, self.overrides(formats).get("quantize", {}))
             self.quality = None
             self._show()
-        self.submit(lambda cancel: self._measure(formats, cancel), f"measuring {label(formats)}")
+        self.submit(
+            lambda cancel: self._measure(formats, cancel),
+            f"measuring {label(formats, self.layers)}",
+        )
 
     def sweep(self, names: list[str] | None = None) -> None:
         """Try formats of the experts one after the other; each becomes a point."""
         names = names or SWEEP
 
         def job(cancel: threading.Event) -> None:
+            refused = ""
             for name in names:
-                self._measure({**self.formats, "experts": name}, cancel)
+                try:
+                    self._measure({**self.formats, "experts": name}, cancel)
+                except SettingError as error:  # no room for this one; a smaller one may have it
+                    refused = str(error)
+            if refused:
+                raise SettingError(refused)
 
         self.submit(job, f"sweeping the experts: {', '.join(names)}")
 
@@ -117,27 +162,37 @@ class QuantizationView(Instrument):
         self.worker.cancel()
 
     def _measure(self, formats: dict[str, str], cancel: threading.Event) -> None:
-        size, text = planned_bytes(self.model, formats), self.source.text
-        ids = self.model.tokenizer.encode(text)[: MOST_TOKENS + 1]
-        for done, count in requantize_all(self.model, formats, cancel):
-            message = f"{label(formats)}: requantized {done} of {count} stages"
+        change, layers, text = self.overrides(formats), self.layers, self.source.text
+        wanted, name = change.get("quantize", {}), label(formats, layers)
+        size = planned_bytes(self.model, wanted)
+        most = pace(self.model).read(READ_S, MOST_TOKENS, least=LEAST_TOKENS)
+        ids = self.model.tokenizer.encode(text)[: most + 1]
+        start = perf_counter()
+        for done, count in requantize_all(self.model, wanted, cancel):
+            left = duration((perf_counter() - start) / done * (count - done))
+            message = f"{name}: requantized {done} of {count} stages, {left} left"
 
             def tell(message: str = message) -> None:
                 self._doing = message
                 self._on_busy(True)
 
             self.publish(cancel, tell)
-        change = {"quantize": formats} if formats else {}
         evaluation = stream_quality(
             self.model, ids, a={}, b=change, cancel=cancel, baseline=self._baseline
         )
         for quality in evaluation:
-            tried = Tried(formats=tuple(formats.items()), text=text, nbytes=size, quality=quality)
+            tried = Tried(
+                formats=tuple(formats.items()),
+                layers=layers if "experts" in formats else (),
+                text=text,
+                nbytes=size,
+                quality=quality,
+            )
             if not self.publish(cancel, partial(self._keep, tried)):
                 return
 
     def _keep(self, tried: Tried) -> None:
-        self.tried[tried.formats, tried.text] = tried
+        self.tried[tried.formats, tried.layers, tried.text] = tried
         self.quality, self._size = tried.quality, tried.nbytes
         q = tried.quality
         self.note = f"{tried.label}: {q.tokens:,} of {q.total_tokens:,} tokens; {q.method}"

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ktlab.errors import SettingError
 from ktlab.experts.bank import ExpertBank
 from ktlab.kernels.linear import Linear
-from ktlab.model.settings import COMPONENTS, component_stages
-from ktlab.quantization import QTensor, fallback_format, get_format
+from ktlab.model.copies import check_formats, products_of
+from ktlab.model.settings import COMPONENTS, component_stages, formatted
+from ktlab.quantization import QTensor, fallback_format
 from ktlab.quantization.qtensor import QuantizationError
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
     from ktlab.model.model import Model
 
+Formats = Mapping[str, str] | Mapping[str | int, str]
+"""Component, or layer for its experts -> format: what `override(quantize=...)` takes."""
+QUICK_WEIGHTS = 1.2e9
+"""Weights that two cores requantize within about half a minute; of a larger model an instrument
+begins with the experts of some layers."""
 SAMPLED_ROWS = 1024
 """Rows of each tensor from which an error is estimated, spread over the whole tensor."""
 
@@ -42,38 +48,46 @@ def component_tensors(model: "Model") -> dict[str, list[tuple[str, QTensor]]]:
     return found
 
 
-def planned_bytes(model: "Model", formats: Mapping[str, str]) -> int:
-    """Bytes of the weights with `formats` by component, from shapes alone."""
-    unknown = [c for c in formats if c not in COMPONENTS]
+def planned_bytes(model: "Model", formats: Formats) -> int:
+    """Bytes of the weights with `formats` by component or layer, from shapes alone."""
+    unknown = [c for c in formats if c not in COMPONENTS and not isinstance(c, int)]
     if unknown:
         raise SettingError(f"components {unknown}: expected some of {', '.join(COMPONENTS)}")
     total = model.nbytes
-    for component, tensors in component_tensors(model).items():
-        if component in formats:
-            for _, tensor in tensors:
-                row = tensor.shape[-1]
-                format = fallback_format(formats[component], row)
-                total += tensor.size // row * format.row_bytes(row) - tensor.nbytes
+    for _, holder, name, wanted in formatted(model, formats):
+        for tensor in stage_tensors(getattr(holder, name)).values():
+            row = tensor.shape[-1]
+            format = fallback_format(wanted, row)
+            total += tensor.size // row * format.row_bytes(row) - tensor.nbytes
     return total
 
 
 def requantize_all(
-    model: "Model", formats: Mapping[str, str], cancel: threading.Event | None = None
+    model: "Model", formats: Formats, cancel: threading.Event | None = None
 ) -> Iterator[tuple[int, int]]:
     """Make the copies that `override(quantize=formats)` needs: yields (stages done, of how many).
 
     Afterwards the override is instant; clones share the copies. Stops early when cancelled.
+    `SettingError` before the first one where they would not fit in memory.
     """
-    wanted = [
-        (getattr(holder, name), get_format(formats[component]).name)
-        for component, holder, name in component_stages(model)
-        if component in formats
-    ]
-    for done, (stage, format) in enumerate(wanted, 1):
+    found = [(c, getattr(h, name), format) for c, h, name, format in formatted(model, formats)]
+    check_formats(model, [(c, products_of(stage), format) for c, stage, format in found])
+    for done, (_, stage, format) in enumerate(found, 1):
         if cancel is not None and cancel.is_set():
             return
         model.requantized(stage, format)
-        yield done, len(wanted)
+        yield done, len(found)
+
+
+def some_layers(model: "Model", weights: float = QUICK_WEIGHTS) -> tuple[int, ...]:
+    """Layers, spread evenly, whose experts have about `weights` weights; () if all have no more."""
+    blocks = model.moe_blocks
+    each = sum(stack.size for stack in blocks[0].experts.stacks) if blocks else 0
+    if each * len(blocks) <= weights:
+        return ()
+    count = max(1, int(weights // each))
+    step = len(blocks) / count
+    return tuple(blocks[int((i + 0.5) * step)].index for i in range(count))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,8 @@ class RouterView(Instrument):
         self.layer_slider = widgets.SelectionSlider(
             options=layers, value=layers[len(layers) // 2], description="layer"
         )
-        experts = [("by group of the heaviest", BY_GROUP)]
+        grouped = model.config.n_group > 1
+        experts = [(f"{'by group' if grouped else 'weight'} of the heaviest", BY_GROUP)]
         experts += [(f"weight of expert {e}", e) for e in range(model.config.num_experts)]
         self.expert_choice = widgets.Dropdown(options=experts, value=BY_GROUP, description="colour")
         self.expert_choice.layout.width = "280px"

@@ -1,0 +1,136 @@
+"""Copies of weights that a switch makes: counted beforehand, refused where there is no room.
+
+Another format makes a second copy of what it names, `layout="packed"` one of what kernels read, and
+`backend="torch"` float32 copies, seven times a 4-bit file. On a large model that ends a process
+without a word; so nothing is allocated before the bytes are known to fit.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ktlab.checkpoint.facts import model_files
+from ktlab.errors import SettingError
+from ktlab.experts.bank import ExpertBank
+from ktlab.html import decimal_bytes
+from ktlab.kernels.computed import Computed
+from ktlab.kernels.linear import Linear
+from ktlab.kernels.request import PACKED
+from ktlab.memory import memory
+from ktlab.quantization import fallback_format, get_format
+
+if TYPE_CHECKING:
+    from ktlab.model.model import Model
+
+FLOAT_BYTES = 4
+KEPT_SHARE = 4
+"""Where memory cannot hold the file anyway, copies may still take one part in so many."""
+
+
+def room(model: "Model") -> int | None:
+    """Bytes that copies may take now: what is available beside the model's own file, which would
+    otherwise come from disk for every token. None where the system does not say."""
+    found = memory()
+    sizes = [size for size in (found.available, found.limit) if size is not None]
+    if not sizes:
+        return None
+    path = model.checkpoint.path
+    files = () if path is None else model_files(path)
+    available = min(sizes)
+    return max(available - sum(file.stat().st_size for file in files), available // KEPT_SHARE)
+
+
+def format_bytes(product: Computed, format: str) -> int:
+    """Bytes that `product.quantized(format)` would allocate; 0 if it has been made before."""
+    assert isinstance(product, ExpertBank | Linear)
+    if format in product._requantized:
+        return 0
+    stored = product._stored
+    total = 0
+    for stack in stored if isinstance(stored, tuple) else (stored,):
+        row = stack.shape[-1]
+        fitting = fallback_format(format, row)
+        if fitting != stack.format:
+            total += stack.size // row * fitting.row_bytes(row)
+    return total
+
+
+def prepared_bytes(products: Iterable[Computed]) -> int:
+    """Bytes that the kernels chosen now would still make of the weights at their first call.
+
+    Where none is chosen yet, none is: what is asked for may not go with a format that is new.
+    """
+    total = 0
+    for product in products:
+        kernel = product._kernel
+        if kernel is None:
+            continue
+        for stack in product.stacks:
+            made = stack.operand_bytes
+            if kernel.backend == "torch":
+                total += FLOAT_BYTES * stack.size if "float32" not in made else 0
+            elif kernel.layout == PACKED and PACKED not in made:
+                total += stack.nbytes
+    return total
+
+
+def check_formats(model: "Model", wanted: Iterable[tuple[str, Sequence[Computed], str]]) -> None:
+    """`SettingError` if copies in other formats do not fit; (component, its products, format).
+
+    Copies of experts that nobody uses now are let go first.
+    """
+    wanted = list(wanted)
+    needed: dict[str, int] = {}
+    for component, products, format in wanted:
+        found = sum(format_bytes(product, format) for product in products)
+        if found:
+            name = f"{component} as {format}"
+            needed[name] = needed.get(name, 0) + found
+    if not needed or fits(model, sum(needed.values())):
+        return
+    keep = {format for _, _, format in wanted}
+    for bank in model.experts:
+        bank.let_go(keep)
+    refuse(model, sum(needed.values()), " and ".join(needed), "another copy of these weights")
+
+
+def check_prepared(model: "Model", before: int, products: Iterable[Computed]) -> None:
+    """`SettingError` if what kernels would make, `before` bytes until now, grew beyond the room."""
+    needed = prepared_bytes(products)
+    if needed > before:
+        refuse(model, needed, "this backend or layout", "copies for the kernels")
+
+
+def check_use(
+    model: "Model", banks: Sequence[ExpertBank], words: Mapping[str, Any]
+) -> Callable[[], None]:
+    """`ExpertBanks.use` asks before it changes anything, and what this returns once it has."""
+    if (format := words.get("format")) is not None:
+        check_formats(model, [("experts", list(banks), get_format(format).name)])
+    before = prepared_bytes(banks)
+    return lambda: check_prepared(model, before, banks)
+
+
+def fits(model: "Model", needed: int) -> bool:
+    free = room(model)
+    return free is None or needed <= free
+
+
+def refuse(model: "Model", needed: int, what: str, copies: str) -> None:
+    """`SettingError` unless `needed` bytes fit."""
+    free = room(model)
+    if free is None or needed <= free:
+        return
+    layers = [block.index for block in model.moe_blocks]
+    raise SettingError(
+        f"{model.name}: {what} needs {decimal_bytes(needed)} for {copies}, and "
+        f"{decimal_bytes(free)} are free beside the model; nothing was changed. Name fewer layers, "
+        f"such as {{{layers[len(layers) // 2]}: ...}} instead of a bare word, or a component "
+        "without the experts"
+    )
+
+
+def products_of(stage: Any) -> list[Computed]:
+    """What kernels compute in a stage: the bank, or its matrices."""
+    if isinstance(stage, ExpertBank):
+        return [stage]
+    return [stage] if isinstance(stage, Linear) else list(stage.linears.values())
