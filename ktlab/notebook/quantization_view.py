@@ -57,16 +57,16 @@ class QuantizationView(Instrument):
                 choice.style.description_width = "66px"
                 choice.observe(lambda _: self.refresh(), "value")
                 self.choices[component] = choice
-        some, every = some_layers(self.model), len(self.model.moe_blocks)
+        self._some, every = some_layers(self.model), len(self.model.moe_blocks)
+        names = [f"all {every} layers", f"{len(self._some)} of {every} layers"]
         self.layers_choice = widgets.Dropdown(
-            options=[(f"all {every} layers", ())]
-            + [(f"{len(some)} of {every} layers", some)] * bool(some),
-            value=some,
+            options=names if self._some else names[:1],
+            index=int(bool(self._some)),
             description="experts of",
             tooltip="requantizing the experts of all layers takes minutes",
         )
         self.layers_choice.layout.width = "220px"
-        if not some:
+        if not self._some:
             self.layers_choice.layout.display = "none"
         self.layers_choice.observe(lambda _: self.refresh(), "value")
         self.sweep_button = widgets.Button(
@@ -104,7 +104,7 @@ class QuantizationView(Instrument):
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers whose experts change their format; () for all."""
-        return tuple(self.layers_choice.value)
+        return self._some if self.layers_choice.index else ()
 
     def overrides(self, formats: Mapping[str, str]) -> dict[str, Any]:
         """`formats` as `model.override` takes them, the experts in `layers` only."""

@@ -154,7 +154,7 @@ def test_experts_of_some_layers_and_what_does_not_fit(
         assert changed.nbytes == point.nbytes and changed.layers[layer].experts.format == "q4_0"
         others = {b.experts.format for b in changed.moe_blocks if b.index != layer}
         assert others == {"q8_0"}
-    view.layers_choice.value = ()
+    view.layers_choice.index = 0
     assert view.wait(60).error == "" and view.points()[0].label == "experts q4_0"
 
     def refuse(_: Model, formats: object, __: object = None) -> object:
