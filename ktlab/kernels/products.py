@@ -39,7 +39,10 @@ def linear_by_head(kernel: Kernel, stack: Stack, x_THK: Tensor) -> Tensor:
 
 def attend(kernel: Kernel, q_HC: Tensor, keys_SC: Tensor, values: int, scale: float) -> Tensor:
     """softmax(scale q K^T) V, (H, V) float32: one query a head; keys that all heads share, whose
-    first `values` columns are the values. What decoding with absorbed MLA does."""
+    first `values` columns are the values. What decoding with absorbed MLA does.
+
+    In float32, but in bfloat16 with float32 sums where `attends_many`, from 8 heads and 512
+    positions on: that loses 0.2 to 0.3 % of the norm."""
     if kernel.backend == "native":
         return native.attend(kernel, q_HC, keys_SC, values, scale)
     weights_HS = (q_HC @ keys_SC.T).mul_(scale).softmax(-1)
