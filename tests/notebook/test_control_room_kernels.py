@@ -125,7 +125,7 @@ def test_sides_of_the_twin(model):
 
 def test_the_twin_is_measured_under_the_same_switches(room):
     room.wait(WAIT_S)
-    assert room.twin is None and "too small for a clock" in room.screen.html["twin"].value
+    assert room.twin is None and "no use for a clock" in room.screen.html["twin"].value
     room.set(twin=SMALL)
     assert room.phase == "twin", "what is known already is measured again"
     assert room.wait(WAIT_S) and room.phase == "done" and room.message == ""
