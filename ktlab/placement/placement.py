@@ -160,9 +160,8 @@ class Placement(Record):
         where = self.model.layers_of(component) if wanted is None else wanted
         phases = PHASES if phase is None else (phase,)
         if component != "experts":
-            return replace(
-                self, **{p: self._with(p, component, set(where), device) for p in phases}
-            )
+            there = set(where)
+            return self._changed({p: self._with(p, component, there, device) for p in phases})
         chosen = self._chosen([layer for layer in where if layer is not None], experts)
         return self._changed({p: self._with_experts(p, chosen, device) for p in phases})
 
