@@ -234,9 +234,9 @@ class Model:
 
         top_k=6 or {layer: k} · rule=RelativeThreshold(0.2) or {layer: rule} · attention="naive" ·
         format="q4_0" (experts; also named quantize), {"attention": "q8_0"} or {layer: "q4_0"} ·
-        mask={layer: [ids]} · force={layer: [ids]} · backend, isa, layout, threads, numa, few: one
-        value for all matrices, {layer: value} for the experts of layers, {"attention": value} for
-        components.
+        mask={layer: [ids]} · force={layer: [ids]} · rules=RuleSet · backend, isa, layout, threads,
+        numa, few: one value for all matrices, {layer: value} for the experts of layers,
+        {"attention": value} for components.
         Nestable. Raises `SettingError` before anything has changed.
         """
         change = self.set(**changes)
