@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ktlab.model.model import Model
     from ktlab.model.trace import Trace
     from ktlab.placement.machine import Machine
+    from ktlab.placement.placement import Placement
     from ktlab.placement.plan import Plan, plan
     from ktlab.placement.rules import RuleSet
     from ktlab.routing.rules import CumulativeProbability, FixedK, RelativeThreshold
@@ -30,6 +31,7 @@ _HOMES = {
     "Trace": "ktlab.model.trace",
     "plan": "ktlab.placement.plan",
     "Plan": "ktlab.placement.plan",
+    "Placement": "ktlab.placement.placement",
     "Machine": "ktlab.placement.machine",
     "RuleSet": "ktlab.placement.rules",
     "domain_texts": "ktlab.checkpoint.embedded",
@@ -46,6 +48,7 @@ __all__ = [
     "FixedK",
     "Machine",
     "Model",
+    "Placement",
     "Plan",
     "RelativeThreshold",
     "RuleSet",

@@ -24,6 +24,10 @@ class SettingError(KtlabError):
     """A switch (top_k, rule, attention form, backend, ...) set to something impossible."""
 
 
+class PlacementError(SettingError):
+    """A placement of another model, on devices that are not there, or with what cannot be."""
+
+
 class ContextError(KtlabError):
     """A text that does not fit the context, or a context that does not fit the memory."""
 

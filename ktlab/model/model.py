@@ -237,9 +237,9 @@ class Model:
         top_k=6 or {layer: k} · rule=RelativeThreshold(0.2) or {layer: rule} · attention="naive" ·
         format="q4_0" (experts; also named quantize), {"attention": "q8_0"} or {layer: "q4_0"} ·
         mask={layer: [ids]} · force={layer: [ids]} · deferred=2 or {layer: n} (so many experts of
-        each token are added by the next layer; the last one keeps its own) · backend, isa, layout,
-        threads, numa, few: one value for all matrices, {layer: value} for the experts of layers,
-        {"attention": value} for components.
+        each token are added by the next layer; the last one keeps its own) · rules=RuleSet ·
+        backend, isa, layout, threads, numa, few: one value for all matrices, {layer: value} for the
+        experts of layers, {"attention": value} for components.
         Nestable. Raises `SettingError` before anything has changed.
         """
         change = self.set(**changes)

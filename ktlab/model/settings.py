@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ktlab.attention.cache import USUAL_FORMS
 from ktlab.errors import SettingError, nearest
 from ktlab.experts.bank import ExpertBank
+from ktlab.experts.banks import layers as ranges
 from ktlab.kernels import dispatch
 from ktlab.kernels.computed import Computed
 from ktlab.kernels.request import AUTO, REQUEST_WORDS
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ktlab.model.model import Model
 
 SWITCHES = (
-    "top_k", "rule", "attention", "quantize", "format", "mask", "force", "deferred",
+    "rules", "top_k", "rule", "attention", "quantize", "format", "mask", "force", "deferred",
     *REQUEST_WORDS,
 )  # fmt: skip
 """What `override` and `set` accept."""
@@ -47,6 +48,8 @@ class Settings:
     force: Mapping[int, tuple[int, ...]]
     deferred: Mapping[int, int]
     """Experts of each token that the next layer adds, in the layers that defer any."""
+    own: Mapping[str, str]
+    """{"layers.3.router": a class of the user's that stands there, with its words}."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON; a setting that all layers share is given once."""
@@ -71,6 +74,11 @@ class Settings:
             counts = set(self.deferred.values())
             alike = len(counts) == 1 and len(self.deferred) == len(self.rules) - 1
             parts.append(f"deferred {counts.pop() if alike else dict(self.deferred)}")
+        for name in dict.fromkeys(self.own.values()):
+            where = [stage for stage, found in self.own.items() if found == name]
+            stages = dict.fromkeys(stage.rpartition(".")[2] for stage in where)
+            numbers = ranges(sorted({int(stage.split(".")[1]) for stage in where}))
+            parts.append(f"{' and '.join(stages)} {name} in layers {numbers}")
         parts.append(f"experts {self.formats.get('experts', 'none')}")
         return ", ".join(map(str, parts))
 
@@ -102,6 +110,12 @@ def current(model: "Model") -> Settings:
         mask={b.index: tuple(sorted(b.router.mask)) for b in moe if b.router.mask},
         force={b.index: b.router.force for b in moe if b.router.force},
         deferred={b.index: b.deferred for b in moe if b.deferred},
+        own={
+            f"layers.{block.index}.{name}": stage.own
+            for block in model.layers
+            for name, stage in block.stages().items()
+            if getattr(stage, "own", "")
+        },
     )
 
 
@@ -149,6 +163,14 @@ def component_stages(model: "Model") -> Iterator[tuple[str, Any, str]]:
     yield "output", model, "output"
 
 
+class Rules(Protocol):
+    """What the switch `rules` takes; `ktlab.RuleSet` is one."""
+
+    def apply(self, model: "Model") -> "Change":
+        """Set them on a model."""
+        ...
+
+
 class Change:
     """A set of assignments that can be undone, newest first."""
 
@@ -159,6 +181,10 @@ class Change:
         self._undo.append((holder, name, getattr(holder, name)))
         setattr(holder, name, value)
 
+    def take(self, other: "Change") -> None:
+        """Undo what `other` has changed, too: it came later than all that is in here."""
+        self._undo += other._undo
+
     def undo(self) -> None:
         while self._undo:
             setattr(*self._undo.pop())
@@ -168,6 +194,7 @@ def apply(
     model: "Model",
     change: Change,
     *,
+    rules: Rules | None = None,
     top_k: int | Mapping[int, int] | None = None,
     rule: SelectionRule | Mapping[int, SelectionRule] | None = None,
     attention: str | Mapping[int, str] | None = None,
@@ -180,6 +207,12 @@ def apply(
 ) -> None:
     """Make the changes, recording each in `change`; raises `SettingError` on the first impossible
     one, leaving it to the caller to undo. `words` are those of `kernels.request.Request`."""
+    if rules is not None:
+        if not hasattr(rules, "apply"):
+            raise SettingError(
+                f"rules={rules!r}: expected a RuleSet, such as ktlab.RuleSet.read(FILE)"
+            )
+        change.take(rules.apply(model))  # first: what is named beside them counts more
     if quantize is not None and format is not None:
         raise SettingError("quantize and format are two names of one switch; give one of them")
     wanted = format if quantize is None else quantize
