@@ -92,8 +92,8 @@ class _Places:
         unknown = [name for name in named if name != "cpu" and not name.startswith("cuda:")]
         if unknown:
             raise RuleError(
-                f"{', '.join(unknown)}: a placement knows cpu, numa:n, cuda:n and disk; write cuda:n "
-                "for a GPU of another maker"
+                f"{', '.join(unknown)}: a placement knows cpu, numa:n, cuda:n and disk; write "
+                "cuda:n for a GPU of another maker"
             )
 
     def found(self) -> Placed:
@@ -162,9 +162,9 @@ class _Places:
                 if where != whole and (size or component == "norms"):
                     key = (component, _shown(where), _shown(whole))
                     apart.setdefault(key, []).append(name)
-        for (component, where, whole), names in apart.items():
+        for (component, part, rest), names in apart.items():
             self.notes.append(
-                f"{collapsed(names)} on {where}: {component} is placed as a whole, on {whole}"
+                f"{collapsed(names)} on {part}: {component} is placed as a whole, on {rest}"
             )
 
     def _each_expert(self, placement: Placement) -> Placement:

@@ -208,9 +208,10 @@ def _set(model: Model, change: Change, module: Module, found: Effect) -> None:
     """The same switches as by hand, one module's at a time."""
     words, layer = dict(found.words), module.layer
     if found.stage is not None:
-        block = next(block for block in model.layers if block.index == layer)
-        change.set(block, module.kind, found.stage())
+        change.set(module.block, module.kind, found.stage())
         return
+    if count := words.pop("deferred", None):
+        change.set(module.block, "deferred", int(count))
     if form := words.pop("form", None):
         assert layer is not None
         set_words(model, change, attention={layer: form})
