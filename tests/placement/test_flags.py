@@ -17,6 +17,7 @@ from ktlab.placement.flags import LlamaCpp, SGLang
 from ktlab.placement.flags.llama_cpp_writing import LAST_NORM, TENSORS
 from ktlab.placement.parts import component_of
 from ktlab.placement.placement import FOLLOW, Placement
+from ktlab.placement.plan import Plan
 from tests.placement.test_rules import FAMILIES
 
 V3 = read_facts("deepseek-v3").config
@@ -254,3 +255,26 @@ def test_sglang_words(tmp_path) -> None:
         base.put("shared", "cpu", layers=[3]).put("experts", "cuda:1", phase="prefill")
     )
     assert len(split.left_out) == 4 and "shared of layers 3 on cpu" in str(split.left_out)
+
+
+def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from ktlab.cli import main
+
+    shape = ["plan", "deepseek-v3", "--format", "q4_k_m"]
+    assert main([*shape, "-ngl", "99", "--n-cpu-moe", "20", "-ot", "shexp=CUDA1", "--json"]) == 0
+    plan = Plan.from_json(capsys.readouterr().out)
+    assert plan.placement.devices == ("cpu", "cuda:0", "cuda:1")
+    assert plan["cuda:1"].needed > 0 and "experts" in {r.part.component for r in plan.rows}
+    assert main([*shape, "--vram", "24GB", "--as", "llama.cpp"]) == 0
+    assert capsys.readouterr().out == "-ngl 999 --cpu-moe\n"
+    assert main([*shape, "-ngl", "99", "-ot", "exps=CPU", "--as", "sglang"]) == 0
+    found = capsys.readouterr()
+    assert "--kt-num-gpu-experts 0" in found.out and "left out: embedding on cpu" in found.err
+    assert main([*shape, "-ngl", "3", "--as", "yaml"]) == 0
+    assert Placement.from_yaml(capsys.readouterr().out) == read("-ngl 3", V3)
+    assert main([*shape, "-ot", "exps=CUAD0"]) == 2
+    assert 'did you mean "CUDA0"' in capsys.readouterr().err
+    assert main([*shape, "-ot", "nothing=CPU", "-ngl", "1", "--as", "json"]) == 0
+    assert "nothing=CPU: decides for no tensor of" in capsys.readouterr().err
+    assert main([*shape, "--placement", "x.yaml", "-ngl", "1"]) == 2
+    assert "both say what goes where" in capsys.readouterr().err
