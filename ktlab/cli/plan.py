@@ -10,7 +10,6 @@ from ktlab.errors import SettingError
 from ktlab.model.words import settings
 from ktlab.placement.flags import LlamaCpp, SGLang
 from ktlab.placement.placement import Placement
-from ktlab.placement.placement_file import read_placement
 
 WORDS = ("llama.cpp", "sglang", "yaml", "json")
 """What a placement can be printed as."""
@@ -84,7 +83,7 @@ def _placement(options: argparse.Namespace) -> Placement | None:
             f"--placement and {options.llama_cpp[0]} both say what goes where; give one of them"
         )
     if options.placement:
-        return read_placement(options.placement)
+        return ktlab.Placement.read(options.placement)
     if not options.llama_cpp:
         return None
     words = LlamaCpp.parse(options.llama_cpp)
