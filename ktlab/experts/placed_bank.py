@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ktlab.experts.bank import ExpertBank, Stacks
@@ -124,6 +125,11 @@ class PlacedBank(ExpertBank):
             for word, there in self.residents.items()
         }
         return found | {word: node.nbytes for word, node in self.nodes.items()}
+
+    @property
+    def node_parts(self) -> "list[tuple[str, NodePart]]":
+        """(NUMA node, its copy) of each."""
+        return list(self.nodes.items())
 
     # What an `ExpertBank` does -----------------------------------------------------------------
 
@@ -342,6 +348,11 @@ class NodePart:
     def nbytes(self) -> int:
         """Bytes of the packed copy."""
         return sum(sum(stack.operand_bytes.values()) for stack in self.stacks)
+
+    @property
+    def arrays(self) -> list[NDArray[np.uint8]]:
+        """The bytes themselves."""
+        return [stack.weights(PACKED).data for stack in self.stacks]
 
 
 def _packed(stack: Stack, kernel: Kernel) -> Weights:

@@ -33,6 +33,7 @@ from ktlab.kernels.seat import HOST, Seat, TorchSeat
 from ktlab.model import generation
 from ktlab.model.block import Layer, MoEBlock
 from ktlab.model.build import build_layers, vector
+from ktlab.model.byte_ledger import ByteLedger, byte_ledger
 from ktlab.model.copies import check_use
 from ktlab.model.cost import Cost, cost
 from ktlab.model.deferral import Later
@@ -130,6 +131,10 @@ class Model:
     def residency(self) -> Residency:
         """Bytes mapped, resident and converted now; what decode would wait for from disk."""
         return residency(self)
+
+    def ledger(self) -> ByteLedger:
+        """Bytes on each device now: by what they are for, and in all as the system says."""
+        return byte_ledger(self)
 
     # Running it ------------------------------------------------------------------------------
 

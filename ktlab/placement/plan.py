@@ -19,6 +19,7 @@ from ktlab.placement import view
 from ktlab.placement.known import Known, known
 from ktlab.placement.ledger import CACHE_FORMATS, ELEMENT_BYTES, Ledger, ledgers
 from ktlab.placement.machine import CPU, GPU, Machine, Size, get_machine
+from ktlab.placement.measured import PlanMeasured, measured
 from ktlab.placement.parts import COMPONENTS, cache_part
 from ktlab.placement.placed import Placed, place, usual
 from ktlab.placement.placement import Placement, kind_of
@@ -28,6 +29,8 @@ from ktlab.record import Record
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
+
+    from ktlab.model.model import Model
 
 CONTEXT = 8192
 """Planned for where nobody says: what people run, not what a model could hold."""
@@ -148,6 +151,11 @@ class Plan(Record):
     def diff(self, other: "Plan") -> "pd.DataFrame":
         """Components that lie elsewhere, in another format or in another size in `other`."""
         return view.diff(self, other)
+
+    def measured(self, model: "Model") -> PlanMeasured:
+        """This plan's bytes beside those of a loaded model that is placed so: each difference with
+        what explains it, or flagged. PlacementError where the model is placed otherwise."""
+        return measured(self, model)
 
     def plot(self) -> "Figure":
         """Bytes of each device by what they are for, under its capacity."""
