@@ -185,10 +185,10 @@ def plan(
     KTransformers' rule; without a machine any device may be named. `ram` and `vram` are sizes
     ("382GB", "24GiB", bytes); `machine="this"` measures. `context` in tokens, by default 8,192 or
     what the model has. `attention` is the form whose cache counts. `convert` and `quantize` are
-    those of `load`; `gpu_formats` overrides the 4 bits of a GPU, for all or by component, {"attention": "bf16"}.
-    `numa_copies` copies of the experts exist in host memory. Raises CheckpointError for a bad file,
-    SettingError or FormatError for a bad argument, PlacementError for a placement of another model
-    or on devices that are not there.
+    those of `load`; `gpu_formats` overrides the 4 bits of a GPU, for all or by component,
+    {"attention": "bf16"}. `numa_copies` copies of the experts exist in host memory. Raises
+    CheckpointError for a bad file, SettingError or FormatError for a bad argument, PlacementError
+    for a placement of another model or on devices that are not there.
     """
     facts = read_facts(fspath(path_or_name), format=format)
     config = facts.config
