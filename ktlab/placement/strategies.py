@@ -173,6 +173,7 @@ class LayerBudget(Fixed):
     """
 
     name = "layer-budget"
+    moves = True
     about = "LRU caches, the room divided among layers for the most hits on the profile"
     needs_profile = True
 
