@@ -2,15 +2,14 @@
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ktlab
-from ktlab.checkpoint.facts import read_facts
 from ktlab.errors import SettingError
 from ktlab.model.words import settings
-from ktlab.placement.flags import LlamaCpp, SGLang
-from ktlab.placement.placement import Placement
-from ktlab.placement.placement_file import read_placement
+
+if TYPE_CHECKING:
+    from ktlab.placement.placement import Placement
 
 WORDS = ("llama.cpp", "sglang", "yaml", "json")
 """What a placement can be printed as."""
@@ -78,13 +77,16 @@ def run(options: argparse.Namespace) -> int:
     return 0 if plan.fits is not False else 1
 
 
-def _placement(options: argparse.Namespace) -> Placement | None:
+def _placement(options: argparse.Namespace) -> "Placement | None":
+    from ktlab.checkpoint.facts import read_facts
+    from ktlab.placement.flags import LlamaCpp
+
     if options.placement and options.llama_cpp:
         raise SettingError(
             f"--placement and {options.llama_cpp[0]} both say what goes where; give one of them"
         )
     if options.placement:
-        return read_placement(options.placement)
+        return ktlab.Placement.read(options.placement)
     if not options.llama_cpp:
         return None
     words = LlamaCpp.parse(options.llama_cpp)
@@ -94,8 +96,10 @@ def _placement(options: argparse.Namespace) -> Placement | None:
     return words.placement(config)
 
 
-def _print(placement: Placement, words: str) -> None:
+def _print(placement: "Placement", words: str) -> None:
     """To be used elsewhere; what cannot be said there is a remark."""
+    from ktlab.placement.flags import LlamaCpp, SGLang
+
     if words in ("yaml", "json"):
         print(placement.to_yaml().rstrip() if words == "yaml" else placement.to_json())
         return
