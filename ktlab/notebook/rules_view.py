@@ -217,7 +217,7 @@ class RulesView(Instrument):
     def to_html(self) -> str:
         with self.worker.lock:
             return html.card(
-                f"{self.title}: {self.start_choice.value}",
+                f"{self.title} · {self.start_choice.value}",
                 html.Raw(style("instrument")),
                 html.Raw(f'<div class="kt-text">{escape(str(self.area.value))}</div>'),
                 html.Raw(f'<div class="s">{self.state.value}</div>{numbers(self.figures())}'),
