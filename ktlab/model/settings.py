@@ -232,7 +232,8 @@ def apply(
             raise SettingError(
                 f"rules={rules!r}: expected a RuleSet, such as ktlab.RuleSet.read(FILE)"
             )
-        change.take(rules.apply(model, stand_in=stand_in))  # first: what is named beside them counts more
+        # First: what is named beside them counts more.
+        change.take(rules.apply(model, stand_in=stand_in))
     if quantize is not None and format is not None:
         raise SettingError("quantize and format are two names of one switch; give one of them")
     wanted = format if quantize is None else quantize

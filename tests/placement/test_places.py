@@ -10,9 +10,9 @@ from ktlab.errors import PlacementError, RuleError
 from ktlab.model.model import Model
 from ktlab.placement.placement import Placement
 from ktlab.placement.rules import Preview, RuleSet
-from tests.placement.test_rule_files import EXPERTS, FIRST_RELEASE, GPU_AND_CPU, LINEAR, MODEL
 from tests.placement.test_own import GATES, ByHand, Deaf, Near
 from tests.placement.test_own import rules as own
+from tests.placement.test_rule_files import EXPERTS, FIRST_RELEASE, GPU_AND_CPU, LINEAR, MODEL
 from tests.placement.test_rules import BANKS, FAMILIES, IDS, checkpoint, one
 
 DENSE_PART = ("attention", "router", "norms")
