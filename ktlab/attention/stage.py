@@ -26,6 +26,8 @@ class Attention:
 
     kind: ClassVar[str]
     forms: ClassVar[tuple[Form, ...]]
+    own: str = ""
+    """What a class of the user's that stands here is called, with its words and its code's sum."""
 
     def __init__(self, config: ModelConfig, layer: int, weights: Any, rope: RoPE) -> None:
         self.config = config
@@ -140,7 +142,7 @@ class Attention:
     def __repr__(self) -> str:
         sizes = str(self.config.attention).removeprefix(f"{self.kind}, ")
         return (
-            f"{self.kind}(layer {self.layer}: {self.form}, {sizes}, "
+            f"{type(self).__name__}(layer {self.layer}: {self.form}, {sizes}, "
             f"{html.byte_size(self.nbytes)}, caches {self.cache_bytes_per_token()} bytes a token)"
         )
 

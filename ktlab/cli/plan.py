@@ -4,6 +4,7 @@ import argparse
 
 import ktlab
 from ktlab.model.words import settings
+from ktlab.placement.placement_file import read_placement
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help='a .gguf file, any shard, a folder, "tiny", or a shape such as deepseek-v3')
     add("--format", metavar="NAME", help="such as q4_k_m; of a shape, or as if made anew")
+    add("--placement", metavar="FILE", help="what goes where, as YAML or JSON")
     add("--ram", metavar="SIZE", help="such as 382GB or 128GiB")
     add("--vram", metavar="SIZE", help="such as 14GB; routed experts then stay on the CPU")
     add("--machine", metavar="NAME", help='"this": what is available here, now')
@@ -27,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan; exit code 1 where the model does not fit."""
     plan = ktlab.plan(
         options.model,
+        placement=read_placement(options.placement) if options.placement else None,
         format=options.format,
         ram=options.ram,
         vram=options.vram,

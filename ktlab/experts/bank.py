@@ -30,6 +30,8 @@ class ExpertBank(Computed):
     """
 
     placement = "cpu"
+    own: str = ""
+    """What a class of the user's that stands here is called, with its words and its code's sum."""
     stacks: Stacks
     """gate, up and down, with what kernels have made of them."""
 
@@ -173,9 +175,9 @@ class ExpertBank(Computed):
 
     def __repr__(self) -> str:
         return (
-            f"ExpertBank(layer {self.layer}: {self.num_experts} experts of {self.hidden_size} x "
-            f"{self.width}, {self.format}, {html.byte_size(self.nbytes)}, {self.kernel}, "
-            f"{self.placement})"
+            f"{type(self).__name__}(layer {self.layer}: {self.num_experts} experts of "
+            f"{self.hidden_size} x {self.width}, {self.format}, {html.byte_size(self.nbytes)}, "
+            f"{self.kernel}, {self.placement})"
         )
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Step:
 def label(settings: Mapping[str, Any]) -> str:
     """Overrides in one line, as Python would take them: {"top_k": 6} -> "top_k=6"."""
     shown = {k: v if isinstance(v, str) else repr(v) for k, v in settings.items()}
+    shown = {k: v.partition("\n")[0] for k, v in shown.items()}  # of a rule set, its first line
     return ", ".join(f"{name}={value}" for name, value in shown.items()) or "as loaded"
 
 

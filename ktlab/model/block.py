@@ -4,6 +4,7 @@ B batch, T tokens, D hidden.
 """
 
 import copy
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from ktlab.errors import StageError
 from ktlab.experts.bank import ExpertBank
 from ktlab.experts.mlp import MLP
 from ktlab.kernels.norm import rms_norm
+from ktlab.model.deferral import Later, split
 from ktlab.model.whole_layer import WholeLayer
 from ktlab.probe import NO_PROBE, Probe
 from ktlab.routing.router import Router
@@ -25,6 +27,9 @@ _Block = TypeVar("_Block", bound="Block")
 
 class Block:
     """What both kinds of layer share: norms, attention and the residual stream."""
+
+    deferred = 0
+    """Experts of each token that the next layer adds (`ktlab.model.deferral`)."""
 
     def __init__(
         self,
@@ -42,26 +47,41 @@ class Block:
         self._whole: WholeLayer | None = None
 
     def forward(
-        self, hidden_BTD: Tensor, cache: LayerCache, positions_BT: Tensor, probe: Probe = NO_PROBE
+        self,
+        hidden_BTD: Tensor,
+        cache: LayerCache,
+        positions_BT: Tensor,
+        probe: Probe = NO_PROBE,
+        later: Later | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D); writes this layer's cache."""
-        if hidden_BTD.shape[:2] == (1, 1) and type(self) in PLAIN and not probe.inside:
+        """(B, T, D) -> (B, T, D); writes this layer's cache.
+
+        `later` brings what the layer before deferred and takes what this one does; without it
+        nothing is deferred.
+        """
+        left = None if later is None else later.take()
+        defers = self.deferred > 0 and later is not None
+        if hidden_BTD.shape[:2] == (1, 1) and type(self) in PLAIN and not (probe.inside or defers):
             self._whole = whole = WholeLayer.of(self, self._whole)
             if whole.usable:
                 self.attention.check_cache(cache)
                 with probe.stage(f"layers.{self.index}"):
-                    return whole.forward(hidden_BTD, cache, positions_BT)
+                    hidden_BTD = whole.forward(hidden_BTD, cache, positions_BT)
+                return hidden_BTD if left is None else hidden_BTD + left().view_as(hidden_BTD)
         eps = self.config.rms_eps
         with probe.stage(f"layers.{self.index}.attention"):
             normed = rms_norm(hidden_BTD, self.attention_norm_D, eps)
             hidden_BTD = hidden_BTD + self.attention.forward(normed, cache, positions_BT, probe)
-        normed = rms_norm(hidden_BTD, self.mlp_norm_D, eps)
-        mixed_TD = self.feed_forward(normed.flatten(0, 1), probe)
+        normed_TD = rms_norm(hidden_BTD, self.mlp_norm_D, eps).flatten(0, 1)
+        more = (later,) if defers else ()  # a layer of one's own need not know of it
+        mixed_TD = self.feed_forward(normed_TD, probe, *more)
         hidden_BTD = hidden_BTD + mixed_TD.view_as(hidden_BTD)
+        if left is not None:
+            hidden_BTD = hidden_BTD + left().view_as(hidden_BTD)
         probe.record(f"layers.{self.index}.hidden", hidden_BTD.flatten(0, 1))
         return hidden_BTD
 
-    def feed_forward(self, hidden_TD: Tensor, probe: Probe) -> Tensor:
+    def feed_forward(self, hidden_TD: Tensor, probe: Probe, later: Later | None = None) -> Tensor:
         raise NotImplementedError
 
     def let_go(self) -> None:
@@ -104,7 +124,7 @@ class DenseBlock(Block):
         super().__init__(*common)
         self.mlp = mlp
 
-    def feed_forward(self, hidden_TD: Tensor, probe: Probe) -> Tensor:
+    def feed_forward(self, hidden_TD: Tensor, probe: Probe, later: Later | None = None) -> Tensor:
         with probe.stage(f"layers.{self.index}.mlp"):
             output_TD = self.mlp.forward(hidden_TD)
         probe.record(f"layers.{self.index}.mlp.output", output_TD)
@@ -145,12 +165,16 @@ class MoEBlock(Block):
         self.experts = experts
         self.shared = shared
 
-    def feed_forward(self, hidden_TD: Tensor, probe: Probe) -> Tensor:
+    def feed_forward(self, hidden_TD: Tensor, probe: Probe, later: Later | None = None) -> Tensor:
         name = f"layers.{self.index}"
         with probe.stage(f"{name}.router"):
             routing = self.router.forward(hidden_TD)
+        ids_TK = routing.ids_TK
+        if later is not None:
+            ids_TK, light_TK = split(ids_TK, routing.weights_TK, self.deferred)
+            later.leave(partial(self._light, hidden_TD, light_TK, routing.weights_TK, probe))
         with probe.stage(f"{name}.experts"):
-            routed_TD = self.experts.forward(hidden_TD, routing.ids_TK, routing.weights_TK)
+            routed_TD = self.experts.forward(hidden_TD, ids_TK, routing.weights_TK)
         probe.record(f"{name}.router.logits", routing.logits_TE)
         probe.record(f"{name}.router.scores", routing.scores_TE)
         probe.record(f"{name}.router.ids", routing.ids_TK)
@@ -162,6 +186,16 @@ class MoEBlock(Block):
             shared_TD = self.shared.forward(hidden_TD)
         probe.record(f"{name}.shared.output", shared_TD)
         return routed_TD + shared_TD
+
+    def _light(
+        self, hidden_TD: Tensor, light_TK: Tensor, weights_TK: Tensor, probe: Probe
+    ) -> Tensor:
+        """What the next layer adds."""
+        name = f"layers.{self.index}.deferred"
+        with probe.stage(name):
+            light_TD = self.experts.forward(hidden_TD, light_TK, weights_TK)
+        probe.record(f"{name}.output", light_TD)
+        return light_TD
 
     def stages(self) -> dict[str, Any]:
         stages = {"attention": self.attention, "router": self.router, "experts": self.experts}

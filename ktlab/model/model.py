@@ -32,6 +32,7 @@ from ktlab.model.block import Layer, MoEBlock
 from ktlab.model.build import build_layers, vector
 from ktlab.model.copies import check_use
 from ktlab.model.cost import Cost, cost
+from ktlab.model.deferral import Later
 from ktlab.model.pack import pack_model
 from ktlab.model.residency import Residency, residency
 from ktlab.model.settings import SWITCHES, Change, Settings, apply, current
@@ -208,8 +209,9 @@ class Model:
             with probe.stage("embedding"):
                 hidden_BTD = self._embed(ids_BT[:, part])
             probe.record("embedding", hidden_BTD.flatten(0, 1))
+            later = Later()
             for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-                hidden_BTD = block.forward(hidden_BTD, layer_cache, part_BT, probe)
+                hidden_BTD = block.forward(hidden_BTD, layer_cache, part_BT, probe, later)
             pieces.append(hidden_BTD)
         cache.lengths_B += torch.tensor(lengths) if lengths is not None else tokens
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
@@ -234,9 +236,10 @@ class Model:
 
         top_k=6 or {layer: k} · rule=RelativeThreshold(0.2) or {layer: rule} · attention="naive" ·
         format="q4_0" (experts; also named quantize), {"attention": "q8_0"} or {layer: "q4_0"} ·
-        mask={layer: [ids]} · force={layer: [ids]} · backend, isa, layout, threads, numa, few: one
-        value for all matrices, {layer: value} for the experts of layers, {"attention": value} for
-        components.
+        mask={layer: [ids]} · force={layer: [ids]} · deferred=2 or {layer: n} (so many experts of
+        each token are added by the next layer; the last one keeps its own) · rules=RuleSet ·
+        backend, isa, layout, threads, numa, few: one value for all matrices, {layer: value} for the
+        experts of layers, {"attention": value} for components.
         Nestable. Raises `SettingError` before anything has changed.
         """
         change = self.set(**changes)
@@ -397,7 +400,8 @@ class Model:
         bank = block.experts
         return (
             f"{attention}, {bank.num_experts} experts {bank.format} on {bank.placement}, "
-            f"{block.router.rule}, {bank.kernel}, {html.byte_size(block.nbytes)}"
+            f"{block.router.rule}{f', {block.deferred} deferred' * (block.deferred > 0)}, "
+            f"{bank.kernel}, {html.byte_size(block.nbytes)}"
         )
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ktlab.attention.cache import USUAL_FORMS
 from ktlab.errors import SettingError, nearest
 from ktlab.experts.bank import ExpertBank
+from ktlab.experts.banks import layers as ranges
 from ktlab.kernels import dispatch
 from ktlab.kernels.computed import Computed
 from ktlab.kernels.request import AUTO, REQUEST_WORDS
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from ktlab.model.model import Model
 
 SWITCHES = (
-    "top_k", "rule", "attention", "quantize", "format", "mask", "force", *REQUEST_WORDS
+    "rules", "top_k", "rule", "attention", "quantize", "format", "mask", "force", "deferred",
+    *REQUEST_WORDS,
 )  # fmt: skip
 """What `override` and `set` accept."""
 COMPONENTS = ("attention", "dense", "experts", "shared", "output")
@@ -44,6 +46,10 @@ class Settings:
     formats: Mapping[str, str]
     mask: Mapping[int, tuple[int, ...]]
     force: Mapping[int, tuple[int, ...]]
+    deferred: Mapping[int, int]
+    """Experts of each token that the next layer adds, in the layers that defer any."""
+    own: Mapping[str, str]
+    """{"layers.3.router": a class of the user's that stands there, with its words}."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON; a setting that all layers share is given once."""
@@ -64,6 +70,15 @@ class Settings:
             for name in ("mask", "force")
             if (v := getattr(self, name))
         ]
+        if self.deferred:
+            counts = set(self.deferred.values())
+            alike = len(counts) == 1 and len(self.deferred) == len(self.rules) - 1
+            parts.append(f"deferred {counts.pop() if alike else dict(self.deferred)}")
+        for name in dict.fromkeys(self.own.values()):
+            where = [stage for stage, found in self.own.items() if found == name]
+            stages = dict.fromkeys(stage.rpartition(".")[2] for stage in where)
+            numbers = ranges(sorted({int(stage.split(".")[1]) for stage in where}))
+            parts.append(f"{' and '.join(stages)} {name} in layers {numbers}")
         parts.append(f"experts {self.formats.get('experts', 'none')}")
         return ", ".join(map(str, parts))
 
@@ -94,6 +109,13 @@ def current(model: "Model") -> Settings:
         formats=component_formats(model),
         mask={b.index: tuple(sorted(b.router.mask)) for b in moe if b.router.mask},
         force={b.index: b.router.force for b in moe if b.router.force},
+        deferred={b.index: b.deferred for b in moe if b.deferred},
+        own={
+            f"layers.{block.index}.{name}": stage.own
+            for block in model.layers
+            for name, stage in block.stages().items()
+            if getattr(stage, "own", "")
+        },
     )
 
 
@@ -141,6 +163,14 @@ def component_stages(model: "Model") -> Iterator[tuple[str, Any, str]]:
     yield "output", model, "output"
 
 
+class Rules(Protocol):
+    """What the switch `rules` takes; `ktlab.RuleSet` is one."""
+
+    def apply(self, model: "Model") -> "Change":
+        """Set them on a model."""
+        ...
+
+
 class Change:
     """A set of assignments that can be undone, newest first."""
 
@@ -151,6 +181,10 @@ class Change:
         self._undo.append((holder, name, getattr(holder, name)))
         setattr(holder, name, value)
 
+    def take(self, other: "Change") -> None:
+        """Undo what `other` has changed, too: it came later than all that is in here."""
+        self._undo += other._undo
+
     def undo(self) -> None:
         while self._undo:
             setattr(*self._undo.pop())
@@ -160,6 +194,7 @@ def apply(
     model: "Model",
     change: Change,
     *,
+    rules: Rules | None = None,
     top_k: int | Mapping[int, int] | None = None,
     rule: SelectionRule | Mapping[int, SelectionRule] | None = None,
     attention: str | Mapping[int, str] | None = None,
@@ -167,10 +202,17 @@ def apply(
     format: str | Mapping[str | int, str] | None = None,
     mask: Mapping[int, Sequence[int]] | None = None,
     force: Mapping[int, Sequence[int]] | None = None,
+    deferred: int | Mapping[int, int] | None = None,
     **words: Any,
 ) -> None:
     """Make the changes, recording each in `change`; raises `SettingError` on the first impossible
     one, leaving it to the caller to undo. `words` are those of `kernels.request.Request`."""
+    if rules is not None:
+        if not hasattr(rules, "apply"):
+            raise SettingError(
+                f"rules={rules!r}: expected a RuleSet, such as ktlab.RuleSet.read(FILE)"
+            )
+        change.take(rules.apply(model))  # first: what is named beside them counts more
     if quantize is not None and format is not None:
         raise SettingError("quantize and format are two names of one switch; give one of them")
     wanted = format if quantize is None else quantize
@@ -191,6 +233,8 @@ def apply(
         change.set(moe[index].router, "mask", frozenset(experts))
     for index, experts in _per_layer("force", force, moe).items():
         change.set(moe[index].router, "force", tuple(experts))
+    for index, count in _deferred(deferred, moe).items():
+        change.set(moe[index], "deferred", count)
     for index, form in _per_layer("attention", attention, every).items():
         change.set(every[index].attention, "form", form)
     _set_kernels(model, change, words)
@@ -198,6 +242,35 @@ def apply(
         check_prepared(model, before, _every_product(model))
     for block in moe.values():
         block.router.check()
+        _check_deferred(block)
+
+
+def _deferred(value: Any, moe: Mapping[int, MoEBlock]) -> dict[int, Any]:
+    """{layer: experts to defer}; one number is for all layers that have a next one with experts."""
+    last = max(moe, default=None)
+    wanted = dict(value) if isinstance(value, Mapping) else value
+    before = {index: block for index, block in moe.items() if index != last}
+    if isinstance(wanted, dict) and wanted.get(last):
+        raise SettingError(
+            f"deferred: layer {last} is the last one with experts and has none to hand them to; it "
+            f"applies to layers {list(before)}"
+        )
+    if isinstance(wanted, dict):
+        wanted.pop(last, None)
+    elif wanted and not before:
+        raise SettingError(
+            f"deferred={wanted!r}: it takes two layers with experts, found {len(moe)}"
+        )
+    return _per_layer("deferred", wanted, before)
+
+
+def _check_deferred(block: MoEBlock) -> None:
+    count, most = block.deferred, block.router.rule.k_max
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= most:
+        raise SettingError(
+            f"layers.{block.index}: deferred = {count!r}; expected a whole number from 0 to "
+            f"{most}, the experts that a token of this layer takes"
+        )
 
 
 def _set_kernels(model: "Model", change: Change, words: Mapping[str, Any]) -> None:

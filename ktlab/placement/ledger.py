@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from ktlab.checkpoint.config import MLASizes, ModelConfig
 from ktlab.html import decimal_bytes
-from ktlab.placement.machine import CPU, GPU, Device
+from ktlab.placement.machine import CPU, DISK, Device, Machine
 from ktlab.placement.placed import Placed
+from ktlab.placement.placement import Placement, kind_of
 from ktlab.record import Record
 
-ELEMENT_BYTES = {CPU: 4, GPU: 2}
+ELEMENT_BYTES = {"cpu": 4, "cuda": 2}
 """Of activations and cache: float32 on the CPU, bfloat16 on a GPU."""
-CACHE_FORMATS = {CPU: "f32", GPU: "bf16"}
-RUNTIME_BYTES = {CPU: 300_000_000, GPU: 500_000_000}
+CACHE_FORMATS = {"cpu": "f32", "cuda": "bf16"}
+RUNTIME_BYTES = {"cpu": 300_000_000, "cuda": 500_000_000}
 """What is there before any weight. Python, torch and the kernels: a process showed a peak of 297 MB
 after two tokens of the embedded model. CUDA's context and its libraries' work space: what is usual,
 not measured by us."""
@@ -75,6 +76,52 @@ class Ledger(Record):
         return f"does not fit: {of}, {decimal_bytes(-self.headroom)} too much at any context"
 
 
+def ledgers(
+    config: ModelConfig,
+    machine: Machine,
+    placement: Placement,
+    placed: Sequence[Placed],
+    *,
+    form: str,
+    context: int,
+    chunk: int,
+    copies: int,
+) -> list[Ledger]:
+    """One for each device of the machine, and for each that the placement names besides."""
+
+    def of(device: Device) -> Ledger:
+        attends = sum(
+            placement.device("attention", layer=layer) == device.name
+            for layer in range(config.num_layers)
+        )
+        return ledger(
+            config, device, placed, form=form, context=context, chunk=chunk, copies=copies,
+            attends=attends,
+        )  # fmt: skip
+
+    nodes = [name for name in placement.devices if name.startswith("numa:")]
+    apart = [of(_node(machine, name)) for name in nodes]
+    taken = sum(one.needed for one in apart)
+    found = []
+    for device in machine.devices:
+        if device.name == CPU and taken and device.capacity is not None:
+            rest = max(0, device.capacity - taken)
+            device = Device(name=CPU, capacity=rest, about="what the NUMA nodes' parts leave")
+        found.append(of(device))
+    known = {one.device for one in [*found, *apart]}
+    others = [name for name in placement.devices if name not in known]
+    return [*found, *apart, *(of(Device(name=name, capacity=None)) for name in others)]
+
+
+def _node(machine: Machine, name: str) -> Device:
+    """A NUMA node: its share of host memory."""
+    if name in machine:
+        return machine[name]
+    capacity = machine[CPU].capacity
+    share = None if capacity is None else capacity // machine.numa_nodes
+    return Device(name=name, capacity=share, about=f"1 of {machine.numa_nodes} nodes")
+
+
 def ledger(
     config: ModelConfig,
     device: Device,
@@ -84,25 +131,32 @@ def ledger(
     context: int,
     chunk: int,
     copies: int,
-    caches_here: bool,
-    computes_here: bool,
+    attends: int,
 ) -> Ledger:
-    """The bytes of one device. `copies` of the experts exist in host memory, one a NUMA node."""
+    """The bytes of one device. `copies` of the experts exist in host memory, one a NUMA node;
+    attention of `attends` layers is here, and so is their cache."""
     here = [p for p in placed if p.device == device.name]
+    kind = kind_of(device.name)
+    if kind == DISK:
+        stored = sum(p.part.bytes for p in here if p.part.component != "nextn")
+        nothing = dict.fromkeys(KINDS, 0) | {"weights": stored}
+        return Ledger(device=DISK, capacity=device.capacity, largest_context=None, **nothing)
     experts = sum(p.bytes for p in here if p.part.component == "experts")
     fixed = {
         "weights": sum(p.in_place for p in here),
         "converted": sum(p.converted for p in here),
         "copies": (copies - 1) * experts if device.name == CPU else 0,
-        "runtime": RUNTIME_BYTES[device.name],
+        "runtime": 0 if device.name.startswith("numa:") else RUNTIME_BYTES[kind],
     }
 
     def growing(positions: int) -> dict[str, int]:
-        cached = cache_bytes(config, form, positions, ELEMENT_BYTES[device.name])
-        worked = activation_bytes(config, form, min(chunk, positions), positions, device.name)
+        element = ELEMENT_BYTES[kind]
+        cached = cache_bytes(config, form, positions, element) * attends // config.num_layers
+        tokens = min(chunk, positions)
+        worked = activation_bytes(config, form, tokens, positions, kind)
         return {
-            "cache": cached if caches_here else 0,
-            "activations": worked if computes_here else _expert_activations(config, chunk),
+            "cache": cached,
+            "activations": worked if attends else _expert_activations(config, chunk),
         }
 
     longest = None
@@ -126,7 +180,8 @@ def cache_bytes(config: ModelConfig, form: str, context: int, element_bytes: int
 
 
 def activation_bytes(config: ModelConfig, form: str, tokens: int, context: int, device: str) -> int:
-    """The most that one layer holds at a time while T tokens pass at a context of S.
+    """The most that one layer holds at a time while T tokens pass at a context of S, on the CPU or
+    on a GPU (`device` is "cpu" or "cuda").
 
     On the CPU the scores of all heads lie in memory at once, before and after the softmax
     (attention/mla.py); on a GPU they stay in the kernel.
@@ -135,19 +190,19 @@ def activation_bytes(config: ModelConfig, form: str, tokens: int, context: int, 
     widths = 4 * config.hidden_size + 2 * sizes.num_heads * sizes.qk_dim
     if isinstance(sizes, MLASizes) and form == "absorbed":
         widths += sizes.num_heads * (2 * sizes.kv_lora_rank + sizes.qk_rope_dim)
-    scores = 2 * sizes.num_heads * context if device == CPU else 0
+    scores = 2 * sizes.num_heads * context if device == "cpu" else 0
     shared = config.num_shared_experts * config.expert_size
     inner = max(config.intermediate_size if config.first_dense_layers else 0, shared)
     numbers = tokens * (widths + max(scores, 2 * inner)) + 2 * config.vocab_size
     return ELEMENT_BYTES[device] * numbers + (
-        _expert_activations(config, tokens) if device == CPU else 0
+        _expert_activations(config, tokens) if device == "cpu" else 0
     )
 
 
 def _expert_activations(config: ModelConfig, tokens: int) -> int:
     """The routed experts' part in host memory: inputs gathered, two inner widths, outputs."""
     per_token = config.top_k * (2 * config.expert_size + config.hidden_size)
-    return ELEMENT_BYTES[CPU] * tokens * (per_token + config.hidden_size)
+    return ELEMENT_BYTES["cpu"] * tokens * (per_token + config.hidden_size)
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:

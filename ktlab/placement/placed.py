@@ -1,6 +1,6 @@
-"""Which device each component goes to, and in which format it is computed there."""
+"""What is on each device under a placement, and in which format it is computed there."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -9,8 +9,10 @@ from ktlab.checkpoint.converted import wanted_format
 from ktlab.checkpoint.facts import ModelFacts, TensorFacts
 from ktlab.checkpoint.names import is_quantizable
 from ktlab.kernels import codings, native
-from ktlab.placement.machine import CPU, DISK, GPU, Machine
+from ktlab.placement.machine import CPU, GPU, Machine
 from ktlab.placement.parts import Part, grouped, part
+from ktlab.placement.placement import PHASES, PLACEABLE, Placement, kind_of
+from ktlab.placement.ranges import write_ranges
 from ktlab.quantization import Format, fallback_format, get_format
 from ktlab.record import Record
 
@@ -38,6 +40,12 @@ class Placed(Record):
     """Bytes that are made while loading: another format, or a copy in another memory."""
     conversions: tuple[str, ...] = ()
     """What is made of what, e.g. "q4_k -> int4_group128"."""
+    phases: tuple[str, ...] = PHASES
+    """When it is computed there. What moves between the phases is on both devices."""
+    experts: str = ""
+    """Which of a layer's experts, as ranges; "" where it is all of them or there are none."""
+    share: float = 1.0
+    """Of the component, where experts are apart."""
 
     @property
     def bytes(self) -> int:
@@ -45,16 +53,30 @@ class Placed(Record):
         return self.in_place + self.converted
 
 
+FormatOf = Callable[[TensorFacts, str, str], str]
+"""The format of a tensor of a component on a device."""
+
+
+def usual(config: ModelConfig, machine: Machine) -> Placement:
+    """KTransformers' rule: what a token uses most on the GPU, routed experts and embedding in host
+    memory. Without a GPU everything is there."""
+    found = Placement.everywhere(config, CPU)
+    if GPU in machine:
+        for component in PLACEABLE:
+            if component not in ON_CPU and found.model.layers_of(component):
+                found = found.put(component, GPU)
+    return found
+
+
 def place(
     facts: ModelFacts,
-    machine: Machine,
+    placement: Placement,
     *,
     convert: Mapping[Format, Format],
     quantize: Mapping[str, Format],
     gpu_formats: Conversions,
 ) -> list[Placed]:
-    """The parts on their devices, by KTransformers' rule: what a token uses most on the GPU, routed
-    experts and embedding in host memory. Without a GPU everything is there.
+    """The parts on their devices: one row for each device (and phase) that has some of a part.
 
     `convert` and `quantize` are those of `ktlab.load`, by format and by a glob over names;
     `gpu_formats` overrides the 4 bits, {component: format}.
@@ -62,34 +84,84 @@ def place(
     groups = grouped(facts)
 
     def format_of(tensor: TensorFacts, component: str, device: str) -> str:
-        if device == GPU:
+        if kind_of(device) == "cuda":
             return _gpu_format(tensor, component, gpu_formats)
-        if device == DISK:
+        if kind_of(device) == "disk":
             return tensor.format
         stored = get_format(tensor.format)
         return _cpu_format(
             tensor, component, wanted_format(tensor.name, tensor.shape, stored, convert, quantize)
         )
 
-    def placed(layer: int | None, component: str, tensors: list[TensorFacts]) -> Placed:
-        device = device_of(component, machine)
-        return _placed(facts.config, layer, component, tensors, device, format_of)
-
-    found = [placed(layer, component, tensors) for (layer, component), tensors in groups.items()]
+    found = []
+    for (layer, component), tensors in groups.items():
+        whole: dict[str, Placed] = {}
+        for device, phases, experts in _seats(placement, component, layer):
+            if device not in whole:
+                whole[device] = _placed(facts.config, layer, component, tensors, device, format_of)
+            found.append(_some(whole[device], phases, experts, facts.config.num_experts))
     if facts.config.tied_output:
-        output = placed(None, "output", groups[None, "embedding"])
-        # One tensor serves both: in one memory it is there once, a GPU has a copy of its own.
-        if output.device == CPU:
-            output = replace(output, in_place=0, converted=0)
-        found.append(replace(output, part=replace(output.part, parameters=0, bytes=0)))
+        found += _tied(facts, placement, groups[None, "embedding"], format_of)
     return found
 
 
-def device_of(component: str, machine: Machine) -> str:
-    """Where the rule puts a component."""
-    if component == "nextn":
-        return DISK
-    return CPU if component in ON_CPU or GPU not in machine else GPU
+def _seats(
+    placement: Placement, component: str, layer: int | None
+) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...] | None]]:
+    """(device, phases, experts or None) of a part."""
+    if component == "experts" and layer is not None:
+        rows = [placement.experts_row(layer, phase) for phase in PHASES]
+    elif component == "nextn":
+        rows = [("disk",), ("disk",)]
+    else:
+        rows = [(placement.device(component, layer=layer, phase=p),) for p in PHASES]
+    seats: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for expert, (decode, prefill) in enumerate(zip(*rows, strict=True)):
+        if decode == prefill:
+            seats.setdefault((decode, PHASES), []).append(expert)
+        else:
+            for device, phase in zip((decode, prefill), PHASES, strict=True):
+                seats.setdefault((device, (phase,)), []).append(expert)
+    for (device, phases), experts in seats.items():
+        yield device, phases, tuple(experts) if component == "experts" else None
+
+
+def _some(
+    row: Placed, phases: tuple[str, ...], experts: Sequence[int] | None, count: int
+) -> Placed:
+    """The share of a row that is these experts, with the work of decode where it is computed."""
+    if phases == PHASES and (experts is None or len(experts) == count):
+        return row
+    some, of = (1, 1) if experts is None else (len(experts), count)
+    works = some / of if "decode" in phases else 0.0
+    part = row.part
+    return replace(
+        row,
+        part=replace(
+            part,
+            parameters=part.parameters * some // of,
+            bytes=part.bytes * some // of,
+            flop_per_token=part.flop_per_token * works,
+            bytes_per_token=part.bytes_per_token * works,
+        ),
+        in_place=row.in_place * some // of,
+        converted=row.converted * some // of,
+        phases=phases,
+        experts="" if some == of or experts is None else write_ranges(experts),
+        share=some / of,
+    )
+
+
+def _tied(
+    facts: ModelFacts, placement: Placement, tensors: list[TensorFacts], format_of: FormatOf
+) -> Iterator[Placed]:
+    """An output that is the embedding: in one memory it is there once, another has a copy."""
+    for device, phases, _ in _seats(placement, "output", None):
+        output = _placed(facts.config, None, "output", tensors, device, format_of)
+        output = _some(output, phases, None, 0)
+        if device == placement.device("embedding"):
+            output = replace(output, in_place=0, converted=0)
+        yield replace(output, part=replace(output.part, parameters=0, bytes=0))
 
 
 def _placed(
@@ -98,7 +170,7 @@ def _placed(
     component: str,
     tensors: list[TensorFacts],
     device: str,
-    format_of: Callable[[TensorFacts, str, str], str],
+    format_of: FormatOf,
 ) -> Placed:
     stored = part(config, layer, component, tensors)
     sizes: dict[str, int] = {}
@@ -108,7 +180,7 @@ def _placed(
         wanted = format_of(tensor, component, device)
         nbytes = _nbytes(tensor, wanted)
         sizes[wanted] = sizes.get(wanted, 0) + nbytes
-        if wanted == tensor.format and device != GPU:
+        if wanted == tensor.format and kind_of(device) != "cuda":
             in_place += nbytes
         else:
             converted += nbytes
@@ -120,8 +192,8 @@ def _placed(
         part=replace(stored, bytes_per_token=stored.bytes_per_token * scale),
         device=device,
         formats=tuple(sorted(sizes, key=lambda name: -sizes[name])),
-        in_place=in_place if device != DISK else 0,
-        converted=converted if device != DISK else 0,
+        in_place=in_place if kind_of(device) != "disk" else 0,
+        converted=converted if kind_of(device) != "disk" else 0,
         conversions=tuple(changes),
     )
 

@@ -445,6 +445,17 @@ class Placement(Record):
     def __repr__(self) -> str:
         return f"Placement of {self.to_yaml().rstrip()}"
 
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        from ktlab.placement.grid import bundle
+
+        return bundle(self)
+
+
+def kind_of(device: str) -> str:
+    """What computes there: "cpu" (also of a NUMA node), "cuda", or "disk" for what waits there."""
+    kind = device.partition(":")[0]
+    return "cpu" if kind == "numa" else kind
+
 
 def check_device(device: object) -> str:
     """`device` if it is a device word, else PlacementError."""

@@ -15,6 +15,8 @@ places:
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -161,6 +163,16 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> _Twice:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def read_placement(path: "str | PathLike[str]") -> Placement:
+    """The placement of a .json file, or of any other as YAML; PlacementError names the file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlacementError(f"{fspath(path)}: cannot be read: {error}") from error
+    read = from_json if Path(path).suffix == ".json" else from_yaml
+    return read(text, fspath(path))
 
 
 def from_yaml(text: str, source: str) -> Placement:

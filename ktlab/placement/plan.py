@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.converted import Quantization
 from ktlab.checkpoint.facts import ModelFacts, read_facts
-from ktlab.errors import SettingError, nearest
+from ktlab.errors import PlacementError, SettingError, nearest
 from ktlab.html import decimal_bytes
 from ktlab.model.from_disk import FromDisk, from_disk
 from ktlab.placement import view
 from ktlab.placement.known import Known, known
-from ktlab.placement.ledger import CACHE_FORMATS, ELEMENT_BYTES, Ledger, cache_bytes, ledger
+from ktlab.placement.ledger import CACHE_FORMATS, ELEMENT_BYTES, Ledger, ledgers
 from ktlab.placement.machine import CPU, GPU, Machine, Size, get_machine
 from ktlab.placement.parts import COMPONENTS, cache_part
-from ktlab.placement.placed import Placed, device_of, place
+from ktlab.placement.placed import Placed, place, usual
+from ktlab.placement.placement import Placement, kind_of
 from ktlab.quantization import get_format
 from ktlab.record import Record
 
@@ -52,8 +53,10 @@ class Plan(Record):
     """{form: bytes of the cache at this context}, each form that the model has."""
     chunk: int
     numa_copies: int
+    placement: Placement
+    """Where everything goes."""
     rows: tuple[Placed, ...]
-    """Component by layer."""
+    """Component by layer, a row for each device that has some of it."""
     ledgers: tuple[Ledger, ...]
     """One for each device."""
     known: tuple[Known, ...] = ()
@@ -90,6 +93,30 @@ class Plan(Record):
         lines = [one.verdict for one in self.ledgers]
         lines += [str(self.disk)] if self.disk is not None else []
         return (*lines, *map(str, self.known), *self.notes)
+
+    def check(self) -> None:
+        """PlacementError where a device is too small for what must be there: by how much, and how
+        much of it are routed experts, which could go elsewhere."""
+        problems = []
+        for one in self.ledgers:
+            if one.fits is not False or one.headroom is None or one.capacity is None:
+                continue
+            experts = sum(
+                row.bytes
+                for row in self.rows
+                if row.device == one.device and row.part.component == "experts"
+            )
+            short = decimal_bytes(-one.headroom)
+            line = f"{one.device} needs {decimal_bytes(one.needed)} and has "
+            line += f"{decimal_bytes(one.capacity)}: {short} too little"
+            if experts:
+                line += f"; {decimal_bytes(experts)} of it are routed experts"
+                if experts + one.headroom < 0:
+                    rest = decimal_bytes(-one.headroom - experts)
+                    line += f", and without any of them it would still be {rest} too little"
+            problems.append(line)
+        if problems:
+            raise PlacementError(f"{self.model}, context {self.context:,}: " + "; ".join(problems))
 
     @property
     def flop_per_token(self) -> float:
@@ -138,6 +165,7 @@ class Plan(Record):
 def plan(
     path_or_name: "str | PathLike[str]",
     *,
+    placement: "Placement | Plan | None" = None,
     format: str | None = None,
     ram: Size | None = None,
     vram: Size | None = None,
@@ -146,51 +174,53 @@ def plan(
     attention: str | None = None,
     convert: Mapping[str, str] | None = None,
     quantize: Quantization | None = None,
-    gpu_formats: Mapping[str, str] | None = None,
+    gpu_formats: str | Mapping[str, str] | None = None,
     numa_copies: int = 1,
     chunk: int = CHUNK,
 ) -> Plan:
     """What a model needs and where it would go, from its header alone.
 
     `path_or_name` is a .gguf file, any shard, a folder, "tiny", or a published model such as
-    "deepseek-v3" with `format="q4_k_m"`. `ram` and `vram` are sizes ("382GB", "24GiB", bytes);
-    `machine="this"` measures. `context` in tokens, by default 8,192 or what the model has.
-    `attention` is the form whose cache counts. `convert` and `quantize` are those of `load`;
-    `gpu_formats` overrides the 4 bits of a GPU by component, {"attention": "bf16"}. `numa_copies`
-    copies of the experts exist in host memory. Raises CheckpointError for a bad file, SettingError
-    or FormatError for a bad argument.
+    "deepseek-v3" with `format="q4_k_m"`. `placement` says what goes where, by default by
+    KTransformers' rule; without a machine any device may be named. `ram` and `vram` are sizes
+    ("382GB", "24GiB", bytes); `machine="this"` measures. `context` in tokens, by default 8,192 or
+    what the model has. `attention` is the form whose cache counts. `convert` and `quantize` are
+    those of `load`; `gpu_formats` overrides the 4 bits of a GPU, for all or by component, {"attention": "bf16"}.
+    `numa_copies` copies of the experts exist in host memory. Raises CheckpointError for a bad file,
+    SettingError or FormatError for a bad argument, PlacementError for a placement of another model
+    or on devices that are not there.
     """
     facts = read_facts(fspath(path_or_name), format=format)
     config = facts.config
     where = get_machine(machine, ram=ram, vram=vram)
     positions = _context(config, context)
     form = _form(config, attention)
+    if isinstance(gpu_formats, str):
+        gpu_formats = dict.fromkeys(COMPONENTS, gpu_formats)
     _check(config, numa_copies, chunk, gpu_formats or {})
+    rule = usual(config, where)
+    chosen = rule if placement is None else placement.placement
+    there = _devices(where, chosen, anything=machine is None and vram is None)
+    chosen.check(config, there)
     globs = {"*": quantize} if isinstance(quantize, str) else quantize or {}
     weights = place(
         facts,
-        where,
+        chosen,
         convert={get_format(found): get_format(made) for found, made in (convert or {}).items()},
         quantize={glob: get_format(made) for glob, made in globs.items()},
         gpu_formats=gpu_formats or {},
     )
-    cache_device = device_of("cache", where)
-    rows = [*weights, *_caches(config, form, positions, cache_device)]
-    ledgers = [
-        ledger(
-            config,
-            device,
-            weights,
-            form=form,
-            context=positions,
-            chunk=chunk,
-            copies=numa_copies,
-            caches_here=device.name == cache_device,
-            computes_here=device.name == cache_device,
-        )
-        for device in where.devices
-    ]
-    element = ELEMENT_BYTES[cache_device]
+    rows = [*weights, *_caches(config, chosen, form, positions)]
+    counted = ledgers(
+        config,
+        where,
+        chosen,
+        weights,
+        form=form,
+        context=positions,
+        chunk=chunk,
+        copies=numa_copies,
+    )
     forms = config.attention.cache_elements
     return Plan(
         model=facts.name,
@@ -201,15 +231,27 @@ def plan(
         stored_bytes=facts.nbytes,
         context=positions,
         attention=form,
-        cache_bytes={name: cache_bytes(config, name, positions, element) for name in forms},
+        cache_bytes={name: _cached(config, chosen, name, positions) for name in forms},
         chunk=chunk,
         numa_copies=numa_copies,
+        placement=chosen,
         rows=tuple(sorted(rows, key=_order)),
-        ledgers=tuple(ledgers),
-        known=tuple(known(config, weights, ledgers, numa_copies)),
-        disk=_disk(facts, ledgers, rows),
-        notes=tuple(_notes(facts, where, rows, ledgers)),
+        ledgers=tuple(counted),
+        known=tuple(known(config, weights, counted, numa_copies)) if chosen == rule else (),
+        disk=_disk(facts, counted, rows),
+        notes=tuple(_notes(facts, where, rows, counted, numa_copies)),
     )
+
+
+def _devices(machine: Machine, placement: Placement, *, anything: bool) -> list[str]:
+    """The device words that a placement may use on a machine; all, where none was given."""
+    nodes = [f"numa:{node}" for node in range(machine.numa_nodes)]
+    return [*(d.name for d in machine.devices), *nodes, *(placement.devices if anything else ())]
+
+
+def _cached(config: ModelConfig, placement: Placement, form: str, context: int) -> int:
+    """Bytes of the cache of all layers in a form, each where it is."""
+    return sum(row.bytes for row in _caches(config, placement, form, context))
 
 
 def _context(config: ModelConfig, context: int | None) -> int:
@@ -257,16 +299,18 @@ def _check(
         get_format(format)  # FormatError with the nearest name
 
 
-def _caches(config: ModelConfig, form: str, context: int, device: str) -> list[Placed]:
+def _caches(config: ModelConfig, placement: Placement, form: str, context: int) -> list[Placed]:
     found = []
     for layer in range(config.num_layers):
+        device = placement.device("cache", layer=layer)
+        kind = kind_of(device)
         part = cache_part(
             config,
             layer,
             form=form,
             context=context,
-            element_bytes=ELEMENT_BYTES[device],
-            format=CACHE_FORMATS[device],
+            element_bytes=ELEMENT_BYTES[kind],
+            format=CACHE_FORMATS[kind],
         )
         found.append(
             Placed(part=part, device=device, formats=part.formats, in_place=0, converted=part.bytes)
@@ -296,7 +340,9 @@ def _disk(facts: ModelFacts, ledgers: list[Ledger], rows: list[Placed]) -> FromD
     return from_disk(
         facts.files,
         capacity=host.capacity - (host.needed - host.weights),
-        experts=sum(row.in_place for row in rows if row.part.component == "experts"),
+        experts=sum(
+            row.in_place for row in rows if row.device == CPU and row.part.component == "experts"
+        ),
         others=sum(
             row.in_place
             for row in rows
@@ -309,7 +355,7 @@ def _disk(facts: ModelFacts, ledgers: list[Ledger], rows: list[Placed]) -> FromD
 
 
 def _notes(
-    facts: ModelFacts, machine: Machine, rows: list[Placed], ledgers: list[Ledger]
+    facts: ModelFacts, machine: Machine, rows: list[Placed], ledgers: list[Ledger], copies: int
 ) -> list[str]:
     notes = []
     nextn = sum(row.part.bytes for row in rows if row.part.component == "nextn")
@@ -326,6 +372,9 @@ def _notes(
             {m for row in rows if row.device == CPU for m in row.conversions if m.endswith("f32")}
         )
         notes.append(f"float32 copies in host memory, {decimal_bytes(floats)}: {', '.join(made)}")
+    if copies > 1:
+        more = sum(one.copies for one in ledgers)
+        notes.append(f"{copies} copies of the experts: {decimal_bytes(more)} more than one takes")
     if GPU in machine:
         notes.append("the GPU's part is made anew while loading; its file pages can be dropped")
         spare = sum(one.headroom or 0 for one in ledgers if one.device == GPU)

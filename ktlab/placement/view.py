@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from ktlab import figures, html
 from ktlab.html import decimal_bytes
+from ktlab.placement.grid import Share, placement_grid
 from ktlab.placement.ledger import KINDS, Ledger
-from ktlab.placement.parts import COMPONENTS
 from ktlab.placement.placed import Placed
+from ktlab.placement.placement import PHASES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,17 +19,6 @@ if TYPE_CHECKING:
 
 TONES = {True: "ok", False: "bad", None: ""}
 WORDS = {True: "fits", False: "does not fit", None: "no limit given"}
-_COLORS = {"cpu": figures.BLUE, "cuda:0": figures.ORANGE, "disk": figures.INK}
-_GRID = (
-    "<style>.ktlab .grid{overflow-x:auto}"
-    "div.ktlab.ktlab.ktlab .grid table td,div.ktlab.ktlab.ktlab .grid table th{"
-    "padding:1px 2px 1px 0;border:0;font-size:11px;font-weight:400}"
-    ".ktlab .grid th b{display:block;width:10px;overflow:visible;white-space:nowrap;"
-    "font-weight:400}"
-    ".ktlab .grid i{display:block;width:10px;height:14px;border-radius:2px;opacity:.85}"
-    ".ktlab .k{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 5px 0 12px}"
-    "</style>"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +82,8 @@ def record(row: Placed) -> dict[str, Any]:
         "layer": part.layer,
         "component": part.component,
         "device": row.device,
+        "phases": "+".join(row.phases),
+        "experts": row.experts,
         "stored": "+".join(part.formats),
         "format": "+".join(row.formats),
         "parameters": part.parameters,
@@ -210,32 +202,18 @@ def bundle(plan: "Plan") -> dict[str, Any]:
 
 def grid(plan: "Plan") -> html.Raw:
     """Component by layer, coloured by device; the details of a cell on hovering."""
-    layers = sorted({row.part.layer for row in plan.rows if row.part.layer is not None})
-    cells = {
-        (row.part.component, row.part.layer): row for row in plan.rows if row.part.layer is not None
-    }
-    present = [c for c in COMPONENTS if any((c, layer) in cells for layer in layers)]
-    head = "".join(f"<th><b>{layer if layer % 5 == 0 else ''}</b></th>" for layer in layers)
-    body = ""
-    for component in present:
-        marks = "".join(_cell(cells.get((component, layer))) for layer in layers)
-        body += f"<tr><td>{component}</td>{marks}</tr>"
-    used = dict.fromkeys(row.device for row in plan.rows)
-    key = "".join(
-        f'<span class="k" style="background:{_COLORS.get(name, figures.PURPLE)}"></span>{name}'
-        for name in used
-    )
-    table = f'<div class="grid"><table><tr><td></td>{head}</tr>{body}</table></div>'
-    return html.Raw(f"{_GRID}<div>where each layer's components go:{key}</div>{table}")
-
-
-def _cell(row: Placed | None) -> str:
-    if row is None:
-        return "<td></td>"
-    about = f"layer {row.part.layer}, {row.part.component}: {'+'.join(row.formats)}, "
-    about += f"{decimal_bytes(row.bytes)} on {row.device}"
-    color = _COLORS.get(row.device, figures.PURPLE)
-    return f'<td><i title="{html.text(about)}" style="background:{color}"></i></td>'
+    cells: dict[tuple[str, int | None], list[Share]] = {}
+    for row in plan.rows:
+        about = f"{'+'.join(row.formats)}, {decimal_bytes(row.bytes)}"
+        share = Share(
+            device=row.device,
+            share=row.share,
+            experts=row.experts,
+            phases=row.phases,
+            about=about,
+        )
+        cells.setdefault((row.part.component, row.part.layer), []).append(share)
+    return placement_grid(cells)
 
 
 def plot(plan: "Plan") -> "Figure":
@@ -257,24 +235,40 @@ def plot(plan: "Plan") -> "Figure":
     return figures.memory_bars(devices, limits, title=f"{plan.model}, context {plan.context:,}")
 
 
+def _where(rows: list[Placed]) -> str | None:
+    """ "cpu", or "cpu: 0-7, cuda:0: 8-63 (decode)" where a part is divided."""
+    if not rows:
+        return None
+    found = []
+    for row in rows:
+        experts = f": {row.experts}" if row.experts else ""
+        phases = f" ({row.phases[0]})" if row.phases != PHASES else ""
+        found.append(f"{row.device}{experts}{phases}")
+    return ", ".join(found)
+
+
 def diff(plan: "Plan", other: "Plan") -> "pd.DataFrame":
     """Rows of `other` that differ, beside what they are in `plan`."""
     import pandas as pd
 
-    def key(row: Placed) -> tuple[int | None, str]:
-        return row.part.layer, row.part.component
+    def parts(plan: "Plan") -> dict[tuple[int | None, str], list[Placed]]:
+        found: dict[tuple[int | None, str], list[Placed]] = {}
+        for row in plan.rows:
+            found.setdefault((row.part.layer, row.part.component), []).append(row)
+        return found
 
-    ours, theirs = ({key(r): r for r in p.rows} for p in (plan, other))
+    ours, theirs = parts(plan), parts(other)
     found = []
     for place in dict.fromkeys([*ours, *theirs]):
-        a, b = ours.get(place), theirs.get(place)
+        a, b = ours.get(place, []), theirs.get(place, [])
         if a == b:
             continue
         line: dict[str, Any] = {"layer": place[0], "component": place[1]}
-        for side, row in (("a", a), ("b", b)):
-            line[f"device_{side}"] = row.device if row else None
-            line[f"format_{side}"] = "+".join(row.formats) if row else None
-            line[f"bytes_{side}"] = row.bytes if row else 0
+        for side, rows in (("a", a), ("b", b)):
+            line[f"device_{side}"] = _where(rows)
+            formats = dict.fromkeys(f for row in rows for f in row.formats)
+            line[f"format_{side}"] = "+".join(formats) if rows else None
+            line[f"bytes_{side}"] = sum(row.bytes for row in rows)
         found.append(line)
     columns = ["layer", "component"]
     columns += [f"{what}_{side}" for side in "ab" for what in ("device", "format", "bytes")]

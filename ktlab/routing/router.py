@@ -36,6 +36,9 @@ class Router:
     any time; `check` refuses what cannot work.
     """
 
+    own: str = ""
+    """What a class of the user's that stands here is called, with its words and its code's sum."""
+
     def __init__(
         self, config: ModelConfig, layer: int, gate: Linear, bias_E: Tensor | None
     ) -> None:
@@ -77,7 +80,7 @@ class Router:
 
     def _ranked(self, scores_TE: Tensor) -> Tensor:
         """(T, k_max) ids in order of choice: forced first, then by score plus bias."""
-        choice_TE = scores_TE if self.bias_E is None else scores_TE + self.bias_E
+        choice_TE = self.choice(scores_TE)
         if self.config.n_group > 1:
             choice_TE = self._in_open_groups(choice_TE)
         elif self.force or self.mask:
@@ -88,6 +91,11 @@ class Router:
         if self.mask:
             choice_TE[:, sorted(self.mask)] = -torch.inf
         return choice_TE.topk(self.rule.k_max, dim=-1).indices
+
+    def choice(self, scores_TE: Tensor) -> Tensor:
+        """(T, E) what experts are ranked by, before groups, `mask` and `force`; weights are made of
+        the scores alone. The place for a router of your own to prefer some of them."""
+        return scores_TE if self.bias_E is None else scores_TE + self.bias_E
 
     def _in_open_groups(self, choice_TE: Tensor) -> Tensor:
         """(T, E) with -inf for experts whose group is not among the token's `topk_group` best.
@@ -156,7 +164,7 @@ class Router:
             parts.append(f"masked {sorted(self.mask)}")
         if self.force:
             parts.append(f"forced {list(self.force)}")
-        return f"Router(layer {self.layer}: {', '.join(parts)})"
+        return f"{type(self).__name__}(layer {self.layer}: {', '.join(parts)})"
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         config = self.config

@@ -113,8 +113,8 @@ def test_a_router_or_a_layer_of_ones_own_runs_stage_by_stage() -> None:
             return replace(routing, ids_TK=torch.arange(4).expand_as(routing.ids_TK))
 
     class Louder(MoEBlock):
-        def feed_forward(self, hidden_TD: Tensor, probe: Any) -> Tensor:
-            return 2 * super().feed_forward(hidden_TD, probe)
+        def feed_forward(self, hidden_TD: Tensor, probe: Any, later: Any = None) -> Tensor:
+            return 2 * super().feed_forward(hidden_TD, probe, later)
 
     model = Model(synthesize(TINY_TEST_CONFIG))
     plain = decoded(model)

@@ -1,10 +1,13 @@
 """`ktlab plan` from the command line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from ktlab.checkpoint.published import published_model
 from ktlab.cli import main
+from ktlab.placement import Placement
 
 
 def test_text_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,3 +27,12 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_bad_size_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "tiny", "--ram", "lots"]) == 2
     assert capsys.readouterr().err.startswith("ktlab: ram='lots': expected bytes")
+
+
+def test_a_placement_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = published_model("deepseek-v2-lite").config
+    file = tmp_path / "p.yaml"
+    file.write_text(Placement.everywhere(config, "cpu").put("shared", "cuda:0").to_yaml())
+    asked = ["plan", "deepseek-v2-lite", "--format", "q4_k_m", "--placement", str(file)]
+    assert main([*asked, "--vram", "4GB"]) == 0
+    assert "cuda:0 needs" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from ktlab.checkpoint.published import published_model
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG as TINY
 from ktlab.errors import PlacementError, SettingError
 from ktlab.placement.placement import PHASES, PLACEABLE, Placement
+from ktlab.placement.placement_file import read_placement
 from ktlab.placement.ranges import read_ranges, write_ranges
 
 MOE = range(TINY.first_dense_layers, TINY.num_layers)
@@ -201,3 +203,12 @@ def test_a_file_with_many_faults_names_them_all() -> None:
 def test_texts_that_are_none(text: str, expected: str) -> None:
     with pytest.raises(PlacementError, match=expected):
         Placement.from_yaml(text)
+
+
+def test_a_file(tmp_path: Path) -> None:
+    some = CPU.put("shared", "cuda:0")
+    for name, text in (("p.json", some.to_json()), ("p.yaml", some.to_yaml())):
+        (tmp_path / name).write_text(text)
+        assert read_placement(tmp_path / name) == some
+    with pytest.raises(PlacementError, match=r"none\.yaml: cannot be read"):
+        read_placement(tmp_path / "none.yaml")

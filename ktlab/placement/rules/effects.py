@@ -15,6 +15,7 @@ from ktlab.kernels import dispatch, native
 from ktlab.kernels.computed import Computed
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.request import AUTO, NATIVE_ISAS, Kernel
+from ktlab.placement.rules import own
 from ktlab.placement.rules.modules import Module
 from ktlab.placement.rules.reading import Rule
 from ktlab.placement.rules.vocabulary import (
@@ -42,6 +43,15 @@ class Effect:
     note: str = ""
     new_bytes: int = 0
     """Memory that weights in another format take beside those of the file."""
+    stage: Callable[[], Any] | None = None
+    """Makes what is put in the module's place."""
+    wrong: tuple[str, ...] = ()
+    """Why a class of the user's cannot stand there; `apply` refuses."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is set."""
+        return bool(self.words) or self.stage is not None
 
 
 AS_CONFIGURED = "computed as the model's own configuration says"
@@ -60,6 +70,8 @@ _STANDS_FOR = {
 def effect(rule: Rule, module: Module) -> Effect:
     """What `rule` does to the module that it matches."""
     kind = rule.kind
+    if rule.own is not None:
+        return _own(rule, rule.own, module)
     if kind == DEFAULT:
         return Effect(missing=elsewhere(rule.kwargs))
     if module.kind not in _FITS.get(kind, (kind,)):
@@ -84,6 +96,25 @@ def elsewhere(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(
         f"asks for {place}{'' if len(found) > 1 else ' for ' + found[0]}; computed on the CPU"
         for place, found in phases.items()
+    )
+
+
+def _own(rule: Rule, cls: type, module: Module) -> Effect:
+    missing = elsewhere(rule.kwargs)
+    if module.kind not in own.STAGES:
+        fits = ", ".join(_STANDS_FOR[kind] for kind in own.STAGES)
+        return Effect(
+            missing=(f"{cls.__name__} can stand for {fits}; this is: {module.stage}", *missing)
+        )
+    if wrong := own.misfits(cls, module.ours, module.kind):
+        return Effect(wrong=wrong)
+    if own.stands(cls, module.ours, rule.own_words):
+        return Effect(missing=missing, note=f"{own.called(cls, rule.own_words)} already")
+    return Effect(
+        stage=lambda: own.made(cls, module.ours, rule.own_words),
+        before=module.ours.own.partition("#")[0] or type(module.ours).__name__,
+        after=own.called(cls, rule.own_words),
+        missing=missing,
     )
 
 

@@ -123,7 +123,7 @@ class Module:
     """What it answers to: torch's classes dotted, modeling files' by name."""
     layer: int | None = None
     ours: Any = None
-    """The bank, the attention, or a tuple of `Linear`."""
+    """The router, the bank, the attention, or a tuple of `Linear`."""
     below: Callable[[], "Iterator[Module]"] = field(default=lambda: iter(()), repr=False)
 
     def is_a(self, dotted: str) -> bool:
@@ -212,8 +212,9 @@ class _Tree:
         def below() -> Iterator[Module]:
             yield self.experts(f"{name}.experts", block)
             yield self.node(
-                f"{name}.gate", "router", "router", self.family.gates, None, block.index
-            )
+                f"{name}.gate", "router", "router", self.family.gates, None, block.index,
+                block.router,
+            )  # fmt: skip
             if block.shared is not None:
                 shared = block.shared.linears
                 yield self.mlp(f"{name}.shared_experts", "shared experts", block.index, shared)

@@ -6,7 +6,7 @@ it is small, plain (no anchors, aliases or tags) and shallow before anything is 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import yaml
 from ktlab.errors import RuleError, nearest, short
 from ktlab.placement.rules import vocabulary
 from ktlab.placement.rules.modules import known_class, nearest_class
+from ktlab.placement.rules.own import parameters, wrong_words
 
 LIMIT_BYTES = 128 << 10
 """KTransformers' longest file has 20 KB."""
@@ -42,16 +43,27 @@ class Rule:
     kwargs: Mapping[str, Any]
     recursive: bool
     """Whether the modules below a match are looked at, too."""
+    own: type | None = None
+    """The user's class that `replace_class` names."""
 
     @property
     def kind(self) -> str:
-        """What the replacement stands for: experts, matrix, attention, ..., default."""
+        """What the replacement stands for: experts, matrix, attention, ..., default, own."""
+        if self.own is not None:
+            return vocabulary.OWN
         return vocabulary.replaces(self.replace_class) or ""
 
     @property
     def class_name(self) -> str:
         """The replacement's name without its module."""
         return self.replace_class.rpartition(".")[2]
+
+    @property
+    def own_words(self) -> dict[str, Any]:
+        """What the user's class is made with: `kwargs` but for devices, unless it takes those."""
+        taken = parameters(self.own) if self.own is not None else {}
+        places = [name for name in vocabulary.PLACES if name not in taken]
+        return {name: value for name, value in self.kwargs.items() if name not in places}
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -67,14 +79,19 @@ class Rule:
         return f"rule {self.number} (line {self.line}): {', '.join(wanted)} -> {self.class_name}"
 
 
-def read_rules(text: str, source: str) -> tuple[Rule, ...]:
-    """The rules of a file's text; RuleError with everything that is wrong, line by line."""
+def read_rules(
+    text: str, source: str, classes: Mapping[str, type] | None = None
+) -> tuple[Rule, ...]:
+    """The rules of a file's text; RuleError with everything that is wrong, line by line.
+
+    `classes` are the user's, by their names; a text never makes anything be imported.
+    """
     size = len(text.encode("utf-8", errors="surrogatepass"))
     if size > LIMIT_BYTES:
         raise RuleError(
             f"{source}: {size:,} bytes; a rule file has at most {LIMIT_BYTES:,}. Is it one?"
         )
-    reader = _Reader(problems=[])
+    reader = _Reader(classes=classes or {})
     try:
         reader.look_at(text)
         rules = () if reader.problems else reader.rules(yaml.compose(text, yaml.SafeLoader))
@@ -105,6 +122,7 @@ Fields = dict[str, tuple[yaml.Node, yaml.Node]]
 class _Reader:
     """Walks the nodes and collects what is wrong as (line, column, words)."""
 
+    classes: Mapping[str, type]
     problems: list[tuple[int, int, str]] = field(default_factory=list)
 
     def say(self, where: Any, what: str) -> None:
@@ -149,14 +167,17 @@ class _Reader:
                 f"match class {short(match_class)} is unknown{nearest_class(match_class)}",
             )
         replace_class = self.text(replace, "class") or vocabulary.DEFAULT
-        kind = vocabulary.replaces(replace_class)
+        own = self.classes.get(replace_class) or self.classes.get(
+            replace_class.removeprefix("__main__.")
+        )
+        kind = vocabulary.replaces(replace_class) if own is None else vocabulary.OWN
         if kind is None:
             self.say(
                 replace["class"][1],
                 f"replace class {short(replace_class, 90)} is unknown"
-                f"{vocabulary.nearest_replacement(replace_class)}",
+                f"{self.nearest_replacement(replace_class)}",
             )
-        kwargs = self.kwargs(replace, kind)
+        kwargs = self.kwargs(replace, kind, own)
         recursive = self.value(fields["recursive"][1]) if "recursive" in fields else True
         if not isinstance(recursive, bool):
             self.say(fields["recursive"][1], f"recursive is True or False, found {recursive!r}")
@@ -170,6 +191,7 @@ class _Reader:
             replace_class=replace_class,
             kwargs=kwargs,
             recursive=bool(recursive),
+            own=own,
         )
 
     def fields(self, node: yaml.Node, known: tuple[str, ...], what: str) -> Fields:
@@ -228,20 +250,41 @@ class _Reader:
             self.say(match["name"][1], f"{short(pattern)} is no regular expression: {error}")
         return pattern
 
-    def kwargs(self, replace: Fields, kind: str | None) -> dict[str, Any]:
+    def nearest_replacement(self, name: str) -> str:
+        """Where an unknown class might come from."""
+        if "ktransformers" in name:
+            return vocabulary.nearest_replacement(name)
+        if near := nearest(name.removeprefix("__main__."), self.classes):
+            return near
+        return "; a class of your own is handed over: classes=[...] beside the file"
+
+    def kwargs(self, replace: Fields, kind: str | None, own: type | None) -> dict[str, Any]:
         checks = vocabulary.keyword_arguments(kind or vocabulary.DEFAULT)
         given: Fields = {}
         if "kwargs" in replace and replace["kwargs"][1].tag != _TAG + "null":
-            # Of an unknown class nobody knows the arguments either: one problem is enough.
-            known = tuple(checks) if kind else tuple(_every_argument())
-            given = self.fields(replace["kwargs"][1], known, "kwargs")
+            node = replace["kwargs"][1]
+            if kind is None or kind == vocabulary.OWN:
+                # Of an unknown class nobody knows the arguments either: one problem is enough.
+                known = _keys(node)
+            else:
+                known = tuple(checks)
+            given = self.fields(node, known, "kwargs")
         if "device" in replace:
             given["device"] = replace["device"]
         found = {}
         for key, (_, node) in given.items():
             found[key] = value = self.value(node)
-            if kind and (wrong := checks[key](value)):
+            places = own is None or key not in parameters(own)
+            if kind and places and key in checks and (wrong := checks[key](value)):
                 self.say(node, f"{key}: {wrong}")
+        if own is not None:
+            words = {
+                key: value
+                for key, value in found.items()
+                if key not in checks or key in parameters(own)
+            }
+            if wrong := wrong_words(own, words):
+                self.say(replace["kwargs" if "kwargs" in replace else "class"][1], wrong)
         return found
 
     def value(self, node: yaml.Node) -> Any:
@@ -265,9 +308,9 @@ class _Reader:
             return None
 
 
-def _every_argument() -> Iterator[str]:
-    for kind in (*vocabulary.KWARGS, vocabulary.DEFAULT):
-        yield from vocabulary.keyword_arguments(kind)
+def _keys(node: yaml.Node) -> tuple[str, ...]:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    return tuple(key.value for key, _ in pairs if isinstance(key.value, str))
 
 
 def _kind(node: yaml.Node | None) -> str:

@@ -26,6 +26,7 @@ from ktlab.model.settings import Change, ask
 from ktlab.model.settings import apply as set_words
 from ktlab.placement.rules.effects import Effect, set_on
 from ktlab.placement.rules.modules import Module, modules
+from ktlab.placement.rules.own import Classes, by_name
 from ktlab.placement.rules.preview import Preview, counted
 from ktlab.placement.rules.reading import LIMIT_BYTES, Rule, read_rules
 from ktlab.placement.rules.walk import Walk
@@ -39,9 +40,10 @@ class RuleSet:
     rules: tuple[Rule, ...]
 
     @classmethod
-    def read(cls, path: str | PathLike[str]) -> "RuleSet":
+    def read(cls, path: str | PathLike[str], *, classes: Classes = ()) -> "RuleSet":
         """A file, or one that comes with the kit by its name, such as "cpu-experts".
 
+        `classes`: your own that the file may name (see `parse`).
         Raises `RuleError` with everything that is wrong, by line and column.
         """
         file = Path(path).expanduser()
@@ -64,12 +66,18 @@ class RuleSet:
             raise RuleError(
                 f"{path}: not text in UTF-8 ({error.reason} at byte {error.start}); expected YAML"
             ) from error
-        return cls.parse(text, file.name)
+        return cls.parse(text, file.name, classes=classes)
 
     @classmethod
-    def parse(cls, text: str, source: str = "rules") -> "RuleSet":
-        """The rules of a text; `source` names it in messages."""
-        return cls(source=source, rules=read_rules(text, source))
+    def parse(cls, text: str, source: str = "rules", *, classes: Classes = ()) -> "RuleSet":
+        """The rules of a text; `source` names it in messages.
+
+        `classes` are your own, such as `[MyRouter]` or {name: class}, that `replace: {class:
+        MyRouter}` puts in the place of a router, a layer's experts or an attention; `kwargs` are
+        its attributes, or what its `__init__` takes. What it does not define is the replaced
+        stage's. Nothing is imported because a text names it.
+        """
+        return cls(source=source, rules=read_rules(text, source, by_name(classes)))
 
     def preview(self, model: Model, *, strict: bool = False) -> Preview:
         """What each rule would do; nothing changes. `strict` as in `apply`."""
@@ -84,12 +92,17 @@ class RuleSet:
     ) -> Change:
         """Set it on the model, live: nothing is reloaded. Returns what can be undone by `.undo()`.
 
-        Raises `RuleError` before anything changes where experts in another format do not fit.
+        Raises `RuleError` before anything changes where experts in another format do not fit, and
+        with all that is wrong of classes of your own, which are tried on two tokens first.
         `strict=True` refuses, before anything changes, rules that ask for what is not done here:
         devices other than the CPU, and words without a counterpart. `progress` is called with
         (done, total) in bytes while experts change their format.
         """
         walk = self._walk(model)
+        if wrong := walk.wrong():
+            raise RuleError(
+                f"{self.source}: nothing was changed on {model.name}\n  " + ";\n  ".join(wrong)
+            )
         if strict:
             self._previewed(model, walk, strict)
         self._check_memory(model, sum(found.new_bytes for _, found in walk.changes()))
@@ -129,7 +142,9 @@ class RuleSet:
             )
 
     def _walk(self, model: Model) -> Walk:
-        return Walk.over(modules(model), self.rules)
+        walk = Walk.over(modules(model), self.rules)
+        walk.try_own(model)
+        return walk
 
     def _previewed(self, model: Model, walk: Walk, strict: bool) -> Preview:
         found = Preview(
@@ -169,6 +184,10 @@ def _requantized_bytes(module: Module, found: Effect) -> int:
 def _set(model: Model, change: Change, module: Module, found: Effect) -> None:
     """The same switches as by hand, one module's at a time."""
     words, layer = dict(found.words), module.layer
+    if found.stage is not None:
+        block = next(block for block in model.layers if block.index == layer)
+        change.set(block, module.kind, found.stage())
+        return
     if form := words.pop("form", None):
         assert layer is not None
         set_words(model, change, attention={layer: form})

@@ -14,6 +14,9 @@ from ktlab.errors import nearest
 DEFAULT = "default"
 """The class of a rule that keeps a module's own code and only places it."""
 
+OWN = "own"
+"""The kind of a class of the user's (own.py)."""
+
 _OPERATORS = "ktransformers.operators."
 _CLASSES: Mapping[str, Mapping[str, str]] = {
     "experts": {
@@ -173,6 +176,9 @@ KWARGS: Mapping[str, Mapping[str, Check]] = {
     },
 }  # fmt: skip
 """Keyword arguments of a kind's classes, with KTransformers' spelling; others take devices only."""
+
+
+PLACES = tuple(_PLACES)
 
 
 def keyword_arguments(kind: str) -> Mapping[str, Check]:

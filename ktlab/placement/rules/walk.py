@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ktlab.model.model import Model
+from ktlab.placement.rules import own
 from ktlab.placement.rules.effects import Effect, effect
 from ktlab.placement.rules.modules import Module
 from ktlab.placement.rules.preview import (
@@ -59,7 +61,29 @@ class Walk:
     def changes(self) -> Iterator[tuple[Module, Effect]]:
         """Modules on which something is set."""
         for rule in self.rules:
-            yield from ((m, found) for m, found in self.taken.get(rule.number, ()) if found.words)
+            yield from ((m, found) for m, found in self.taken.get(rule.number, ()) if found.changes)
+
+    def wrong(self) -> list[str]:
+        """Why classes of the user's cannot stand where rules put them, each with its places."""
+        where: dict[tuple[int, str], list[str]] = {}
+        for rule in self.rules:
+            for module, found in self.taken.get(rule.number, ()):
+                for what in found.wrong:
+                    where.setdefault((rule.number, what), []).append(module.name)
+        return [f"rule {n}, {collapsed(names)}: {what}" for (n, what), names in where.items()]
+
+    def try_own(self, model: Model) -> None:
+        """Run each class of the user's where it would stand first: what it returns must fit."""
+        for rule in self.rules:
+            taken, seen = self.taken.get(rule.number, []), dict[str, tuple[str, ...]]()
+            for at, (module, found) in enumerate(taken):
+                if found.stage is None or module.layer is None:
+                    continue
+                if module.kind not in seen:
+                    seen[module.kind] = own.tried(found.stage, module.kind, model)
+                if seen[module.kind]:
+                    wrong = tuple(f"{rule.class_name}: {what}" for what in seen[module.kind])
+                    taken[at] = (module, Effect(wrong=wrong))
 
     def rows(self) -> Iterator[Row]:
         """The table: rule by rule, modules that are alike together."""
@@ -67,15 +91,16 @@ class Walk:
             alike: dict[tuple[Any, ...], list[str]] = {}
             new_bytes: dict[tuple[Any, ...], int] = {}
             for module, found in self.taken.get(rule.number, ()):
-                status = CHANGES if found.words else MISSING if found.missing else SAME
-                key = (module.stage, status, found.before, found.after, found.missing, found.note)
+                missing = (*found.wrong, *found.missing)
+                status = CHANGES if found.changes else MISSING if missing else SAME
+                key = (module.stage, status, found.before, found.after, missing, found.note)
                 alike.setdefault(key, []).append(module.name)
                 new_bytes[key] = new_bytes.get(key, 0) + found.new_bytes
             for key, names in alike.items():
-                stage, status, before, after, missing, note = key
+                stage, status, before, after, absent, note = key
                 yield _row(
                     rule, names, stage=stage, status=status, before=before, after=after,
-                    missing=missing, note=note, new_bytes=new_bytes[key],
+                    missing=absent, note=note, new_bytes=new_bytes[key],
                 )  # fmt: skip
             if taken_before := self.shadowed.get(rule.number):
                 firsts = sorted(set(taken_before.values()))
