@@ -1,40 +1,28 @@
 """Expert caches replayed from a trace: how often an expert is already where it is needed.
 
-A layer has room for c of its E experts on the fast device. A token looks up all of its experts
-before any is loaded; each one found is a hit. After the token the cache keeps c of what it held
-plus what was just loaded:
-
-- lru: those used most recently (within a token the heavier choice counts as the more recent);
-- lfu: those used most often so far (ties: most recently), so a rare expert need not be admitted;
-- oracle: those needed again soonest, starting with any contents: no cache that loads on demand
-  does better (Belady 1966; with bypass, so that it is optimal for sets of experts too);
-- static: the c experts hottest in the profile, never changed.
-
-With each of the first three a bigger cache always contains the smaller one (Mattson et al. 1970),
-so an expert's position in the policy's order says at which capacities it was a hit, and one pass
-gives all capacities. Every policy first sees the profile half of each domain's text and is scored
-on the other half only; the oracle sees the scored half alone.
+A layer has room for c of its E experts on the fast device. What decides which: `ktlab.experts.
+policies`. Every policy first sees the profile half of each domain's text and is scored on the other
+half only; the oracle sees the scored half alone.
 
 Letters: T tokens, K selected, E experts, L layers, C capacities 0..E, B units of resampling.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ktlab import figures, html
-from ktlab.errors import TraceError, nearest
-from ktlab.experts.cache_order import positions
+from ktlab.errors import TraceError
+from ktlab.experts.halves import Halves
+from ktlab.experts.policies import USUAL, Policy, get_policy
 from ktlab.interval import Interval
 from ktlab.routing import intervals
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-POLICIES = ("lru", "lfu", "static", "oracle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +44,9 @@ class CacheReplay:
     model: str
     tokens: int
     """Scored tokens."""
+    ahead_C: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Experts a token that were fetched before they were looked up, over all layers, by capacity;
+    policies that do so."""
     requests_per_token: float
     """Experts looked up by a token, over all layers."""
     units: int
@@ -90,7 +81,27 @@ class CacheReplay:
 
     def loads_per_token(self, policy: str, capacity: int) -> float:
         """Experts to fetch for a token, over all layers; times an expert's bytes: the traffic."""
-        return (1 - self.hit_rate(policy, capacity).value) * self.requests_per_token
+        missed = (1 - self.hit_rate(policy, capacity).value) * self.requests_per_token
+        return missed + float(self.ahead_C[policy][capacity] if policy in self.ahead_C else 0.0)
+
+    def at(self, capacity: int) -> Any:
+        """A pandas DataFrame at one capacity (experts a layer), a row for each policy: hit_rate,
+        low, high and loads_per_token, best first."""
+        import pandas as pd
+
+        rows = [
+            {
+                "policy": policy,
+                "hit_rate": rate.value,
+                "low": rate.low,
+                "high": rate.high,
+                "loads_per_token": self.loads_per_token(policy, capacity),
+            }
+            for policy in self.overall
+            for rate in [self.hit_rate(policy, capacity)]
+        ]
+        frame = pd.DataFrame(rows).set_index("policy")
+        return frame.sort_values("hit_rate", ascending=False, kind="stable")
 
     def to_frame(self) -> Any:
         """A pandas DataFrame: layer ("all" or an index), policy, capacity, hit_rate, low, high."""
@@ -149,65 +160,55 @@ class CacheReplay:
 
 
 def replay(
-    trace: Any, *, layers: Sequence[int] | None = None, policies: Sequence[str] = POLICIES
+    trace: Any,
+    *,
+    layers: Sequence[int] | None = None,
+    policies: Sequence[str | Policy] = USUAL,
+    profile: Any = None,
 ) -> CacheReplay:
-    """Replay the routers' choices in a `Trace` (or its statistics) through caches of every size.
+    """Replay the routers' choices in a `Trace` (or its statistics) with room for 0 to E a layer.
 
-    Rates are scored on the held-out half; the interval resamples blocks of its tokens.
+    `policies` by name (`policies.KNOWN`) or as objects. Rates are scored on the held-out half, or
+    on all of the trace with another as `profile`; the interval resamples blocks of its tokens.
     """
     statistics = getattr(trace, "routing", trace)
     layers = tuple(statistics.layers if layers is None else layers)
-    unknown = [policy for policy in policies if policy not in POLICIES]
-    if unknown or not policies or not layers:
+    if not policies or not layers:
         raise TraceError(
-            f"expected policies out of {', '.join(POLICIES)} and at least one layer, "
-            f"found {', '.join(policies) or 'none'} and {len(layers)} layers"
-            + nearest(unknown[0] if unknown else "", POLICIES)
+            f"expected at least one policy and one layer, found {len(policies)} policies and "
+            f"{len(layers)} layers"
         )
-    experts, held_T = statistics.num_experts, statistics.held_out_T()
-    unit_T = statistics.unit_T[held_T]
-    looked_up_B: dict[int, NDArray] = {}
-    hits_BC: dict[int, dict[str, NDArray]] = {}
-    for layer in layers:
-        ids_TK = statistics.ids(layer)
-        looked_up_B[layer] = intervals.sums((ids_TK[held_T] >= 0).sum(1), unit_T)
-        hits_BC[layer] = {
-            policy: hits(position_TK, unit_T, experts)
-            for policy, position_TK in (
-                (p, positions(p, ids_TK[~held_T], ids_TK[held_T], experts)) for p in policies
-            )
-        }
+    wanted = [get_policy(policy) for policy in policies]
+    halves = Halves.of(statistics, layers=layers, profile=profile)
+    looked_up_B = {
+        layer: intervals.sums((ids_TK >= 0).sum(1), halves.unit_T)
+        for layer, ids_TK in halves.scored.items()
+    }
     total_B = np.sum(list(looked_up_B.values()), axis=0)
     weights_RB = intervals.draws(len(total_B))
+    overall, ahead_C = {}, {}
+    by_layer: dict[int, dict[str, Curve]] = {layer: {} for layer in layers}
+    for policy in wanted:
+        hits = policy.hits(halves)
+        hits_BC = np.sum([hits.found[layer] for layer in layers], axis=0)
+        overall[policy.name] = _curve(hits_BC, total_B, weights_RB)
+        for layer in layers:
+            curve = _curve(hits.found[layer], looked_up_B[layer], weights_RB)
+            by_layer[layer][policy.name] = curve
+        if hits.ahead:
+            fetched_C = np.sum(list(hits.ahead.values()), axis=(0, 1))
+            ahead_C[policy.name] = fetched_C / halves.tokens
     return CacheReplay(
-        overall={
-            policy: _curve(
-                np.sum([hits_BC[i][policy] for i in layers], axis=0), total_B, weights_RB
-            )
-            for policy in policies
-        },
-        by_layer={
-            layer: {p: _curve(hits_BC[layer][p], looked_up_B[layer], weights_RB) for p in policies}
-            for layer in layers
-        },
-        num_experts=experts,
+        overall=overall,
+        by_layer=by_layer,
+        ahead_C=ahead_C,
+        num_experts=halves.num_experts,
         model=statistics.trace.model.name,
-        tokens=int(held_T.sum()),
-        requests_per_token=float(total_B.sum() / held_T.sum()),
+        tokens=halves.tokens,
+        requests_per_token=float(total_B.sum() / halves.tokens),
         units=len(total_B),
-        method="caches warmed on one half of each domain's text, scored on the other; "
-        + intervals.METHOD,
+        method=f"{halves.method}; {intervals.METHOD}",
     )
-
-
-def hits(
-    position_TK: NDArray[np.int64], unit_T: NDArray[np.int64], num_experts: int
-) -> NDArray[np.float64]:
-    """(B, C) hits in each unit at capacities 0..E."""
-    unit_B, row_T = np.unique(unit_T, return_inverse=True)
-    key_TK = row_T[:, None] * (num_experts + 2) + position_TK
-    counts = np.bincount(key_TK[position_TK > 0], minlength=len(unit_B) * (num_experts + 2))
-    return np.cumsum(counts.reshape(len(unit_B), -1)[:, : num_experts + 1], axis=1, dtype=float)
 
 
 def _curve(hits_BC: NDArray, looked_up_B: NDArray, weights_RB: NDArray) -> Curve:

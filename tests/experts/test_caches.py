@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ktlab.errors import TraceError
 from ktlab.experts.cache_order import positions
-from ktlab.experts.caches import POLICIES, hits, replay
+from ktlab.experts.caches import replay
+from ktlab.experts.policies import USUAL, counted
 from tests.routing.synthetic import draw, holes, sets, trace_of
 
 E, K = 5, 2
@@ -25,7 +26,7 @@ def histories(draw_from: st.DrawFn, experts: int = E, longest: int = 9) -> NDArr
 
 
 def hit_count(policy: str, profile: NDArray, scored: NDArray, capacity: int) -> int:
-    position_TK = positions(policy, profile, scored, E)
+    position_TK, _, _ = positions(policy, profile, scored, E)
     return int(((position_TK > 0) & (position_TK <= capacity)).sum())
 
 
@@ -96,29 +97,29 @@ def test_no_policy_beats_the_oracle_and_none_loses_by_growing(
 
 def test_static_keeps_the_hottest_of_the_profile() -> None:
     profile, scored = np.array([[3], [3], [1]]), np.array([[3], [1], [0], [-1]])
-    assert positions("static", profile, scored, 4).tolist() == [[1], [2], [3], [0]]
+    assert positions("static", profile, scored, 4)[0].tolist() == [[1], [2], [3], [0]]
 
 
 def test_lru_by_hand() -> None:
     """Two slots, A B A C B: the third is a hit, B has gone when it is needed again."""
     scored = np.array([[0], [1], [0], [2], [1]])
     nothing = np.zeros((0, 1), int)
-    assert positions("lru", nothing, scored, 3).ravel().tolist() == [4, 4, 2, 4, 3]
+    assert positions("lru", nothing, scored, 3)[0].ravel().tolist() == [4, 4, 2, 4, 3]
 
 
 def test_hits_are_counted_by_unit() -> None:
     position_TK = np.array([[1, 4], [2, 0], [1, 2]])
-    assert hits(position_TK, np.array([7, 7, 9]), 3).tolist() == [[0, 1, 2, 2], [0, 1, 2, 2]]
+    assert counted(position_TK, np.array([7, 7, 9]), 3).tolist() == [[0, 1, 2, 2], [0, 1, 2, 2]]
 
 
 def test_replay_scores_the_held_out_half_and_weighs_layers_by_lookups() -> None:
     ids = {i: holes(draw(1 / np.arange(1, 9), 800, 3, seed=i), seed=i) for i in (1, 2)}
     found = replay(trace_of(ids, 8))
-    assert tuple(found.overall) == POLICIES and found.tokens == 400
+    assert tuple(found.overall) == USUAL and found.tokens == 400
     lookups = {i: int((array[400:] >= 0).sum()) for i, array in ids.items()}
-    for policy in POLICIES:
+    for policy in USUAL:
         for i, array in ids.items():
-            position_TK = positions(policy, array[:400], array[400:], 8)
+            position_TK, _, _ = positions(policy, array[:400], array[400:], 8)
             expected = ((position_TK > 0) & (position_TK <= 3)).sum() / lookups[i]
             assert found.hit_rate(policy, 3, layer=i).value == pytest.approx(expected)
         parts = [found.hit_rate(policy, 3, layer=i).value * lookups[i] for i in ids]

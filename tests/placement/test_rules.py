@@ -212,7 +212,7 @@ def test_our_own_files_on_every_family(config: ModelConfig) -> None:
 
 
 def test_what_has_no_counterpart_is_told(model: Model) -> None:
-    text = one(BANKS, EXPERTS, "n_deferred_experts: [6]", "  recursive: False\n")
+    text = one(BANKS, EXPERTS, "n_deferred_experts: [6, 8]", "  recursive: False\n")
     text += one("gate$", "ktransformers.operators.gate.KMoEGateGreedy")
     text += one("o_proj$", LINEAR, "num_bits: 4, generate_device: cpu")
     text += one("self_attn$", EXPERTS)
@@ -221,7 +221,9 @@ def test_what_has_no_counterpart_is_told(model: Model) -> None:
                 "per_layer_prefill_intput_threshold: 100")  # fmt: skip
     told = "\n".join(preview(model, text).missing)
     for words in (
-        "deferred experts", "KMoEGateGreedy chooses in its own way", "num_bits 4",
+        "deferred by the number of tokens, [6, 8]; here 6 for any number",
+        "6 deferred experts: a token has 4; none is deferred",
+        "KMoEGateGreedy chooses in its own way", "num_bits 4",
         "KLinearMarlin runs on a GPU alone", "KTransformersExperts stands for a layer's routed "
         "experts, this is: attention", "KLinearQ8's 8 bits", "layer by layer; prompts pass",
     ):  # fmt: skip
@@ -268,6 +270,19 @@ def test_strict_refuses_what_is_not_done(model: Model) -> None:
         pass
     assert model.settings == settings
     RuleSet.read("torch-reference").apply(model, strict=True).undo()
+
+
+def test_deferred_experts(model: Model) -> None:
+    text = one(BANKS, EXPERTS, "n_deferred_experts: 2", "  recursive: False\n")
+    first, last = preview(model, text).rows
+    assert first.change.endswith("0 deferred -> 2 deferred") and "prompts" in first.note
+    assert (last.modules, last.status) == ("model.layers.2.mlp.experts", "as it is")
+    with model.override(deferred=2):
+        expected = model.forward(IDS)
+        assert not preview(model, text).changes
+    with RuleSet.parse(text).applied(model):
+        assert model.settings.deferred == {1: 2} and torch.equal(model.forward(IDS), expected)
+    assert not model.settings.deferred
 
 
 # What is set --------------------------------------------------------------------------------------

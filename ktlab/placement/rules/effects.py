@@ -15,6 +15,7 @@ from ktlab.kernels import dispatch, native
 from ktlab.kernels.computed import Computed
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.request import AUTO, NATIVE_ISAS, Kernel
+from ktlab.model.block import MoEBlock
 from ktlab.placement.rules import own
 from ktlab.placement.rules.modules import Module
 from ktlab.placement.rules.reading import Rule
@@ -54,6 +55,7 @@ class Effect:
         return bool(self.words) or self.stage is not None
 
 
+AS_LAST = "the last layer with experts has none to hand them to"
 AS_CONFIGURED = "computed as the model's own configuration says"
 CHUNKED = "prompts pass through each layer in pieces of 512 tokens"
 _FITS: Mapping[str, tuple[str, ...]] = {
@@ -160,9 +162,6 @@ def _attention(rule: Rule, module: Module) -> Effect:
 def _experts(rule: Rule, module: Module) -> Effect:
     kwargs, bank = rule.kwargs, module.ours
     missing = elsewhere(kwargs)
-    deferred = kwargs.get("n_deferred_experts", 0)
-    if any(deferred if isinstance(deferred, list) else [deferred]):
-        missing += ("deferred experts: here every expert is added in its own layer",)
     operator = kwargs.get("generate_op", kwargs.get("generate_mlp_type", "KExpertsCPU"))
     what, missing = _runs_here(operator, "experts", kwargs, missing)
     if what == TORCH:
@@ -175,6 +174,32 @@ def _experts(rule: Rule, module: Module) -> Effect:
     if backend == "AMXInt4" and found.words:
         return replace(found, note=f"{found.note}; scales by groups of columns, theirs one a row")
     return found
+
+
+def _deferring(rule: Rule, module: Module) -> Effect:
+    """Experts, and how many of a token's are added one layer later."""
+    found, block = _experts(rule, module), module.block
+    given = rule.kwargs.get("n_deferred_experts", 0)
+    counts = given if isinstance(given, list) else [given]
+    if not any(counts):
+        return found
+    assert isinstance(block, MoEBlock)
+    missing, count = found.missing, counts[0]
+    if len(counts) > 1:
+        missing += (f"deferred by the number of tokens, {counts}; here {count} for any number",)
+    if count > (most := block.router.rule.k_max):
+        missing += (f"{count} deferred experts: a token has {most}; none is deferred",)
+        return replace(found, missing=missing)
+    if block.index == block.config.moe_layers[-1]:
+        return replace(found, missing=missing, note=f"{found.note or AS_LAST}")
+    if block.deferred == count:
+        return replace(found, missing=missing)
+    note = "; ".join(filter(None, (found.note, "in prompts, too")))
+    return replace(
+        found, words={**found.words, "deferred": str(count)}, missing=missing, note=note,
+        before=", ".join(filter(None, (found.before, f"{block.deferred} deferred"))),
+        after=", ".join(filter(None, (found.after, f"{count} deferred"))),
+    )  # fmt: skip
 
 
 def _matrix(rule: Rule, module: Module) -> Effect:
@@ -292,7 +317,7 @@ def _line(states: Sequence[tuple[tuple[str, ...], str]]) -> str:
 
 
 _EFFECTS: Mapping[str, Callable[[Rule, Module], Effect]] = {
-    "experts": _experts, "matrix": _matrix, "attention": _attention, "model": _model,
+    "experts": _deferring, "matrix": _matrix, "attention": _attention, "model": _model,
     "router": _router,
 }  # fmt: skip
 

@@ -124,6 +124,8 @@ class Module:
     layer: int | None = None
     ours: Any = None
     """The router, the bank, the attention, or a tuple of `Linear`."""
+    block: Layer | None = None
+    """The layer that has it, of a router, experts and attention."""
     below: Callable[[], "Iterator[Module]"] = field(default=lambda: iter(()), repr=False)
 
     def is_a(self, dotted: str) -> bool:
@@ -203,7 +205,7 @@ class _Tree:
                 yield self.rope(f"{name}.rotary_emb", index)
 
         classes = self.family.classes("Attention")
-        return self.node(name, "attention", "attention", classes, below, index, attention)
+        return self.node(name, "attention", "attention", classes, below, index, attention, block)
 
     def feed_forward(self, name: str, block: Layer) -> Module:
         if not isinstance(block, MoEBlock):
@@ -213,7 +215,7 @@ class _Tree:
             yield self.experts(f"{name}.experts", block)
             yield self.node(
                 f"{name}.gate", "router", "router", self.family.gates, None, block.index,
-                block.router,
+                block.router, block,
             )  # fmt: skip
             if block.shared is not None:
                 shared = block.shared.linears
@@ -230,7 +232,8 @@ class _Tree:
                 yield self.mlp(f"{name}.{expert}", "one expert", block.index, None)
 
         classes = [LIST, *self.family.classes("Experts")]
-        return self.node(name, "experts", "experts", classes, below, block.index, block.experts)
+        bank = block.experts
+        return self.node(name, "experts", "experts", classes, below, block.index, bank, block)
 
     def mlp(
         self, name: str, stage: str, layer: int, linears: Mapping[str, Linear] | None
@@ -271,9 +274,10 @@ class _Tree:
         below: Callable[[], Iterator[Module]] | None = None,
         layer: int | None = None,
         ours: Any = None,
+        block: Layer | None = None,
     ) -> Module:
         children = below or (lambda: iter(()))
         return Module(
             name=name, kind=kind, stage=stage, classes=frozenset(classes), layer=layer, ours=ours,
-            below=children,
+            block=block, below=children,
         )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktlab import html
 from ktlab.experts.banks import layers
+from ktlab.placement.placement import PHASES, Placement
 from ktlab.record import Record
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ class Preview(Record):
     model: str
     rules: int
     rows: tuple[Row, ...]
+    placement: Placement | None = None
+    """Where the device words put the model; None where they name what no placement knows."""
+    notes: tuple[str, ...] = ()
+    """What of the device words a placement cannot say."""
 
     @property
     def changes(self) -> tuple[Row, ...]:
@@ -97,6 +102,8 @@ class Preview(Record):
             lines.append(f"other formats take {html.byte_size(self.new_bytes)} of memory")
         if not self.changes:
             lines.append("nothing changes: the model is computed so already, or cannot be")
+        lines += [f"places: {where}" for where in self.places]
+        lines += self.notes
         for what, numbers in self.missing.items():
             lines.append(f"{counted('rule', numbers)}: {what}")
         if idle := self.idle(NOTHING):
@@ -104,6 +111,27 @@ class Preview(Record):
                 f"{counted('rule', idle)}: {'match' if len(idle) > 1 else 'matches'} nothing"
             )
         return lines
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """ "cuda:0: attention, router": each device with its components; nothing but CPU: ()."""
+        if self.placement is None or self.placement.devices == ("cpu",):
+            return ()
+        found: dict[tuple[str, str], dict[str, list[int]]] = {}
+        alike = self.placement.decode == self.placement.prefill
+        for phase in PHASES[:1] if alike else PHASES:
+            for component, layer, ids, device in self.placement.cells(phase):
+                if component == "cache":  # where attention is
+                    continue
+                where = found.setdefault((device, "" if alike else f" in {phase}"), {})
+                name = f"some {component}" if ids else component
+                where.setdefault(name, []).extend([] if layer is None else [layer])
+        return tuple(
+            f"{device}{phase}: " + ", ".join(
+                f"{name} {layers(at)}" if at else name for name, at in components.items()
+            )
+            for (device, phase), components in found.items()
+        )  # fmt: skip
 
     def to_frame(self) -> "pd.DataFrame":
         """A row for each line of the table."""

@@ -24,9 +24,11 @@ from ktlab.memory import memory
 from ktlab.model.model import Model
 from ktlab.model.settings import Change, ask
 from ktlab.model.settings import apply as set_words
+from ktlab.placement.placement import Placement
 from ktlab.placement.rules.effects import Effect, set_on
 from ktlab.placement.rules.modules import Module, modules
 from ktlab.placement.rules.own import Classes, by_name
+from ktlab.placement.rules.places import placed
 from ktlab.placement.rules.preview import Preview, counted
 from ktlab.placement.rules.reading import LIMIT_BYTES, Rule, read_rules
 from ktlab.placement.rules.walk import Walk
@@ -82,6 +84,18 @@ class RuleSet:
     def preview(self, model: Model, *, strict: bool = False) -> Preview:
         """What each rule would do; nothing changes. `strict` as in `apply`."""
         return self._previewed(model, self._walk(model), strict)
+
+    def placement(
+        self, model: Model, *, default: str | None = None, as_written: bool = False
+    ) -> Placement:
+        """Where the rules put each component, decode and prefill apart.
+
+        As KTransformers runs a file: what no rule matches is on `default` (cuda:0 where a GPU is
+        named at all, else cpu), and prefill_device counts where prompts go layer by layer;
+        `as_written=True` takes it at its word. A component whose parts are put apart is where most
+        of its weights are; the preview tells. Raises `RuleError` for an xpu, npu or musa.
+        """
+        return placed(self._walk(model), model, default, as_written).placement
 
     def apply(
         self,
@@ -148,8 +162,9 @@ class RuleSet:
 
     def _previewed(self, model: Model, walk: Walk, strict: bool) -> Preview:
         found = Preview(
-            source=self.source, model=model.name, rules=len(self.rules), rows=tuple(walk.rows())
-        )
+            source=self.source, model=model.name, rules=len(self.rules), rows=tuple(walk.rows()),
+            **self._places(model, walk),
+        )  # fmt: skip
         if strict and found.missing:
             lines = [f"{counted('rule', at)}: {what}" for what, at in found.missing.items()]
             raise RuleError(
@@ -157,6 +172,14 @@ class RuleSet:
                 "rest is applied\n  " + ";\n  ".join(lines)
             )
         return found
+
+    @staticmethod
+    def _places(model: Model, walk: Walk) -> dict[str, Any]:
+        try:
+            found = placed(walk, model, None, False)
+        except RuleError as error:
+            return {"notes": (str(error),)}
+        return {"placement": found.placement, "notes": found.notes}
 
     def __repr__(self) -> str:
         lines = "\n".join(f"  {rule}" for rule in self.rules)
@@ -185,9 +208,10 @@ def _set(model: Model, change: Change, module: Module, found: Effect) -> None:
     """The same switches as by hand, one module's at a time."""
     words, layer = dict(found.words), module.layer
     if found.stage is not None:
-        block = next(block for block in model.layers if block.index == layer)
-        change.set(block, module.kind, found.stage())
+        change.set(module.block, module.kind, found.stage())
         return
+    if count := words.pop("deferred", None):
+        change.set(module.block, "deferred", int(count))
     if form := words.pop("form", None):
         assert layer is not None
         set_words(model, change, attention={layer: form})

@@ -1,0 +1,122 @@
+"""What a cache policy or a placement may learn from, and the text that it is scored on.
+
+Letters: T tokens, K selected, E experts, P foreseen, L layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktlab.errors import TraceError
+from ktlab.routing.heldout import log_odds
+
+Ids = Mapping[int, NDArray[np.int64]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Halves:
+    """Selected experts (T, K) by layer, -1 where a place is empty: a profile, and held-out text."""
+
+    profile: Ids
+    scored: Ids
+    unit_T: NDArray[np.int64]
+    """Unit of resampling of each scored token."""
+    num_experts: int
+    method: str
+
+    @classmethod
+    def of(
+        cls, trace: Any, *, layers: Sequence[int] | None = None, profile: Any = None
+    ) -> "Halves":
+        """The halves of each domain's text of a trace (or its statistics); or all of it, with
+        `profile` for what may be learnt from. TraceError for a profile of another model, of the
+        same text, or without the layers that are scored."""
+        statistics = getattr(trace, "routing", trace)
+        wanted = tuple(statistics.layers if layers is None else layers)
+        scored = {layer: statistics.ids(layer) for layer in wanted}
+        if profile is None:
+            held_T = statistics.held_out_T()
+            return cls(
+                profile={layer: ids_TK[~held_T] for layer, ids_TK in scored.items()},
+                scored={layer: ids_TK[held_T] for layer, ids_TK in scored.items()},
+                unit_T=statistics.unit_T[held_T],
+                num_experts=statistics.num_experts,
+                method="learnt on one half of each domain's text, scored on the other",
+            )
+        learnt = getattr(profile, "routing", profile)
+        statistics.same_model(learnt)
+        missing = [layer for layer in wanted if layer not in learnt.layers]
+        if missing:
+            raise TraceError(
+                f"the profile has no router of layers {missing}, which are to be scored; it has "
+                f"layers {list(learnt.layers)}"
+            )
+        if statistics.same_text(learnt):
+            raise TraceError(
+                "the profile is the text that it would be scored on; give another text, or none "
+                "(then one half is learnt from and the other scored)"
+            )
+        return cls(
+            profile={layer: learnt.ids(layer) for layer in wanted},
+            scored=scored,
+            unit_T=statistics.unit_T,
+            num_experts=statistics.num_experts,
+            method="learnt on the profile, scored on another text",
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.scored)
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens."""
+        return len(self.unit_T)
+
+    def foreseen(self, layer: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(T, P) experts of a layer guessed from those that the layer before selected at the same
+        token, best first, for the profile's and for the scored tokens; P is K. (T, 0) in the first.
+
+        Learnt on the profile, as `RoutingStatistics.next_layer_predictability` says.
+        """
+        at = self.layers.index(layer)
+        if not at:
+            first, second = (np.full((len(x[layer]), 0), -1) for x in (self.profile, self.scored))
+            return first, second
+        before = self.layers[at - 1]
+        seen_TE = self._hot(self.profile[before])
+        wanted_TE = self._hot(self.profile[layer])
+        count = self.scored[layer].shape[1]
+        found = []
+        for known_TE in (seen_TE, self._hot(self.scored[before])):
+            score_TE = log_odds(seen_TE, wanted_TE, known_TE)
+            found.append(np.argsort(-score_TE, axis=1, kind="stable")[:, :count])
+        return found[0], found[1]
+
+    @cached_property
+    def together(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(T * L, K) lookups of all layers in the order in which a token meets them, the profile's
+        and the scored ones; expert e of the l-th layer is l * E + e."""
+        return self._flat(self.profile), self._flat(self.scored)
+
+    def _flat(self, ids: Ids) -> NDArray[np.int64]:
+        width = max(ids_TK.shape[1] for ids_TK in ids.values())
+        rows = [
+            np.pad(
+                np.where(ids_TK >= 0, ids_TK + l * self.num_experts, -1),
+                ((0, 0), (0, width - ids_TK.shape[1])),
+                constant_values=-1,
+            )
+            for l, ids_TK in enumerate(ids.values())  # noqa: E741
+        ]
+        return np.stack(rows, axis=1).reshape(-1, width).astype(np.int64)
+
+    def _hot(self, ids_TK: NDArray) -> NDArray[np.bool_]:
+        hot_TE = np.zeros((len(ids_TK), self.num_experts), bool)
+        token, place = np.nonzero(ids_TK >= 0)
+        hot_TE[token, ids_TK[token, place]] = True
+        return hot_TE

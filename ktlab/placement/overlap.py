@@ -1,0 +1,258 @@
+"""What expert deferral gains: the same stages without it and with it, on a timeline.
+
+Attention, router and shared experts run on one device, the routed experts on another. Without
+deferral each waits for the other in every layer. With n deferred the second device still computes a
+layer's n lightest experts while the first is in the next layer's attention; their sum returns with
+that layer's own (`ktlab.model.deferral`; KTransformers, SOSP 2025). K experts selected.
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ktlab import html
+from ktlab.errors import SettingError
+from ktlab.placement.timeline import Task, Timeline, plot_timelines, schedule
+from ktlab.placement.timeline_view import seconds
+from ktlab.probe import Recorder
+from ktlab.record import Record
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+    from ktlab.model.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTimes(Record):
+    """Seconds of a layer's stages in one call, each on the device that has it to itself."""
+
+    layer: int
+    attention_s: float
+    """With norms and router: what must be known before an expert can start."""
+    beside_s: float = 0.0
+    """The shared expert (or a dense layer's matrices), beside attention."""
+    experts_s: float = 0.0
+    """All `experts` selected ones; 0 in a dense layer."""
+    experts: int = 0
+    call_s: float = 0.0
+    """The part of `experts_s` that a call takes however few experts it has."""
+    there_s: float = 0.0
+    """Activations to the experts' device, and their sum back."""
+    back_s: float = 0.0
+
+    def some(self, count: int) -> float:
+        """Seconds of a call with `count` of the experts: memory-bound, so by their number."""
+        if not count:
+            return 0.0
+        return self.call_s + (self.experts_s - self.call_s) * count / self.experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lanes(Record):
+    """How the devices are called."""
+
+    attention: str = "GPU"
+    link: str = "link"
+    experts: str = "CPU"
+
+
+def timeline(
+    layers: Sequence[LayerTimes],
+    deferred: int = 0,
+    *,
+    lanes: Lanes | None = None,
+    after_s: float = 0.0,
+    title: str = "",
+    method: str = "",
+) -> Timeline:
+    """One pass over `layers` with `deferred` experts put off in each but the last with experts.
+
+    `after_s` is what follows the layers, e.g. the output matrix. SettingError where more are
+    deferred than selected, or seconds are negative.
+    """
+    most = min((times.experts for times in layers if times.experts), default=0)
+    if not 0 <= deferred <= most:
+        raise SettingError(f"deferred = {deferred}: expected 0 to {most}, the experts of a token")
+    named = lanes or Lanes()
+    tasks = _tasks(layers, deferred, named, after_s)
+    return schedule(tasks, title=title or f"{deferred} deferred", method=method)
+
+
+def _tasks(
+    layers: Sequence[LayerTimes], deferred: int, lanes: Lanes, after_s: float
+) -> Iterator[Task]:
+    last = max((times.layer for times in layers if times.experts), default=None)
+    before: tuple[str, ...] = ()
+    for times in layers:
+        i, where = times.layer, f"layer {times.layer}"
+        yield Task(
+            name=f"attention {i}", lane=lanes.attention, label=f"{where}: attention and router",
+            kind="attention", seconds=times.attention_s, after=before,
+        )  # fmt: skip
+        done, start = [f"attention {i}"], f"attention {i}"
+        put_off = 0 if i == last or not times.experts else deferred
+        if times.there_s:
+            yield Task(
+                name=f"there {i}", lane=lanes.link, label=f"{where}: activations there",
+                kind="copies", seconds=times.there_s, after=(start,),
+            )  # fmt: skip
+            start = f"there {i}"
+        if times.experts:
+            yield Task(
+                name=f"experts {i}", lane=lanes.experts,
+                label=f"{where}: {times.experts - put_off} experts", kind="experts",
+                seconds=times.some(times.experts - put_off), after=(start,),
+            )  # fmt: skip
+            done.append(f"experts {i}")
+        if times.back_s:
+            # The experts' device works in order, so what the layer before put off is in it.
+            yield Task(
+                name=f"back {i}", lane=lanes.link, label=f"{where}: their sum back",
+                kind="copies", seconds=times.back_s, after=(done[-1],),
+            )  # fmt: skip
+            done.append(f"back {i}")
+        if put_off:
+            yield Task(
+                name=f"deferred {i}", lane=lanes.experts,
+                label=f"{where}: {put_off} deferred experts", kind="deferred experts",
+                seconds=times.some(put_off), after=(start,),
+            )  # fmt: skip
+        if times.beside_s:
+            yield Task(
+                name=f"beside {i}", lane=lanes.attention, label=f"{where}: shared or dense",
+                kind="shared, dense", seconds=times.beside_s, after=(f"attention {i}",),
+            )  # fmt: skip
+            done.append(f"beside {i}")
+        before = tuple(done)
+    if after_s:
+        yield Task(
+            name="output", lane=lanes.attention, label="output", kind="output", seconds=after_s,
+            after=before,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DeferralGain(Record):
+    """A pass with 0, 1, ... K experts deferred, and what each gains."""
+
+    timelines: tuple[Timeline, ...]
+    """By number deferred, from 0 on."""
+    method: str = ""
+
+    @property
+    def gains(self) -> tuple[float, ...]:
+        """Times as fast as without, by number deferred."""
+        whole = self.timelines[0].seconds
+        return tuple(whole / line.seconds if line.seconds else 1.0 for line in self.timelines)
+
+    @property
+    def best(self) -> int:
+        """The fewest deferred that gain all that there is to gain (within a thousandth)."""
+        most = max(self.gains)
+        return next(i for i, gain in enumerate(self.gains) if gain >= most * 0.999)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """By number deferred: seconds, gain, and each lane's busy share."""
+        import pandas as pd
+
+        rows = [
+            {
+                "deferred": count,
+                "seconds": line.seconds,
+                "gain": gain,
+                **{f"{lane} busy": line.busy(lane) / (line.seconds or 1.0) for lane in line.lanes},
+            }
+            for count, (line, gain) in enumerate(zip(self.timelines, self.gains, strict=True))
+        ]
+        return pd.DataFrame(rows).set_index("deferred")
+
+    def plot(self, deferred: int | None = None) -> "Figure":
+        """The timeline without deferral over the one with `deferred` (default: the best)."""
+        count = self.best if deferred is None else deferred
+        if not 0 <= count < len(self.timelines):
+            raise SettingError(f"deferred = {count}: expected 0 to {len(self.timelines) - 1}")
+        shown = {"none deferred": self.timelines[0]}
+        if count:
+            shown[f"{count} deferred"] = self.timelines[count]
+        return plot_timelines(shown)
+
+    def _rows(self) -> list[tuple[object, ...]]:
+        return [
+            (count, seconds(line.seconds), f"×{gain:.2f}",
+             *(f"{line.busy(lane) / (line.seconds or 1.0):.0%}" for lane in line.lanes))
+            for count, (line, gain) in enumerate(zip(self.timelines, self.gains, strict=True))
+        ]  # fmt: skip
+
+    def __repr__(self) -> str:
+        lanes = ", ".join(f"{lane} busy" for lane in self.timelines[0].lanes)
+        rows = ["  " + "  ".join(map(str, row)) for row in self._rows()]
+        return "\n".join([f"Expert deferral: deferred, time, gain, {lanes}", *rows, self.method])
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        lanes = [f"{lane} busy" for lane in self.timelines[0].lanes]
+        table = html.table(self._rows(), ("deferred", "time", "gain", *lanes))
+        return html.mimebundle(repr(self), html.card("Expert deferral", table, self.method))
+
+
+def deferral_gain(
+    layers: Sequence[LayerTimes],
+    *,
+    lanes: Lanes | None = None,
+    after_s: float = 0.0,
+    method: str = "",
+) -> DeferralGain:
+    """`timeline` for every possible number of deferred experts."""
+    most = min((times.experts for times in layers if times.experts), default=0)
+    lines = (
+        timeline(layers, count, lanes=lanes, after_s=after_s, method=method)
+        for count in range(most + 1)
+    )
+    return DeferralGain(timelines=tuple(lines), method=method)
+
+
+def measured_times(
+    model: "Model", *, tokens: int = 32, context: int = 128
+) -> tuple[list[LayerTimes], float]:
+    """(each layer's stages of a decoded token, the output's seconds), timed one after another here,
+    medians over tokens.
+
+    The model decodes `tokens` after a prompt of `context`, stage by stage: no native call for a
+    whole layer. Nothing of it overlaps, so it says what a second device would have to hide.
+    """
+    total = context + tokens + 1
+    if tokens < 1 or context < 1 or total > model.config.context_length:
+        raise SettingError(
+            f"tokens = {tokens}, context = {context}: expected at least 1 of both, and fewer than "
+            f"{model.config.context_length} together"
+        )
+    twin = model.clone()
+    twin.set(deferred=0)
+    ids = [7 + i % (model.config.vocab_size - 7) for i in range(total)]
+    cache = twin.new_cache(context=total)
+    twin.next_logits(ids[:context], cache)
+    recorders = [Recorder() for _ in range(tokens + 1)]
+    for recorder, i in zip(recorders, range(context, total), strict=True):
+        twin.next_logits(ids[i : i + 1], cache, probe=recorder)
+    counted = recorders[1:]  # the first use of a matrix packs it
+
+    def spent(layer: int, *stages: str) -> float:
+        return sum(median(f"layers.{layer}.{stage}") for stage in stages)
+
+    def median(stage: str) -> float:
+        return statistics.median(recorder.seconds.get(stage, 0.0) for recorder in counted)
+
+    moe = {block.index: block for block in twin.moe_blocks}
+    found = [
+        LayerTimes(
+            layer=block.index,
+            attention_s=spent(block.index, "attention", "router"),
+            beside_s=spent(block.index, "shared", "mlp"),
+            experts_s=spent(block.index, "experts"),
+            experts=moe[block.index].router.rule.k_max if block.index in moe else 0,
+        )
+        for block in twin.layers
+    ]
+    return found, median("output")

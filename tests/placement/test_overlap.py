@@ -1,0 +1,92 @@
+"""What deferral gains, by hand and for a model."""
+
+import pytest
+
+from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
+from ktlab.errors import SettingError
+from ktlab.model.model import Model
+from ktlab.placement.overlap import (
+    DeferralGain,
+    Lanes,
+    LayerTimes,
+    deferral_gain,
+    measured_times,
+    timeline,
+)
+
+DENSE = LayerTimes(layer=0, attention_s=2, beside_s=1)
+EQUAL = [LayerTimes(layer=i, attention_s=4, experts_s=8, experts=4) for i in (1, 2, 3)]
+
+
+def test_without_it_each_waits_for_the_other() -> None:
+    line = timeline([DENSE, *EQUAL], after_s=1)
+    assert line.seconds == 2 + 1 + 3 * (4 + 8) + 1
+    assert line.overlap("GPU", "CPU") == 0
+
+
+def test_with_it_the_deferred_run_beside_the_next_attention() -> None:
+    """4 experts of 2 s: 2 deferred take the 4 s of the next attention. The last defers none."""
+    line = timeline(EQUAL, 2)
+    found = {span.label: (span.start_s, span.end_s) for span in line.spans}
+    assert found["layer 1: 2 experts"] == (4, 8)
+    assert found["layer 1: 2 deferred experts"] == (8, 12)
+    assert found["layer 2: attention and router"] == (8, 12)
+    assert found["layer 2: 2 experts"] == (12, 16)
+    assert found["layer 3: 4 experts"] == (20, 28) and line.seconds == 28
+    assert "layer 3: 2 deferred experts" not in found
+
+
+def test_what_is_put_off_must_be_back_with_the_next_layers_own() -> None:
+    """Deferring more than the attention hides delays the next layer, and gains nothing more."""
+    gain = deferral_gain(EQUAL)
+    assert [line.seconds for line in gain.timelines] == [36, 32, 28, 28, 28]
+    assert gain.gains == (1.0, 36 / 32, 36 / 28, 36 / 28, 36 / 28) and gain.best == 2
+
+
+def test_shared_experts_and_copies_take_part() -> None:
+    times = [
+        LayerTimes(layer=i, attention_s=2, beside_s=3, experts_s=4, experts=2, there_s=1, back_s=1)
+        for i in (0, 1)
+    ]
+    line = timeline(times, 0, lanes=Lanes(attention="A", link="PCIe", experts="B"))
+    assert line.lanes == ("A", "PCIe", "B") and line.seconds == 2 * (2 + 1 + 4 + 1)
+    assert line.overlap("A", "B") == 4, "shared experts run while the routed ones do"
+
+
+def test_a_call_costs_something_however_few_experts_it_has() -> None:
+    times = LayerTimes(layer=0, attention_s=1, experts_s=10, experts=4, call_s=2)
+    assert [times.some(n) for n in (0, 1, 4)] == [0, 4, 10]
+
+
+def test_the_gain_is_data_and_shows_itself() -> None:
+    gain = deferral_gain(EQUAL, method="made up")
+    assert DeferralGain.from_json(gain.to_json()) == gain
+    frame = gain.to_frame()
+    assert frame.loc[2, "gain"] == pytest.approx(36 / 28)
+    assert frame.loc[2, "CPU busy"] == pytest.approx(24 / 28)
+    assert "2  28 s  ×1.29" in repr(gain) and "made up" in repr(gain)
+    assert "<table>" in gain._repr_mimebundle_()["text/html"]
+    names = {trace.name for trace in gain.plot().data}
+    assert names == {"attention", "experts", "deferred experts"}
+    assert len(set(gain.plot(0).data[0].y)) == 1, "one timeline where none is deferred"
+
+
+def test_measured_on_a_model() -> None:
+    model = Model(synthesize(TINY_TEST_CONFIG))
+    with model.override(deferred=1):
+        layers, output_s = measured_times(model, tokens=3, context=4)
+        assert model.settings.deferred, "the model itself is not touched"
+    assert [times.layer for times in layers] == [0, 1, 2] and output_s > 0
+    assert layers[0].experts == 0 and layers[1].experts == 4 and layers[1].experts_s > 0
+    assert deferral_gain(layers).gains[0] == 1.0
+
+
+def test_errors() -> None:
+    with pytest.raises(SettingError, match="expected 0 to 4"):
+        timeline(EQUAL, 5)
+    with pytest.raises(SettingError, match="takes -1"):
+        timeline([LayerTimes(layer=0, attention_s=-1)])
+    with pytest.raises(SettingError, match="expected 0 to 4"):
+        deferral_gain(EQUAL).plot(9)
+    with pytest.raises(SettingError, match="tokens = 0"):
+        measured_times(Model(synthesize(TINY_TEST_CONFIG)), tokens=0)

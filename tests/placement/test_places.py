@@ -1,0 +1,124 @@
+"""Where rule files put a model: their device words as a placement."""
+
+from dataclasses import replace
+
+import pytest
+
+from ktlab.checkpoint.synthesis import TINY_QWEN3MOE_CONFIG, TINY_TEST_CONFIG
+from ktlab.errors import RuleError
+from ktlab.model.model import Model
+from ktlab.placement.placement import Placement
+from ktlab.placement.rules import Preview, RuleSet
+from tests.placement.test_rule_files import EXPERTS, FIRST_RELEASE, GPU_AND_CPU, LINEAR, MODEL
+from tests.placement.test_rules import BANKS, FAMILIES, checkpoint, one
+
+DENSE_PART = ("attention", "router", "norms")
+GPU = "generate_device: 'cuda:0', prefill_device: 'cuda:0'"
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(checkpoint(TINY_TEST_CONFIG))
+
+
+def place(model: Model, text: str, **how) -> Placement:
+    return RuleSet.parse(text).placement(model, **how)
+
+
+def notes(model: Model, text: str) -> str:
+    return "\n".join(RuleSet.parse(text).preview(model).notes)
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.name)
+def test_our_own_files(config) -> None:
+    model = Model(checkpoint(config))
+    cpu = Placement.everywhere(config)
+    for name in ("cpu-experts", "amx-int8-experts", "torch-reference"):
+        assert RuleSet.read(name).placement(model) == cpu
+    hybrid = RuleSet.read("gpu-attention").placement(model)
+    split = Placement.everywhere(config, "cuda:0").put("embedding", "cpu").put("experts", "cpu")
+    assert hybrid == split
+    hot = RuleSet.read("hot-experts").placement(model)
+    assert hot == hybrid.put("experts", "cuda:0", experts=range(8))
+    assert not RuleSet.read("hot-experts").preview(model).idle("matches nothing")
+    for name in ("gpu-attention", "hot-experts"):
+        RuleSet.read(name).apply(model).undo()  # what is not done here is told, not refused
+
+
+def test_two_gpus_by_layers() -> None:
+    config = replace(TINY_TEST_CONFIG, num_layers=34)
+    rules, model = RuleSet.read("two-gpus"), Model(checkpoint(config))
+    found = rules.placement(model)
+    half = Placement.everywhere(config, "cuda:0").put("embedding", "cpu").put("experts", "cpu")
+    for component in ("attention", "shared"):
+        half = half.put(component, "cuda:1", layers=range(30, 34))
+    assert found == half.put("output", "cuda:1")
+    assert not rules.preview(model).idle("matches nothing")
+    assert "attention 30-33" in rules.preview(model).places[-1]
+
+
+def test_the_words_of_a_whole_file(model: Model) -> None:
+    found = place(model, GPU_AND_CPU)
+    for component in ("attention", "cache", "router"):
+        assert found.device(component, layer=1) == "cuda:0", component
+    assert found.device("norms", layer=1) == found.device("output") == "cuda:1"
+    assert found.device("embedding") == found.device("experts", layer=2) == "cpu"
+    assert found.device("experts", layer=2, phase="prefill") == "cpu", "no prompt layer by layer"
+    written = place(model, GPU_AND_CPU, as_written=True)
+    assert written.device("experts", layer=2, phase="prefill") == "cuda:0"
+    assert written.decode == found.decode and written.device("experts", layer=2) == "cpu"
+    layerwise = GPU_AND_CPU.replace("threshold: 0", "threshold: 3000")
+    assert place(model, layerwise) == written
+    assert "prefill devices count for prompts of 3000 tokens and more" in notes(model, layerwise)
+    assert "kv_b_proj on cuda:1: attention is placed as a whole, on cuda:0" in notes(
+        model, GPU_AND_CPU
+    )
+    assert place(model, FIRST_RELEASE).device("experts", layer=1) == "cpu"
+    preview = RuleSet.parse(GPU_AND_CPU).preview(model)
+    assert preview.placement == found and Preview.from_json(preview.to_json()) == preview
+    assert "places: cpu: embedding, experts 1-2" in preview.summary
+
+
+def test_what_no_rule_matches(model: Model) -> None:
+    bank = one(BANKS, EXPERTS, "generate_device: cuda")
+    assert place(model, bank) == Placement.everywhere(model.config, "cuda:0"), "as in KTransformers"
+    some = Placement.everywhere(model.config, "cpu").put("experts", "cuda:0")
+    assert place(model, bank, default="cpu") == some
+    assert place(model, one(BANKS, EXPERTS, "generate_device: cpu")).devices == ("cpu",)
+    moved = one("^model$", MODEL, "transfer_map: {2: 'cuda:3'}")
+    assert place(model, moved).device("attention", layer=2) == "cuda:3"
+    assert place(model, moved).device("attention", layer=1) == "cuda:0"
+
+
+def test_below_a_rule_that_takes_all(model: Model) -> None:
+    text = one("layers\\.1$", "default", "generate_device: 'cuda:2'", "  recursive: False\n")
+    found = place(model, text + one(".", "default", "generate_device: cpu"))
+    for component in (*DENSE_PART, "experts", "shared"):
+        assert found.device(component, layer=1) == "cuda:2", component
+        assert found.device(component, layer=2) == "cpu", component
+
+
+def test_parts_of_a_component_apart(model: Model) -> None:
+    text = one("o_proj$", LINEAR, GPU) + one(".", "default", "generate_device: cpu")
+    assert place(model, text).devices == ("cpu",)
+    assert notes(model, text) == (
+        "model.layers.0-2.self_attn.o_proj on cuda:0: attention is placed as a whole, on cpu"
+    )
+    text = text.replace("o_proj", "self_attn\\.(q|kv).*")
+    assert place(model, text).device("attention", layer=0) == "cuda:0", "most of its weights"
+
+
+def test_experts_one_by_one() -> None:
+    model = Model(checkpoint(TINY_QWEN3MOE_CONFIG))
+    text = one("layers\\.1\\.mlp\\.experts\\.(3|5)$", "default", GPU)
+    found = place(model, text + one(".", "default", "generate_device: cpu"))
+    assert found.experts(layer=1, device="cuda:0") == (3, 5)
+    assert found.experts(layer=0, device="cuda:0") == ()
+
+
+def test_other_makers(model: Model) -> None:
+    text = one(".", "default", "generate_device: xpu") + one(BANKS, EXPERTS)
+    with pytest.raises(RuleError, match="xpu: a placement knows cpu, numa:n, cuda:n and disk"):
+        place(model, text)
+    preview = RuleSet.parse(text).preview(model)
+    assert preview.placement is None and "xpu" in preview.notes[0]
