@@ -1,7 +1,7 @@
 """Machines that are listed: `data/machines`, each value with its source, and files of one's own."""
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def _own(path: Path) -> Machine:
         ) from None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _file(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(data_path("machines", name).read_text(encoding="utf-8"))
     return found

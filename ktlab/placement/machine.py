@@ -68,11 +68,17 @@ class Gpu(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel(Record):
-    """One kernel measured on this machine: seconds of one expert's three matrices."""
+    """ktlab's own kernel, measured on this machine at one number of tokens."""
 
+    kind: str
+    """"experts" of a bank, or one "matrix"."""
     format: str
     tokens: int
-    """Tokens that each touched expert gets."""
+    """That each touched expert, or the matrix, gets."""
+    weights: int
+    """Of one expert (gate, up and down), or of the matrix."""
+    bits: float
+    """A weight, with its scales."""
     operations_per_s: float
     bytes_per_s: float
     """Weights of touched experts over the same seconds."""
@@ -96,8 +102,10 @@ class Machine(Record):
     """{"pcie": bytes/s each way}."""
     kernels: tuple[Kernel, ...] = ()
     """Of ktlab's own, where they were measured."""
-    call_s: float | None = None
-    """What a call of a kernel costs beside its work, where it was measured."""
+    token_s: float | None = None
+    """What a token of decode costs ktlab beside its kernels, where it was measured."""
+    prompt_layer_s: float | None = None
+    """What a layer costs it beside its kernels for each token of a prompt."""
     measured: bool = False
     sources: Mapping[str, str] = field(default_factory=dict)
     """{what: where the values come from}."""

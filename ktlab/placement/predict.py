@@ -10,10 +10,14 @@ from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
+from ktlab.checkpoint.facts import read_facts
+from ktlab.checkpoint.published import published_models
 from ktlab.errors import SettingError
 from ktlab.placement import prediction_view
-from ktlab.placement.engines import Efficiency, Engine, efficiencies, engine as engine_of
-from ktlab.placement.machine import CPU, GPU, Machine, get_machine
+from ktlab.placement.engines import KTLAB, Efficiency, Engine, efficiencies
+from ktlab.placement.engines import engine as engine_of
+from ktlab.placement.machine import CPU, GPU, THIS, Machine, get_machine
+from ktlab.placement.own_times import own_stage_times
 from ktlab.placement.plan import Plan, plan
 from ktlab.placement.stage_times import Case, StageTime, stage_times
 from ktlab.placement.timeline import Task, Timeline, schedule
@@ -105,7 +109,7 @@ def predict(
     model: "str | PathLike[str]" = "deepseek-v3",
     *,
     machine: "str | Machine" = "this",
-    engine: str = "ktlab",
+    engine: str = KTLAB,
     format: str | None = None,
     top_k: int | None = None,
     prompt: int = 512,
@@ -123,11 +127,62 @@ def predict(
     nearest name, and for an engine that cannot run on the machine; CheckpointError and FormatError
     as `ktlab.plan` does.
     """
+    case, planned = prepare(
+        model,
+        machine=machine,
+        engine=engine,
+        format=format,
+        top_k=top_k,
+        prompt=prompt,
+        generate=generate,
+        loads=loads,
+        changes=changes,
+    )
+    how, where = case.engine, case.machine
+    passes = {phase: stages_of(case, phase, prompt, generate) for phase in PHASES}
+    method = f"predicted for {how.name} on {where.name}"
+    timelines = {
+        phase: timeline(stages, title=f"{planned.model}, {phase}", method=method)
+        for phase, stages in passes.items()
+    }
+    return Prediction(
+        model=planned.model,
+        machine=where.name,
+        engine=how.name,
+        format=format or how.format,
+        top_k=case.top_k,
+        prompt=prompt,
+        generate=generate,
+        prefill_tokens_per_s=prompt / timelines["prefill"].seconds,
+        decode_tokens_per_s=1 / timelines["decode"].seconds,
+        memory={one.device: one.needed for one in planned.ledgers},
+        fits=planned.fits,
+        stages={phase: added(stages) for phase, stages in passes.items()},
+        efficiencies=case.shares,
+        notes=tuple(_notes(planned, how)),
+        plan=planned,
+        timelines=timelines,
+    )
+
+
+def prepare(
+    model: "str | PathLike[str]",
+    *,
+    machine: "str | Machine",
+    engine: str,
+    format: str | None = None,
+    top_k: int | None = None,
+    prompt: int,
+    generate: int,
+    loads: Mapping[int, Load] | None = None,
+    changes: Mapping[str, float] | None = None,
+) -> tuple[Case, Plan]:
+    """What `predict` computes on: checked, planned. Its arguments and errors."""
     how = engine_of(engine)
-    where = get_machine(machine)
+    where = Machine.measure() if machine == THIS else get_machine(machine)
     _check(how, where, prompt, generate)
     planned = _plan(fspath(model), how, where, format, prompt + generate)
-    config = planned.config
+    config = read_facts(fspath(model)).config
     k = config.top_k if top_k is None else top_k
     if not 1 <= k <= config.selectable_experts:
         raise SettingError(f"top_k={k}: {config.name} has 1 to {config.selectable_experts}")
@@ -140,34 +195,20 @@ def predict(
         top_k=k,
         loads=loads or {},
     )
-    room = prompt + generate
-    passes = {
-        "prefill": list(stage_times(case, prompt, 0, room)),
-        "decode": list(stage_times(case, 1, prompt + generate // 2, room)),
-    }
-    method = f"predicted for {how.name} on {where.name}"
-    timelines = {
-        phase: schedule(_tasks(stages), title=f"{planned.model}, {phase}", method=method)
-        for phase, stages in passes.items()
-    }
-    return Prediction(
-        model=planned.model,
-        machine=where.name,
-        engine=how.name,
-        format=format or how.format,
-        top_k=k,
-        prompt=prompt,
-        generate=generate,
-        prefill_tokens_per_s=prompt / timelines["prefill"].seconds,
-        decode_tokens_per_s=1 / timelines["decode"].seconds,
-        memory={one.device: one.needed for one in planned.ledgers},
-        fits=planned.fits,
-        stages={phase: _by_stage(stages) for phase, stages in passes.items()},
-        efficiencies=case.shares,
-        notes=tuple(_notes(planned, how)),
-        plan=planned,
-        timelines=timelines,
-    )
+    return case, planned
+
+
+def stages_of(case: Case, phase: str, prompt: int, generate: int) -> list[StageTime]:
+    """Every stage of every layer of the whole prompt, or of one token at the mean context."""
+    tokens, context = (prompt, 0) if phase == "prefill" else (1, prompt + generate // 2)
+    if case.engine.name == KTLAB:
+        return list(own_stage_times(case, tokens, context))
+    return list(stage_times(case, tokens, context, prompt + generate))
+
+
+def timeline(stages: Iterable[StageTime], *, title: str = "", method: str = "") -> Timeline:
+    """What runs beside what; its `seconds` are those of the pass."""
+    return schedule(_tasks(stages), title=title, method=method)
 
 
 def _check(how: Engine, where: Machine, prompt: int, generate: int) -> None:
@@ -186,12 +227,10 @@ def _plan(model: str, how: Engine, where: Machine, format: str | None, context: 
     """The engine's placement on that machine: what it lays where and in which format."""
     kept = (CPU, GPU) if how.gpu else (CPU,)
     there = replace(where, devices=tuple(d for d in where.devices if d.name in kept))
-    published = not _is_file(model)
-    file_type = format or (how.format if published else None)
-    if how.experts is not None:
-        return plan(
-            model, format=file_type, machine=there, context=context, remade={"experts": how.experts}
-        )
+    if how.experts is not None:  # the GPU's part has its 4 bits from any format
+        file_type: str | None = how.experts
+    else:
+        file_type = format or (how.format if model.lower() in published_models() else None)
     copies = where.sockets if how.numa == "copies" else 1
     return plan(model, format=file_type, machine=there, context=context, numa_copies=copies)
 
@@ -214,7 +253,11 @@ def _tasks(stages: Iterable[StageTime]) -> list[Task]:
             spent = stage.seconds if seconds is None else seconds
             tasks.append(
                 Task(
-                    name=name, lane=stage.lane, label=name, seconds=spent, kind=stage.stage,
+                    name=name,
+                    lane=stage.lane,
+                    label=name,
+                    seconds=spent,
+                    kind=stage.stage,
                     after=after,
                 )  # fmt: skip
             )
@@ -237,7 +280,7 @@ def _tasks(stages: Iterable[StageTime]) -> list[Task]:
     return tasks
 
 
-def _by_stage(stages: Iterable[StageTime]) -> tuple[StageTime, ...]:
+def added(stages: Iterable[StageTime]) -> tuple[StageTime, ...]:
     """The layers of each stage added up, in the order in which a token meets them."""
     found: dict[str, list[StageTime]] = {}
     for stage in stages:

@@ -1,8 +1,8 @@
 """Seconds of each stage of each layer: operations and bytes over ceilings, times few shares.
 
 T tokens of the pass, S positions in the cache, E experts, K of them a token, H heads.
-What an engine reads and what it computes adds up on the CPU: none of those modelled asks for the
-next expert's weights while it multiplies.
+On the CPU reading and computing hide part of each other: they take the root of the sum of their
+squares, between the larger of the two (all hidden) and their sum (nothing hidden).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,12 +65,16 @@ class Case:
     def memory(self) -> float:
         """Bytes/s at which the cores read weights."""
         assert self.machine.bandwidth is not None
-        reached = self.share("gemv_share") * self.machine.bandwidth
-        if self.machine.sockets == 1:
-            return reached
         if self.engine.numa == "one node":
-            return reached * self.share("cross_socket")
-        return reached * self.machine.sockets
+            return self.one_node
+        return self.share("gemv_share") * self.machine.bandwidth * self.machine.sockets
+
+    @property
+    def one_node(self) -> float:
+        """Bytes/s of all cores from and to one node's memory, where activations of a prompt lie."""
+        assert self.machine.bandwidth is not None
+        across = self.share("cross_socket") if self.machine.sockets > 1 else 1.0
+        return self.share("gemv_share") * self.machine.bandwidth * across
 
     @property
     def compute(self) -> float:
@@ -102,32 +106,30 @@ def stage_times(case: Case, tokens: int, context: int, room: int) -> Iterator[St
             yield _matrices(case, None, "output", row, 1)  # of the last token alone
 
 
-def _stage(
-    case: Case, layer: int | None, stage: str, lane: str, *, flop: float, nbytes: float,
+def stage(
+    layer: int | None, name: str, lane: str, *, flop: float, nbytes: float,
     parts: Mapping[str, float],
 ) -> StageTime:  # fmt: skip
+    """A stage whose parts add up; its bound is the largest."""
     return StageTime(
-        layer=layer, stage=stage, lane=lane, seconds=sum(parts.values()), flop=flop, bytes=nbytes,
-        bound=max(parts, key=lambda name: parts[name]), parts=dict(parts),
+        layer=layer, stage=name, lane=lane, seconds=sum(parts.values()), flop=flop, bytes=nbytes,
+        bound=max(parts, key=lambda part: parts[part]), parts=dict(parts),
     )  # fmt: skip
 
 
-def _matrices(
-    case: Case, layer: int | None, stage: str, row: Placed, tokens: int
-) -> StageTime:
+def _matrices(case: Case, layer: int | None, name: str, row: Placed, tokens: int) -> StageTime:
     """Matrices that every token goes through."""
     flop = row.part.flop_per_token * tokens
     if row.device == CPU:
         reads = row.part.bytes * -(-tokens // case.engine.group)
-        parts = {"memory": reads / case.memory}
-        if tokens > 1:
-            parts["compute"] = flop / case.compute
-        return _stage(case, layer, stage, CPU_LANE, flop=flop, nbytes=reads, parts=parts)
+        compute = flop / case.compute if tokens > 1 else 0.0
+        parts = _beside(compute, reads / case.memory)
+        return stage(layer, name, CPU_LANE, flop=flop, nbytes=reads, parts=parts)
     gpu = case.machine.gpus[0]
     memory = row.bytes / (case.share("gpu_bytes_share") * gpu.bandwidth)
     compute = flop / (case.share("gpu_flop_share") * gpu.flop_per_s)
     bound = {"memory": memory} if memory > compute else {"compute": compute}
-    return _stage(case, layer, stage, GPU_LANE, flop=flop, nbytes=row.bytes, parts=bound)
+    return stage(layer, name, GPU_LANE, flop=flop, nbytes=row.bytes, parts=bound)
 
 
 def _experts(case: Case, layer: int, row: Placed, tokens: int) -> StageTime:
@@ -139,18 +141,39 @@ def _experts(case: Case, layer: int, row: Placed, tokens: int) -> StageTime:
     if tokens < max(case.engine.singly_below, 2):
         reads = tokens * k * each
         flop = tokens * k * flop_each
-        return _stage(
-            case, layer, "experts", CPU_LANE, flop=flop, nbytes=reads,
+        return stage(layer, "experts", CPU_LANE, flop=flop, nbytes=reads,
             parts={"memory": reads / case.memory},
         )  # fmt: skip
-    reads = products = 0.0
+    reads, products = 0.0, 0.0
     for start in range(0, tokens, case.engine.group):
         group = min(case.engine.group, tokens - start)
         reads += touched(group, experts, k, load) * each
         products += padded(group, experts, k, load, case.engine.pad) * flop_each
-    parts = {"compute": products / case.compute, "memory": reads / case.memory}
+    memory = case.memory
+    if case.machine.sockets > 1 and case.engine.numa == "split":
+        memory *= case.share("cross_socket")  # threads take one another's tasks, and their weights
+    rows_bytes = tokens * k * _row_bytes(case.config)
+    parts = _beside(products / case.compute, reads / memory)
+    parts["memory"] += rows_bytes / case.one_node
     flop = tokens * k * flop_each
-    return _stage(case, layer, "experts", CPU_LANE, flop=flop, nbytes=reads, parts=parts)
+    moved = reads + rows_bytes
+    return stage(layer, "experts", CPU_LANE, flop=flop, nbytes=moved, parts=parts)
+
+
+def _beside(compute: float, memory: float) -> dict[str, float]:
+    """Seconds of computing and reading that hide part of each other, each by its weight."""
+    squares = compute**2 + memory**2
+    if not squares:
+        return {"compute": 0.0, "memory": 0.0}
+    return {"compute": compute**2 / squares**0.5, "memory": memory**2 / squares**0.5}
+
+
+def _row_bytes(config: ModelConfig) -> float:
+    """A token's rows at one expert, written once and read once: its input gathered for gate and for
+    up as int8, both results and their product in float32, that as int8, the output in float32 (the
+    m_local_ buffers of kvcache-ai/ktransformers, llamafile/moe.cpp)."""
+    wide, inner = config.hidden_size, config.expert_size
+    return 2.0 * (2 * wide + (2 + 1) * 4 * inner + inner + 4 * wide)
 
 
 def _scores(
@@ -163,28 +186,26 @@ def _scores(
         form = "naive" if isinstance(sizes, MLASizes) else "grouped"
         nbytes = BFLOAT16 * sizes.cache_elements[form] * (context + tokens)
         flop = sizes.flop_per_pair[form] * pairs
-        parts = {"memory": nbytes / case.memory}
-        if not decode:
-            parts["compute"] = flop / case.compute
-        return _stage(case, layer, "scores", CPU_LANE, flop=flop, nbytes=nbytes, parts=parts)
+        parts = _beside(0.0 if decode else flop / case.compute, nbytes / case.memory)
+        return stage(layer, "scores", CPU_LANE, flop=flop, nbytes=nbytes, parts=parts)
     gpu = case.machine.gpus[0]
     compute = case.share("gpu_flop_share") * gpu.flop_per_s
     if case.engine.attention == "torch" and isinstance(sizes, MLASizes):
         # The whole buffer is multiplied, whatever part of it is filled (StaticCache).
-        pairs = float(tokens * room)
+        pairs = 1.0 * tokens * room
         flop = sizes.flop_per_pair["absorbed"] * pairs
         if decode:  # each head reads the latent again, out of the cache
             wide = 2 * sizes.kv_lora_rank + sizes.qk_rope_dim
-            nbytes = BFLOAT16 * sizes.num_heads * wide * pairs
-            parts = {"cache": nbytes / gpu.cache_bandwidth}
+            reads = BFLOAT16 * sizes.num_heads * wide * pairs
+            parts = {"cache": reads / gpu.cache_bandwidth}
         else:
-            nbytes = case.share("score_bytes") * sizes.num_heads * pairs
-            parts = {"compute": flop / compute, "memory": nbytes / gpu.bandwidth}
-        return _stage(case, layer, "scores", GPU_LANE, flop=flop, nbytes=nbytes, parts=parts)
+            reads = case.share("score_bytes") * sizes.num_heads * pairs
+            parts = {"compute": flop / compute, "memory": reads / gpu.bandwidth}
+        return stage(layer, "scores", GPU_LANE, flop=flop, nbytes=reads, parts=parts)
     if not decode:  # keys as wide as queries, values padded to them; half of the pairs are masked
         flop = 4.0 * sizes.num_heads * sizes.qk_dim * pairs
         parts = {"compute": flop / compute}
-        return _stage(case, layer, "scores", GPU_LANE, flop=flop, nbytes=0.0, parts=parts)
+        return stage(layer, "scores", GPU_LANE, flop=flop, nbytes=0.0, parts=parts)
     form = "absorbed" if isinstance(sizes, MLASizes) else "grouped"
     flop = sizes.flop_per_pair[form] * pairs
     nbytes = BFLOAT16 * sizes.cache_elements[form] * (context + 1)
@@ -192,7 +213,7 @@ def _scores(
     parts = {"compute": flop / (compute * busy)}
     if (memory := nbytes / (case.share("gpu_bytes_share") * gpu.bandwidth)) > parts["compute"]:
         parts = {"memory": memory}
-    return _stage(case, layer, "scores", GPU_LANE, flop=flop, nbytes=nbytes, parts=parts)
+    return stage(layer, "scores", GPU_LANE, flop=flop, nbytes=nbytes, parts=parts)
 
 
 def _blocks(config: ModelConfig) -> int:
@@ -207,13 +228,11 @@ def _launch(case: Case, layer: int, decode: bool) -> StageTime:
     else:
         eager = 0.0 if decode else case.share("eager_layer_s")
         seconds, lane = case.share("layer_s") + eager, GPU_LANE
-    return _stage(case, layer, "launch", lane, flop=0, nbytes=0, parts={"launch": seconds})
+    return stage(layer, "launch", lane, flop=0, nbytes=0, parts={"launch": seconds})
 
 
 def _link(case: Case, layer: int, tokens: int) -> StageTime:
     """Activations to the CPU and back; one token's are part of what a launch costs."""
     nbytes = 2.0 * BFLOAT16 * tokens * case.config.hidden_size
     seconds = nbytes / (case.share("link_share") * case.machine.links["pcie"])
-    return _stage(
-        case, layer, "transfer", LINK_LANE, flop=0, nbytes=nbytes, parts={"link": seconds}
-    )
+    return stage(layer, "transfer", LINK_LANE, flop=0, nbytes=nbytes, parts={"link": seconds})
