@@ -168,6 +168,28 @@ def divergence_by_layer(
     return fig
 
 
+def rates_by_name(
+    names: Sequence[str], rate: ArrayLike, low: ArrayLike, high: ArrayLike, *,
+    hollow: Sequence[bool], kinds: tuple[str, str], chance: float, x: str, title: str = "",
+) -> "Figure":  # fmt: skip
+    """Rates with intervals, one line a name, first on top; `hollow` ones are of the second kind."""
+    fig = figure(title, x=x, height=110 + 24 * len(names))
+    value, ends = np.asarray(rate, float), (np.asarray(low, float), np.asarray(high, float))
+    for second, name in enumerate(kinds):
+        at = [i for i, outline in enumerate(hollow) if outline == bool(second)]
+        fig.add_scatter(
+            y=[names[i] for i in at], x=value[at], name=name, mode="markers",
+            error_x=_error(value[at], ends[0][at], ends[1][at]),
+            marker={"color": (BLUE, ORANGE)[second], "symbol": SYMBOLS[second], "size": 10},
+            hovertemplate="%{y}: %{x:.1%}<extra></extra>",
+        )  # fmt: skip
+    fig.add_vline(x=chance, line={"color": INK, "dash": "dot", "width": 1})
+    fig.update_yaxes(
+        type="category", categoryorder="array", categoryarray=list(names)[::-1], title_text=""
+    )
+    return fig.update_xaxes(range=[0, 1.02], tickformat=".0%")
+
+
 def hit_rate_curves(
     capacities: ArrayLike,
     curves: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]],

@@ -4,17 +4,26 @@ Read from the operating system where it tells (Linux: /proc, cgroups); "unknown"
 guess.
 """
 
+import ctypes
 import mmap
 import os
+import platform
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 from ktlab.record import Record
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 PROBE_BYTES = 4 << 20
 """Read at once when a disk is measured: long enough for any disk to be at its full rate."""
+_MOVE_PAGES = 279
+"""The number of the system call on x86-64."""
 PROBE_SECONDS = 0.25
 """A disk is measured for so long."""
 
@@ -124,3 +133,39 @@ def disk_rate(path: Path, seconds: float = PROBE_SECONDS) -> float | None:
         return None
     finally:
         os.close(handle)
+
+
+def process_memory() -> int | None:
+    """Bytes of this process in memory now (its resident set); None where unknown."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return int(psutil.Process().memory_info().rss)
+
+
+def node_bytes(arrays: "Iterable[NDArray[Any]]", pages: int = 4096) -> dict[int, int] | None:
+    """{NUMA node: bytes} of arrays, as the kernel says where their pages are; None where it does
+    not. Up to so many pages of each array are asked for, spread evenly. Source: move_pages(2)."""
+    if platform.machine() != "x86_64" or not sys.platform.startswith("linux"):
+        return None
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    size = os.sysconf("SC_PAGE_SIZE")
+    found: dict[int, float] = {}
+    for array in arrays:
+        first = array.ctypes.data // size
+        count = (array.ctypes.data + array.nbytes - 1) // size - first + 1
+        asked = [first + i * count // min(pages, count) for i in range(min(pages, count))]
+        addresses = (ctypes.c_void_p * len(asked))(*(page * size for page in asked))
+        status = (ctypes.c_int * len(asked))()
+        if call(_MOVE_PAGES, 0, ctypes.c_ulong(len(asked)), addresses, None, status, 0) != 0:
+            return None
+        for node in status:
+            if node >= 0:  # else not in memory
+                found[node] = found.get(node, 0) + array.nbytes / len(asked)
+    return {node: round(nbytes) for node, nbytes in found.items()}

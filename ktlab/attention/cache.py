@@ -5,6 +5,7 @@ B batch, S positions, C kv_lora_rank, R rope, N nope, H heads, V value dimension
 Source: DeepSeek-V2 (arXiv 2405.04434) 2.1 and table 1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ktlab import html
 from ktlab.checkpoint.config import MLASizes, ModelConfig
 from ktlab.errors import ContextError
+from ktlab.kernels.seat import HOST, Seat
 
 Form = Literal["absorbed", "naive", "grouped"]
 FORMS: tuple[Form, ...] = ("absorbed", "naive")
@@ -36,6 +38,15 @@ class LayerCache:
     form: Form
     keys: Tensor
     values: Tensor | None = None
+    seat: Seat = HOST
+
+    def on(self, seat: Seat) -> "LayerCache":
+        """The same memory on another device; itself where it is there already."""
+        if seat is self.seat:
+            return self
+        keys = _moved(self.keys, self.seat, seat)
+        values = None if self.values is None else _moved(self.values, self.seat, seat)
+        return LayerCache(form=self.form, keys=keys, values=values, seat=seat)
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +56,14 @@ class LayerCache:
 class Cache:
     """The caches of every layer, and how many positions of each sequence are filled."""
 
-    def __init__(self, config: ModelConfig, forms: list[Form], batch: int, context: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        forms: list[Form],
+        batch: int,
+        context: int,
+        seats: Sequence[Seat] = (),
+    ) -> None:
         if batch < 1 or context < 1:
             raise ContextError(f"batch {batch}, context {context}: expected at least 1 of each")
         if context > config.context_length:
@@ -53,7 +71,9 @@ class Cache:
                 f"a context of {context} tokens: {config.name} has {config.context_length}; ask "
                 "for a shorter one or cut the text"
             )
-        needed = 4 * batch * context * sum(elements_per_token(config, form) for form in forms)
+        seats = seats or [HOST] * len(forms)
+        here = [form for form, seat in zip(forms, seats, strict=True) if seat is HOST]
+        needed = 4 * batch * context * sum(elements_per_token(config, form) for form in here)
         available = psutil.virtual_memory().available
         if needed > available:
             raise ContextError(
@@ -66,12 +86,15 @@ class Cache:
                 )
             )
         self.batch, self.context = batch, context
-        self.layers = [_allocate(config, form, batch, context) for form in forms]
+        self.layers = [
+            _allocate(config, form, batch, context, seat)
+            for form, seat in zip(forms, seats, strict=True)
+        ]
         self.lengths_B = torch.zeros(batch, dtype=torch.int64)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for the whole context, float32."""
+        """Bytes allocated for the whole context, float32 on the host."""
         return sum(layer.nbytes for layer in self.layers)
 
     def positions(self, tokens: int) -> Tensor:
@@ -100,18 +123,25 @@ class Cache:
         return html.mimebundle(repr(self), html.card(repr(self)))
 
 
-def _allocate(config: ModelConfig, form: Form, batch: int, context: int) -> LayerCache:
+def _moved(values: Tensor, here: Seat, there: Seat) -> Tensor:
+    made = there.zeros(*values.shape)
+    made.copy_(there.take(here.give(values)()[0]))
+    return made
+
+
+def _allocate(config: ModelConfig, form: Form, batch: int, context: int, seat: Seat) -> LayerCache:
     # Zeros, not empty: positions beyond a shorter sequence are multiplied by a weight of zero.
     sizes = config.attention
     if form == "absorbed":
         width = elements_per_token(config, form)
-        return LayerCache(form=form, keys=torch.zeros(batch, context, width))
+        return LayerCache(form=form, keys=seat.zeros(batch, context, width), seat=seat)
     if isinstance(sizes, MLASizes):
         heads, v_dim = sizes.num_heads, sizes.v_dim
     else:
         heads, v_dim = sizes.num_kv_heads, sizes.head_dim
     return LayerCache(
         form=form,
-        keys=torch.zeros(batch, heads, context, sizes.qk_dim),
-        values=torch.zeros(batch, heads, context, v_dim),
+        keys=seat.zeros(batch, heads, context, sizes.qk_dim),
+        values=seat.zeros(batch, heads, context, v_dim),
+        seat=seat,
     )

@@ -51,7 +51,7 @@ class GQA(Attention):
         """(B, T, D) to (B, T, D)."""
         assert cache.values is not None
         w, sizes = self.weights, self.sizes
-        places = self._rope.places(positions_BT)
+        places = self._rope.places(positions_BT, self.seat)
         turns = places.turns_BTr[:, :, None]
         q_BTHd = self._heads(w.q(hidden_BTD), w.q_norm)
         k_BTGd = self._heads(w.k(hidden_BTD), w.k_norm)
@@ -64,13 +64,15 @@ class GQA(Attention):
         write(cache.keys, k_BTGd.transpose(1, 2), places)
         write(cache.values, v_BTGd.transpose(1, 2), places)
         seen = places.seen
-        keys_BGSd, values_BGSd = cache.keys[:, :, :seen], cache.values[:, :, :seen]
+        keys_BGSd, values_BGSd = (
+            cached[:, :, :seen].to(q_BTHd.dtype) for cached in (cache.keys, cache.values)
+        )
         # The queries that share a key head are rows of one product: its cache is read once.
         q_BGHTd = q_BTHd.transpose(1, 2).unflatten(1, (sizes.num_kv_heads, -1))
         shared_tokens = q_BGHTd.shape[2:4]
         scores_BGRS = q_BGHTd.flatten(2, 3) @ keys_BGSd.transpose(-1, -2)
         scores_BHTS = scores_BGRS.unflatten(2, shared_tokens).flatten(1, 2)
-        weights_BHTS = self.softmax(scores_BHTS, positions_BT)
+        weights_BHTS = self.softmax(scores_BHTS, places.positions_BT)
         mixed_BGRd = weights_BHTS.view(scores_BGRS.shape) @ values_BGSd
         mixed_BHTd = mixed_BGRd.unflatten(2, shared_tokens).flatten(1, 2)
         output_BTD: Tensor = w.output(mixed_BHTd.transpose(1, 2).flatten(2))

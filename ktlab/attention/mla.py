@@ -68,7 +68,7 @@ class MLA(Attention):
             token = self.whole_token()
             if token is not None:
                 return self._in_one_call(token, hidden_BTD, cache, positions_BT, probe)
-        places = self._rope.places(positions_BT)
+        places = self._rope.places(positions_BT, self.seat)
         sizes, w = self.sizes, self.weights
         rank = sizes.kv_lora_rank
         q_BTHd, kv_BTc = self._queries(hidden_BTD), w.kv_a(hidden_BTD)
@@ -79,7 +79,6 @@ class MLA(Attention):
             ),
             latent_BTC=rms_norm(kv_BTc[..., :rank], w.kv_a_norm_C, self.config.rms_eps),
             k_rope_BTR=self._rope.rotate(kv_BTc[..., rank:], places.turns_BTr),
-            positions_BT=positions_BT,
             places=places,
         )
         if self.form == "naive":
@@ -89,7 +88,7 @@ class MLA(Attention):
             write(cache.keys[..., rank:], new.k_rope_BTR, places)
             many = self._decompression_pays(hidden_BTD.shape[1])
             latent = self._decompressed if many else self._absorbed
-            out_BTHV = latent(new, cache.keys[:, : places.seen])
+            out_BTHV = latent(new, cache.keys[:, : places.seen].to(hidden_BTD.dtype))
         self.record(probe, "q", q_BTHd)
         self.record(probe, "latent", new.latent_BTC)
         return w.output(out_BTHV.flatten(2))
@@ -100,7 +99,7 @@ class MLA(Attention):
 
     def whole_token(self) -> "WholeToken | None":
         """What one native call needs for a decoded token, if form and kernels allow it."""
-        if self.form != "absorbed":
+        if self.form != "absorbed" or not self.seat.host:
             return None
         found = self._token
         if found is None or found.weights is not self.weights or not found.holds():
@@ -140,7 +139,7 @@ class MLA(Attention):
         if q_BTHc.shape[1] == 1:
             mixed_BTHC = self._attended(q_BTHc, keys_BSc, new.places)
         else:
-            mixed_BTHC = self._mixed(q_BTHc.transpose(1, 2), keys_BSc, new.positions_BT)
+            mixed_BTHC = self._mixed(q_BTHc.transpose(1, 2), keys_BSc, new.places.positions_BT)
         out_THV = self.weights.v_b.by_head(mixed_BTHC.flatten(0, 1))
         return out_THV.view(*mixed_BTHC.shape[:3], -1)
 
@@ -203,7 +202,7 @@ class MLA(Attention):
         latent_B1SC, k_rope_B1SR = keys_B1Sc.split((sizes.kv_lora_rank, sizes.qk_rope_dim), dim=-1)
         batch, seen, _ = keys_BSc.shape
         causal = batch == 1 and new.places.starts == (0,)
-        mask = None if causal else visible(new.positions_BT, seen)
+        mask = None if causal else visible(new.places.positions_BT, seen)
         # torch's fused attention wants values as long as keys: zeros are added and cut off again.
         head_bytes = v_b_HVC.itemsize * batch * seen * 2 * sizes.qk_dim
         groups = -(-sizes.num_heads * head_bytes // DECOMPRESSED_BYTES)
@@ -241,9 +240,10 @@ class MLA(Attention):
         write(cache.keys, torch.cat((k_nope_BHTN, k_rope_BHTR), dim=-1), new.places)
         write(cache.values, value_BHTV, new.places)
         q_BHTd = torch.cat((new.q_nope_BTHN, new.q_rope_BTHR), dim=-1).transpose(1, 2)
-        scores_BHTS = q_BHTd @ cache.keys[:, :, :seen].transpose(-1, -2)
-        weights_BHTS = self.softmax(scores_BHTS, new.positions_BT)
-        return (weights_BHTS @ cache.values[:, :, :seen]).transpose(1, 2)
+        scores_BHTS = q_BHTd @ cache.keys[:, :, :seen].to(q_BHTd.dtype).transpose(-1, -2)
+        weights_BHTS = self.softmax(scores_BHTS, new.places.positions_BT)
+        values_BHSV = cache.values[:, :, :seen].to(q_BHTd.dtype)
+        return (weights_BHTS @ values_BHSV).transpose(1, 2)
 
 
 class WholeToken:
@@ -296,5 +296,4 @@ class _New:
     q_rope_BTHR: Tensor
     latent_BTC: Tensor
     k_rope_BTR: Tensor
-    positions_BT: Tensor
     places: Places

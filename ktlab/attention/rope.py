@@ -7,12 +7,13 @@ DeepSeek-V2 (2405.04434) 3.1.4.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ktlab.checkpoint.config import ModelConfig, YarnScaling
+from ktlab.kernels.seat import HOST, Seat
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -57,8 +58,9 @@ def _correction_range(config: ModelConfig, yarn: YarnScaling) -> tuple[float, fl
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where the tokens of a call stand."""
+    """Where the tokens of a call stand; tensors are where attention is computed."""
 
+    positions_BT: Tensor
     turns_BTr: Tensor
     """Complex, (B, T, R/2): by how much each pair is turned (and stretched, by YaRN)."""
     starts: tuple[int, ...]
@@ -80,16 +82,36 @@ class RoPE:
             else 1.0
         )
         self._latest: tuple[Tensor, Places] | None = None
+        self._elsewhere: dict[Seat, tuple[Places, Places]] = {}
 
-    def places(self, positions_BT: Tensor) -> "Places":
-        """What every layer of a call needs of its positions."""
+    def places(self, positions_BT: Tensor, seat: Seat = HOST) -> "Places":
+        """What every layer of a call needs of its positions, on its device."""
+        found = self._places(positions_BT)
+        if seat is HOST:
+            return found
+        kept = self._elsewhere.get(seat)
+        if kept is None or kept[0] is not found:
+            moved = replace(
+                found,
+                positions_BT=seat.take(found.positions_BT),
+                turns_BTr=seat.take(found.turns_BTr),
+            )
+            self._elsewhere[seat] = kept = (found, moved)
+        return kept[1]
+
+    def _places(self, positions_BT: Tensor) -> "Places":
         # They ask with the same tensor: compute for the first, keep for the rest.
         latest = self._latest
         if latest is None or latest[0] is not positions_BT:
             angles = positions_BT[..., None].to(torch.float32) * self._frequencies
             turns = torch.polar(torch.full_like(angles, self._magnitude), angles)
             last, starts = positions_BT[:, -1].tolist(), positions_BT[:, 0].tolist()
-            found = Places(turns_BTr=turns, starts=tuple(starts), seen=max(last) + 1)
+            found = Places(
+                positions_BT=positions_BT,
+                turns_BTr=turns,
+                starts=tuple(starts),
+                seen=max(last) + 1,
+            )
             self._latest = latest = (positions_BT, found)
         return latest[1]
 

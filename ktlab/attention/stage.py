@@ -4,6 +4,7 @@ B batch, T tokens of this call, S cached positions, D hidden, H heads.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +17,7 @@ from ktlab.attention.rope import Places, RoPE, softmax_scale
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.errors import SettingError, nearest
 from ktlab.kernels.linear import Linear
+from ktlab.kernels.seat import HOST, Seat
 from ktlab.probe import NO_PROBE, Probe
 
 _Attention = TypeVar("_Attention", bound="Attention")
@@ -34,6 +36,8 @@ class Attention:
         self.layer = layer
         self.weights = weights
         """A frozen dataclass of `Linear` and norms."""
+        self.seat: Seat = HOST
+        """Where it is computed, and where its cache is."""
         self._form: Form = self.forms[0]
         self._rope = rope
         self._scale = softmax_scale(config)
@@ -124,6 +128,21 @@ class Attention:
         """The same weights under switches of its own."""
         return self._with({n: m.clone() for n, m in self.linears.items()})
 
+    def on(
+        self: _Attention,
+        seat: Seat,
+        move: Callable[[Linear], Linear],
+        hold: Callable[[Tensor], Tensor],
+    ) -> _Attention:
+        """The same attention somewhere else: `move` says what becomes of a matrix, `hold` of a
+        norm."""
+        moved = self._with({name: move(linear) for name, linear in self.linears.items()})
+        norms = {k: hold(v) for k, v in vars(self.weights).items() if isinstance(v, Tensor)}
+        moved.weights = replace(moved.weights, **norms)
+        moved.seat = seat
+        moved.let_go()
+        return moved
+
     def _with(self: _Attention, linears: dict[str, Linear]) -> _Attention:
         attention = copy.copy(self)
         attention.weights = replace(self.weights, **linears)
@@ -179,4 +198,4 @@ def write(target: Tensor, values: Tensor, places: Places) -> None:
 
 def visible(positions_BT: Tensor, seen: int) -> Tensor:
     """(B, 1, T, S) bool: the cached positions up to a query's own."""
-    return (torch.arange(seen) <= positions_BT[..., None])[:, None]
+    return (torch.arange(seen, device=positions_BT.device) <= positions_BT[..., None])[:, None]

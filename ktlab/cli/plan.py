@@ -1,10 +1,18 @@
 """`ktlab plan`: will it fit?"""
 
 import argparse
+import sys
+from typing import TYPE_CHECKING, Any
 
 import ktlab
+from ktlab.errors import SettingError
 from ktlab.model.words import settings
-from ktlab.placement.placement_file import read_placement
+
+if TYPE_CHECKING:
+    from ktlab.placement.placement import Placement
+
+WORDS = ("llama.cpp", "sglang", "yaml", "json")
+"""What a placement can be printed as."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,13 +31,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu-formats", nargs="+", default=[], metavar="PART=FORMAT", help="attention=bf16")
     add("--numa-copies", type=int, default=1, metavar="N", help="of the experts in host memory")
     add("--json", action="store_true", help="print JSON")
+    add("--as", dest="words", choices=WORDS, help="print the placement alone, for others to use")
+    group = parser.add_argument_group("llama.cpp's options, as it reads them")
+    for names, metavar, text in (
+        (("-ngl", "--n-gpu-layers"), "N", "the last N layers on the GPU, the output first"),
+        (("-ts", "--tensor-split"), "N,N", "shares of the GPUs"),
+        (("-ot", "--override-tensor"), "PATTERN=BUFFER,...", "such as exps=CPU; the first counts"),
+        (("-ncmoe", "--n-cpu-moe"), "N", "the experts of the first N layers on the CPU"),
+    ):
+        group.add_argument(*names, metavar=metavar, action=_Kept, dest="llama_cpp", help=text)
+    text = "the experts of all layers on the CPU"
+    group.add_argument("-cmoe", "--cpu-moe", nargs=0, action=_Kept, dest="llama_cpp", help=text)
+
+
+class _Kept(argparse.Action):
+    """Options in the order in which they came, which counts."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None
+    ) -> None:
+        words = [option, *([] if self.nargs == 0 else [values])]
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *words])
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan; exit code 1 where the model does not fit."""
     plan = ktlab.plan(
         options.model,
-        placement=read_placement(options.placement) if options.placement else None,
+        placement=_placement(options),
         format=options.format,
         ram=options.ram,
         vram=options.vram,
@@ -41,5 +70,40 @@ def run(options: argparse.Namespace) -> int:
         gpu_formats=settings(options.gpu_formats),
         numa_copies=options.numa_copies,
     )
+    if options.words:
+        _print(plan.placement, options.words)
+        return 0
     print(plan.to_json() if options.json else plan)
     return 0 if plan.fits is not False else 1
+
+
+def _placement(options: argparse.Namespace) -> "Placement | None":
+    from ktlab.checkpoint.facts import read_facts
+    from ktlab.placement.flags import LlamaCpp
+
+    if options.placement and options.llama_cpp:
+        raise SettingError(
+            f"--placement and {options.llama_cpp[0]} both say what goes where; give one of them"
+        )
+    if options.placement:
+        return ktlab.Placement.read(options.placement)
+    if not options.llama_cpp:
+        return None
+    words = LlamaCpp.parse(options.llama_cpp)
+    config = read_facts(options.model, format=options.format).config
+    for note in words.notes(config):
+        print(f"ktlab: {note}", file=sys.stderr)
+    return words.placement(config)
+
+
+def _print(placement: "Placement", words: str) -> None:
+    """To be used elsewhere; what cannot be said there is a remark."""
+    from ktlab.placement.flags import LlamaCpp, SGLang
+
+    if words in ("yaml", "json"):
+        print(placement.to_yaml().rstrip() if words == "yaml" else placement.to_json())
+        return
+    written = LlamaCpp.of(placement) if words == "llama.cpp" else SGLang.of(placement)
+    print(written)
+    for note in written.left_out:
+        print(f"ktlab: left out: {note}", file=sys.stderr)

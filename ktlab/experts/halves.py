@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ktlab.errors import TraceError
 from ktlab.routing.heldout import log_odds
+from ktlab.routing.selections import hot
 
 Ids = Mapping[int, NDArray[np.int64]]
 
@@ -88,11 +89,11 @@ class Halves:
             first, second = (np.full((len(x[layer]), 0), -1) for x in (self.profile, self.scored))
             return first, second
         before = self.layers[at - 1]
-        seen_TE = self._hot(self.profile[before])
-        wanted_TE = self._hot(self.profile[layer])
+        seen_TE = hot(self.profile[before], self.num_experts)
+        wanted_TE = hot(self.profile[layer], self.num_experts)
         count = self.scored[layer].shape[1]
         found = []
-        for known_TE in (seen_TE, self._hot(self.scored[before])):
+        for known_TE in (seen_TE, hot(self.scored[before], self.num_experts)):
             score_TE = log_odds(seen_TE, wanted_TE, known_TE)
             found.append(np.argsort(-score_TE, axis=1, kind="stable")[:, :count])
         return found[0], found[1]
@@ -114,9 +115,3 @@ class Halves:
             for l, ids_TK in enumerate(ids.values())  # noqa: E741
         ]
         return np.stack(rows, axis=1).reshape(-1, width).astype(np.int64)
-
-    def _hot(self, ids_TK: NDArray) -> NDArray[np.bool_]:
-        hot_TE = np.zeros((len(ids_TK), self.num_experts), bool)
-        token, place = np.nonzero(ids_TK >= 0)
-        hot_TE[token, ids_TK[token, place]] = True
-        return hot_TE

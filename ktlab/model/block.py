@@ -17,7 +17,9 @@ from ktlab.errors import StageError
 from ktlab.experts.bank import ExpertBank
 from ktlab.experts.mlp import MLP
 from ktlab.kernels.norm import rms_norm
+from ktlab.kernels.seat import HOST
 from ktlab.model.deferral import Later, split
+from ktlab.model.placed_block import BlockSeats, Twins, move, placed_forward
 from ktlab.model.whole_layer import WholeLayer
 from ktlab.probe import NO_PROBE, Probe
 from ktlab.routing.router import Router
@@ -45,6 +47,10 @@ class Block:
         self.attention_norm_D = attention_norm_D
         self.mlp_norm_D = mlp_norm_D
         self._whole: WholeLayer | None = None
+        self.seats: BlockSeats | None = None
+        """Where its stages are; None: on the host, as loaded."""
+        self.in_prefill = Twins()
+        """Stages that are somewhere else while prompts are read."""
 
     def forward(
         self,
@@ -54,11 +60,15 @@ class Block:
         probe: Probe = NO_PROBE,
         later: Later | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D); writes this layer's cache.
+        """(B, T, D) -> (B, T, D) in host memory; writes this layer's cache.
 
         `later` brings what the layer before deferred and takes what this one does; without it
         nothing is deferred.
         """
+        if self.seats is not None:
+            at = self.seats.attention
+            given = (self, self.seats, hidden_BTD, HOST, cache, positions_BT, probe, later)
+            return move(placed_forward(*given), at, HOST)
         left = None if later is None else later.take()
         defers = self.deferred > 0 and later is not None
         if hidden_BTD.shape[:2] == (1, 1) and type(self) in PLAIN and not (probe.inside or defers):
@@ -97,7 +107,12 @@ class Block:
                 setattr(block, name, stage.clone())
             elif isinstance(stage, Router):
                 setattr(block, name, copy.copy(stage))
+        block.in_prefill = Twins({name: s.clone() for name, s in self.in_prefill.items()})
         return block
+
+    def stages_in(self, phase: str) -> dict[str, Any]:
+        """The stage objects by name, as they are in "decode" or "prefill"."""
+        return {**self.stages(), **self.in_prefill} if phase == "prefill" else self.stages()
 
     @property
     def nbytes(self) -> int:

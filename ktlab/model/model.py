@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from os import PathLike
 from time import perf_counter
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -24,16 +25,21 @@ from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.tokenizer import Tokenizer
 from ktlab.errors import CheckpointError, ContextError, SettingError, TraceError, nearest
 from ktlab.experts.banks import ExpertBanks
+from ktlab.kernels.device_linear import DeviceLinear
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.norm import rms_norm
 from ktlab.kernels.pack_run import PackReport
+from ktlab.kernels.seat import HOST, Seat, TorchSeat
 from ktlab.model import generation
 from ktlab.model.block import Layer, MoEBlock
 from ktlab.model.build import build_layers, vector
+from ktlab.model.byte_ledger import ByteLedger, byte_ledger
 from ktlab.model.copies import check_use
 from ktlab.model.cost import Cost, cost
 from ktlab.model.deferral import Later
 from ktlab.model.pack import pack_model
+from ktlab.model.place import Moved, PlacementLike, place
+from ktlab.model.placed_block import move, on_seat, placed_forward
 from ktlab.model.residency import Residency, residency
 from ktlab.model.settings import SWITCHES, Change, Settings, apply, current
 from ktlab.model.trace import ModelIdentity, Trace
@@ -59,6 +65,14 @@ class Model:
         head = "token_embd.weight" if self.config.tied_output else "output.weight"
         self.output_norm_D = vector(checkpoint, "output_norm.weight")
         self.output = Linear(checkpoint.tensor(head))
+        self.embedding_table: DeviceLinear | None = None
+        """The embedding on a device, where a placement puts it there."""
+        self.placement: PlacementLike | None = None
+        """Where everything is (`place`); None: on the host, as loaded."""
+        self.seats: dict[str, TorchSeat] = {}
+        """The devices that are in use, by device word."""
+        self.caches: WeakSet[Cache] = WeakSet()
+        """Those that are alive: for the ledger."""
         self.watch: Callable[[Probe], Probe] | None = None
         """Wraps the probe of everything this model does, e.g. to stop it; clones inherit it."""
 
@@ -118,12 +132,19 @@ class Model:
         """Bytes mapped, resident and converted now; what decode would wait for from disk."""
         return residency(self)
 
+    def ledger(self) -> ByteLedger:
+        """Bytes on each device now: by what they are for, and in all as the system says."""
+        return byte_ledger(self)
+
     # Running it ------------------------------------------------------------------------------
 
     def new_cache(self, batch: int = 1, context: int | None = None) -> Cache:
         """An empty cache in the layers' present forms; `context` defaults to the model's."""
         forms = [block.attention.form for block in self.layers]
-        return Cache(self.config, forms, batch, context or self.config.context_length)
+        seats = [block.attention.seat for block in self.layers]
+        cache = Cache(self.config, forms, batch, context or self.config.context_length, seats)
+        self.caches.add(cache)
+        return cache
 
     @torch.inference_mode()
     def forward(
@@ -209,22 +230,41 @@ class Model:
             with probe.stage("embedding"):
                 hidden_BTD = self._embed(ids_BT[:, part])
             probe.record("embedding", hidden_BTD.flatten(0, 1))
-            later = Later()
-            for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-                hidden_BTD = block.forward(hidden_BTD, layer_cache, part_BT, probe, later)
-            pieces.append(hidden_BTD)
+            pieces.append(self._through_layers(hidden_BTD, cache, part_BT, probe))
         cache.lengths_B += torch.tensor(lengths) if lengths is not None else tokens
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
+    def _through_layers(
+        self, hidden_BTD: Tensor, cache: Cache, positions_BT: Tensor, probe: Probe
+    ) -> Tensor:
+        """From host memory to host memory; between layers on one device it stays there."""
+        here: Seat = HOST
+        later = Later()
+        for index, block in enumerate(self.layers):
+            cache.layers[index] = layer_cache = cache.layers[index].on(block.attention.seat)
+            if block.seats is None:
+                hidden_BTD = move(hidden_BTD, here, HOST)
+                hidden_BTD = block.forward(hidden_BTD, layer_cache, positions_BT, probe, later)
+                here = HOST
+                continue
+            given = (block, block.seats, hidden_BTD, here, layer_cache, positions_BT, probe, later)
+            hidden_BTD, here = placed_forward(*given), block.seats.attention
+        return move(hidden_BTD, here, HOST)
+
     def _embed(self, ids_BT: Tensor) -> Tensor:
+        if self.embedding_table is not None:
+            seat = self.embedding_table.seat
+            rows_TD = self.embedding_table.values[seat.take(ids_BT.reshape(-1))].float()
+            return seat.give(rows_TD)()[0].view(*ids_BT.shape, -1)
         rows = self.embedding[ids_BT.reshape(-1).numpy()].dequantize()
         return torch.from_numpy(rows).view(*ids_BT.shape, -1)
 
     def _head(self, hidden: Tensor, probe: Probe) -> Tensor:
+        at = self.output.seat if isinstance(self.output, DeviceLinear) else HOST
         with probe.stage("output"):
-            normed = rms_norm(hidden, self.output_norm_D, self.config.rms_eps)
-            logits = self.output(normed)
-        probe.record("norm", normed.flatten(0, -2))
+            normed = rms_norm(at.take(hidden), self.output_norm_D, self.config.rms_eps)
+            logits = at.give(self.output(normed))()[0]
+        on_seat(probe, at).record("norm", normed.flatten(0, -2))
         probe.record("logits", logits.flatten(0, -2))
         return logits
 
@@ -238,6 +278,7 @@ class Model:
         format="q4_0" (experts; also named quantize), {"attention": "q8_0"} or {layer: "q4_0"} ·
         mask={layer: [ids]} · force={layer: [ids]} · deferred=2 or {layer: n} (so many experts of
         each token are added by the next layer; the last one keeps its own) · rules=RuleSet ·
+        placement=Placement or Plan (see `place`), with stand_in={"cuda:0": "cpu"} ·
         backend, isa, layout, threads, numa, few: one value for all matrices, {layer: value} for the
         experts of layers, {"attention": value} for components.
         Nestable. Raises `SettingError` before anything has changed.
@@ -263,6 +304,23 @@ class Model:
             change.undo()
             raise
         return change
+
+    def place(
+        self,
+        placement: "PlacementLike",
+        *,
+        stand_in: "Mapping[str, str | TorchSeat] | None" = None,
+        dtype: str = "bf16",
+    ) -> Moved:
+        """Put every stage where `placement` (a `Placement` or a `Plan`) says; live.
+
+        Only what changed is moved, and all of it is made before anything is exchanged: after an
+        error, out of memory for instance, the model is whole and where it was. On a GPU matrices
+        are `dtype` ("bf16", "f16", "f32"). `stand_in` names another torch device that computes in
+        a GPU's stead, {"cuda:0": "cpu"}. Raises `PlacementError`. `override(placement=...)` does
+        the same for the length of a `with`.
+        """
+        return place(self, placement, stand_in=stand_in, dtype=dtype)
 
     def requantized(self, stage: Any, format: str) -> Any:
         """One stage in another format: computed once for all clones, with the stage's switches."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SWITCHES = (
     "rules", "top_k", "rule", "attention", "quantize", "format", "mask", "force", "deferred",
-    *REQUEST_WORDS,
+    "placement", "stand_in", *REQUEST_WORDS,
 )  # fmt: skip
 """What `override` and `set` accept."""
 COMPONENTS = ("attention", "dense", "experts", "shared", "output")
@@ -48,6 +48,9 @@ class Settings:
     force: Mapping[int, tuple[int, ...]]
     deferred: Mapping[int, int]
     """Experts of each token that the next layer adds, in the layers that defer any."""
+    placement: Mapping[str, Any]
+    """{component: device, or more where it is divided} and {device: what computes there}; {} where
+    all is on the CPU."""
     own: Mapping[str, str]
     """{"layers.3.router": a class of the user's that stands there, with its words}."""
 
@@ -74,6 +77,8 @@ class Settings:
             counts = set(self.deferred.values())
             alike = len(counts) == 1 and len(self.deferred) == len(self.rules) - 1
             parts.append(f"deferred {counts.pop() if alike else dict(self.deferred)}")
+        if self.placement:
+            parts.append(f"placed on {' + '.join(self.placement['devices'])}")
         for name in dict.fromkeys(self.own.values()):
             where = [stage for stage, found in self.own.items() if found == name]
             stages = dict.fromkeys(stage.rpartition(".")[2] for stage in where)
@@ -110,6 +115,7 @@ def current(model: "Model") -> Settings:
         mask={b.index: tuple(sorted(b.router.mask)) for b in moe if b.router.mask},
         force={b.index: b.router.force for b in moe if b.router.force},
         deferred={b.index: b.deferred for b in moe if b.deferred},
+        placement=_placement(model),
         own={
             f"layers.{block.index}.{name}": stage.own
             for block in model.layers
@@ -117,6 +123,16 @@ def current(model: "Model") -> Settings:
             if getattr(stage, "own", "")
         },
     )
+
+
+def _placement(model: "Model") -> dict[str, Any]:
+    if model.placement is None:
+        return {}
+    wanted = model.placement.placement
+    if wanted.devices == ("cpu",):
+        return {}
+    devices = {word: str(model.seats.get(word, "native")) for word in wanted.devices}
+    return {**wanted.to_dict()["places"], "devices": devices}
 
 
 def component_formats(model: "Model") -> dict[str, str]:
@@ -160,6 +176,8 @@ def component_stages(model: "Model") -> Iterator[tuple[str, Any, str]]:
                 yield "shared", block, "shared"
         else:
             yield "dense", block, "mlp"
+        for name in block.in_prefill:
+            yield "dense" if name == "mlp" else name, block.in_prefill, name
     yield "output", model, "output"
 
 
@@ -203,6 +221,8 @@ def apply(
     mask: Mapping[int, Sequence[int]] | None = None,
     force: Mapping[int, Sequence[int]] | None = None,
     deferred: int | Mapping[int, int] | None = None,
+    placement: Any = None,
+    stand_in: Any = None,
     **words: Any,
 ) -> None:
     """Make the changes, recording each in `change`; raises `SettingError` on the first impossible
@@ -218,6 +238,12 @@ def apply(
     wanted = format if quantize is None else quantize
     if wanted is not None:
         _quantize(model, change, wanted)  # first: the other switches belong on the new stages
+    if placement is not None:
+        from ktlab.model.place import apply_placement
+
+        apply_placement(model, change, placement, stand_in=stand_in)
+    elif stand_in is not None:
+        raise SettingError("stand_in says what computes in a device's stead; give placement, too")
     heavy = any(words.get(word) is not None for word in ("backend", "layout", "isa"))
     before = prepared_bytes(_every_product(model)) if heavy else 0
     moe: dict[int, MoEBlock] = {b.index: b for b in model.moe_blocks}

@@ -8,6 +8,7 @@ L layers, E experts.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ktlab.checkpoint.config import ModelConfig
@@ -441,6 +442,13 @@ class Placement(Record):
         from ktlab.placement.placement_file import from_yaml
 
         return from_yaml(text, source)
+
+    @classmethod
+    def read(cls, path: "str | PathLike[str]") -> "Placement":
+        """From a .json file, or from any other as YAML; PlacementError names the file."""
+        from ktlab.placement.placement_file import read_placement
+
+        return read_placement(path)
 
     def __repr__(self) -> str:
         return f"Placement of {self.to_yaml().rstrip()}"

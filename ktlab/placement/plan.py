@@ -19,6 +19,7 @@ from ktlab.placement import view
 from ktlab.placement.known import Known, known
 from ktlab.placement.ledger import CACHE_FORMATS, ELEMENT_BYTES, Ledger, ledgers
 from ktlab.placement.machine import CPU, GPU, Machine, Size, get_machine
+from ktlab.placement.measured import PlanMeasured, measured
 from ktlab.placement.parts import COMPONENTS, cache_part
 from ktlab.placement.placed import Placed, place, usual
 from ktlab.placement.placement import Placement, kind_of
@@ -28,6 +29,8 @@ from ktlab.record import Record
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
+
+    from ktlab.model.model import Model
 
 CONTEXT = 8192
 """Planned for where nobody says: what people run, not what a model could hold."""
@@ -149,6 +152,11 @@ class Plan(Record):
         """Components that lie elsewhere, in another format or in another size in `other`."""
         return view.diff(self, other)
 
+    def measured(self, model: "Model") -> PlanMeasured:
+        """This plan's bytes beside those of a loaded model that is placed so: each difference with
+        what explains it, or flagged. PlacementError where the model is placed otherwise."""
+        return measured(self, model)
+
     def plot(self) -> "Figure":
         """Bytes of each device by what they are for, under its capacity."""
         return view.plot(self)
@@ -185,10 +193,10 @@ def plan(
     KTransformers' rule; without a machine any device may be named. `ram` and `vram` are sizes
     ("382GB", "24GiB", bytes); `machine="this"` measures. `context` in tokens, by default 8,192 or
     what the model has. `attention` is the form whose cache counts. `convert` and `quantize` are
-    those of `load`; `gpu_formats` overrides the 4 bits of a GPU, for all or by component, {"attention": "bf16"}.
-    `numa_copies` copies of the experts exist in host memory. Raises CheckpointError for a bad file,
-    SettingError or FormatError for a bad argument, PlacementError for a placement of another model
-    or on devices that are not there.
+    those of `load`; `gpu_formats` overrides the 4 bits of a GPU, for all or by component,
+    {"attention": "bf16"}. `numa_copies` copies of the experts exist in host memory. Raises
+    CheckpointError for a bad file, SettingError or FormatError for a bad argument, PlacementError
+    for a placement of another model or on devices that are not there.
     """
     facts = read_facts(fspath(path_or_name), format=format)
     config = facts.config

@@ -85,9 +85,8 @@ class Router:
             choice_TE = self._in_open_groups(choice_TE)
         elif self.force or self.mask:
             choice_TE = choice_TE.clone()
-        if self.force:
-            rank = torch.arange(len(self.force), 0, -1, dtype=choice_TE.dtype)
-            choice_TE[:, list(self.force)] = 1e6 + rank
+        for place, expert in enumerate(self.force):
+            choice_TE[:, expert] = 1e6 + len(self.force) - place
         if self.mask:
             choice_TE[:, sorted(self.mask)] = -torch.inf
         return choice_TE.topk(self.rule.k_max, dim=-1).indices

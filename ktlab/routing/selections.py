@@ -74,11 +74,7 @@ class Selections:
 
     def hot(self, layer: int) -> NDArray[np.bool_]:
         """(T, E) True where a token selected an expert."""
-        ids_TK = self.ids(layer)
-        hot_TE = np.zeros((len(ids_TK), self.num_experts), bool)
-        token, place = np.nonzero(ids_TK >= 0)
-        hot_TE[token, ids_TK[token, place]] = True
-        return hot_TE
+        return hot(self.ids(layer), self.num_experts)
 
     def counts(self, ids_TK: NDArray) -> NDArray[np.int64]:
         """(E,) how often each expert occurs in `ids_TK`."""
@@ -121,6 +117,14 @@ class Selections:
                 f"{mine.name} ({mine.fingerprint}), found one of {theirs.name} "
                 f"({theirs.fingerprint}); trace the other text with the same model"
             )
+
+
+def hot(ids_TK: NDArray[np.integer], num_experts: int) -> NDArray[np.bool_]:
+    """(T, E) True where a token selected an expert."""
+    hot_TE = np.zeros((len(ids_TK), num_experts), bool)
+    token, place = np.nonzero(ids_TK >= 0)
+    hot_TE[token, ids_TK[token, place]] = True
+    return hot_TE
 
 
 def span(layers: tuple[int, ...]) -> str:

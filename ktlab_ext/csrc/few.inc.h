@@ -1,7 +1,29 @@
 /* Few tokens: each weight is read once, decoded and multiplied in registers; in the words of
  * kernel.inc.h. */
 
-enum { FEW = 4 /* tokens a pass on packed data */, FAR = 4096 };
+enum { FEW = 4 /* tokens a pass on packed data, or on 16 rows of blocks */, FAR = 8192 };
+
+#ifdef HAS_ROWS16
+/* ---- few tokens on file blocks: 16 rows at a time ---------------------------------------------------- */
+KTL_INLINE void dot_panel(int format, const uint8_t *row, int64_t row_bytes, int64_t cols, const uint8_t *act,
+                      int64_t chunk_bytes, const ktl_job *job, int64_t r) {
+    for (int64_t first = 0; first < job->n;) {
+        const uint8_t *x[FEW];
+        float *acc[FEW];
+        const int64_t left = job->n - first;
+        const int T = (int)ktl_ceil(left, ktl_ceil(left, FEW)); /* 5 tokens are 3 and 2 */
+        for (int t = 0; t < T; t++) {
+            const int64_t a = job->act_index ? job->act_index[first + t] : first + t;
+            x[t] = act + (size_t)a * ktl_act_bytes(KTL_ACT_INT8);
+            acc[t] = ktl_sums(job, first + t) + r;
+        }
+#define PASS(T) case T: dot_rows16(format, T, row, row_bytes, cols, x, chunk_bytes, acc); break;
+        switch (T) { PASS(1) PASS(2) PASS(3) PASS(4) }
+#undef PASS
+        first += T;
+    }
+}
+#endif
 
 /* ---- few tokens on file blocks: one row at a time, no tile ------------------------------------------ */
 KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes, int rows,
@@ -9,9 +31,14 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
                               const ktl_job *job) {
     const ktl_format_info *f = &ktl_formats[format];
     const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
+    int done = 0;
+#ifdef HAS_ROWS16
+    for (; HAS_ROWS16(format) && done + KTL_PANEL <= rows; done += KTL_PANEL)
+        dot_panel(format, row + done * row_bytes, row_bytes, cols, act, chunk_bytes, job, done);
+#endif
     for (int64_t first = 0; first < job->n; first += TOKENS) {
         const int T = (int)(job->n - first < TOKENS ? job->n - first : TOKENS);
-        for (int r = 0; r < rows; r++) {
+        for (int r = done; r < rows; r++) {
             VF sum[TOKENS];
             for (int t = 0; t < TOKENS; t++) sum[t] = ZEROF();
             const uint8_t *p = row + r * row_bytes;

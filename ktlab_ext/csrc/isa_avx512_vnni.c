@@ -56,34 +56,43 @@ KTL_INLINE __m512i lookup(__m512i codes) {
 }
 #define LOOKUP(codes) lookup(codes)
 
-KTL_INLINE void transpose16(const uint32_t *src, int stride, uint32_t *dst) {
-    __m512i a[16], b[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(src + i * stride);
+/* 16 x 16 words of 32 bits, a row a vector. */
+KTL_INLINE void transpose_lines(__m512i v[16]) {
+    __m512i b[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+        b[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+        v[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
-    /* a[4q + j] now holds, in its 128-bit part p, rows 4q..4q+3 of column 4p + j. */
+    /* v[4q + j] now holds, in its 128-bit part p, rows 4q..4q+3 of column 4p + j. */
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-        __m512i even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
-        __m512i odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-        __m512i even2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-        __m512i odd2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-        _mm512_storeu_si512(dst + 16 * j, _mm512_shuffle_i32x4(even, even2, 0x88));
-        _mm512_storeu_si512(dst + 16 * (4 + j), _mm512_shuffle_i32x4(odd, odd2, 0x88));
-        _mm512_storeu_si512(dst + 16 * (8 + j), _mm512_shuffle_i32x4(even, even2, 0xdd));
-        _mm512_storeu_si512(dst + 16 * (12 + j), _mm512_shuffle_i32x4(odd, odd2, 0xdd));
+        const __m512i even = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88);
+        const __m512i odd = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd);
+        const __m512i even2 = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
+        const __m512i odd2 = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
+        b[j] = _mm512_shuffle_i32x4(even, even2, 0x88);
+        b[4 + j] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
+        b[8 + j] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+        b[12 + j] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
     }
+    memcpy(v, b, sizeof b);
+}
+
+KTL_INLINE void transpose16(const uint32_t *src, int stride, uint32_t *dst) {
+    __m512i v[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_si512(src + i * stride);
+    transpose_lines(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(dst + 16 * i, v[i]);
 }
 #define TRANSPOSE16(src, stride, dst) transpose16(src, stride, dst)
 
@@ -276,22 +285,26 @@ KTL_INLINE __m512 dot_row(int format, const row_chunk *chunk, const ktl_act *act
     __m512 act_scale = _mm512_zextps256_ps512(_mm256_loadu_ps(act->scale));
     if (sub == 16) act_scale = _mm512_permutexvar_ps(_mm512_srli_epi32(lane, 1), act_scale);
     const __m512 both = _mm512_mul_ps(chunk->scale, act_scale);
+    /* Without a starting value (lanes are columns here) the zero of the codes is one more offset. */
+    const __mmask16 subs = (__mmask16)((1u << (KTL_CHUNK / sub)) - 1);
+    const __m512 offset = zero ? MULF(chunk->scale, SET1F(-(float)zero)) : chunk->offset;
+    /* Two sums of their own: a chain through all chunks would be waited for. */
+    __m512 part[2] = {_mm512_maskz_mul_ps(subs, offset, LOADF(act->sum))};
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) {
         const __m512i d = _mm512_dpbusd_epi32(_mm512_setzero_si512(), chunk->code[v],
-                                              _mm512_loadu_si512(act->q + 64 * v));
+                                              LOADI(act->q + 64 * v));
         /* Lane l of vector v holds columns 64v + 4l to 64v + 4l + 3. */
-        const __m512i which = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16 * v)),
+        const __m512i which = _mm512_srli_epi32(_mm512_add_epi32(lane, SET1I(16 * v)),
                                                 sub == 16 ? 2 : sub == 32 ? 3 : sub == 128 ? 5 : 6);
-        sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), _mm512_permutexvar_ps(which, both), sum);
+        const __m512 scale = _mm512_permutexvar_ps(which, both);
+        __m512 *to = &part[(v + 1) % 2];
+        *to = v ? FMA(TO_FLOAT(d), scale, *to) : MULF(TO_FLOAT(d), scale);
     }
-    /* Without a starting value (lanes are columns here) the zero of the codes is one more offset. */
-    const __mmask16 subs = (__mmask16)((1u << (KTL_CHUNK / sub)) - 1);
-    const __m512 offset = zero ? _mm512_mul_ps(chunk->scale, _mm512_set1_ps(-(float)zero))
-                               : chunk->offset;
-    return _mm512_mask3_fmadd_ps(offset, _mm512_loadu_ps(act->sum), sum, subs);
+    return ADDF(sum, ADDF(part[0], part[1]));
 }
 
+#include "rows16.inc.h"
 #include "kernel.inc.h"
 
 const ktl_kernels ktl_kernels_avx512 = KERNELS;

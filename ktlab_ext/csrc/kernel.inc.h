@@ -18,6 +18,7 @@
  *                  and -minima per sub-block
  *     row_load(format, row, column, cols, chunk)   row_store(chunk, code, scale, offset)
  *     dot_row(format, chunk, act, sum)             the chunk times one token's
+ *     HAS_ROWS16(format), dot_rows16  if defined: the same for 16 rows at a time (rows16.inc.h)
  *     TRANSPOSE16(src, stride, dst)   16 x 16 words of 32 bits
  *     F16X16(src, dst) BF16X16(src, dst)   16 float16 or bfloat16 to float32
  */
@@ -66,8 +67,9 @@ KTL_INLINE int64_t bytes_of_columns(int format, int64_t cols) {
     return f->block_cols ? cols / f->block_cols * f->block_bytes : cols;
 }
 
+/* Into L2: L1 has too few buffers to wait for memory in. */
 KTL_INLINE void fetch(const void *p, size_t bytes) {
-    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch((const uint8_t *)p + at);
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch((const uint8_t *)p + at, 0, 2);
 }
 
 KTL_INLINE int has_offset(int format) {

@@ -1,0 +1,374 @@
+"""A layer's experts on several devices: each token's experts where they are, all at once.
+
+The host's kernels compute in threads while devices do, and the sum is formed where the layer's
+hidden numbers are. T tokens, D hidden, E experts, K selected.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ktlab.experts.bank import ExpertBank, Stacks
+from ktlab.kernels import dispatch, packing, products
+from ktlab.kernels.request import BLOCKS, PACKED, Kernel
+from ktlab.kernels.seat import HOST, Seat, TorchSeat
+from ktlab.kernels.stack import Stack
+from ktlab.kernels.torch_moe import some_experts
+from ktlab.kernels.weights import Weights
+
+Where = Mapping[str, tuple[str, ...]]
+"""Phase to the device word of each expert."""
+Matrices = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(kw_only=True)
+class Overlap:
+    """Seconds of a layer's calls: the host's experts, the devices' work, both beside each other."""
+
+    on: bool = False
+    """Whether it is measured: a GPU must be waited for, which costs time."""
+    calls: int = 0
+    host_s: float = 0.0
+    device_s: float = 0.0
+    both_s: float = 0.0
+
+    @property
+    def share(self) -> float | None:
+        """Of what could pass at the same time, how much did; None before the first call."""
+        possible = min(self.host_s, self.device_s)
+        hidden = self.host_s + self.device_s - self.both_s
+        return min(1.0, max(0.0, hidden / possible)) if possible > 0 else None
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    """They wait for native code, which has threads of its own."""
+    return ThreadPoolExecutor(max_workers=8, thread_name_prefix="ktlab-experts")
+
+
+class PlacedBank(ExpertBank):
+    """An `ExpertBank` whose experts are on the devices that `where` names."""
+
+    where: Where
+    seats: Mapping[str, TorchSeat]
+    residents: dict[str, dict[int, Matrices]]
+    """Device to its experts' gate, up and down."""
+    nodes: dict[str, "NodePart"]
+    """NUMA nodes with copies of their own."""
+    overlap: Overlap
+    """Measured while `overlap.on`; clones share it."""
+
+    @classmethod
+    def of(cls, bank: ExpertBank, where: Where, seats: Mapping[str, TorchSeat]) -> "ExpertBank":
+        """`bank` with its experts elsewhere: what is there already stays, the rest is made. If that
+        fails nothing has changed."""
+        if all(set(row) <= {"cpu"} for row in where.values()):
+            return on_host(bank)
+        found = cls.__new__(cls)
+        vars(found).update(vars(bank))
+        found.where, found.seats, found.overlap = dict(where), seats, Overlap()
+        before = bank if isinstance(bank, PlacedBank) and bank.stacks is bank._built_of else None
+        found._build(before)
+        return found
+
+    def _build(self, before: "PlacedBank | None") -> None:
+        residents: dict[str, dict[int, Matrices]] = {}
+        nodes: dict[str, NodePart] = {}
+        for word, ids in self._words().items():
+            if word in self.seats:
+                seat = self.seats[word]
+                same = before is not None and before.seats.get(word) is seat
+                kept = before.residents.get(word, {}) if before is not None and same else {}
+                residents[word] = {
+                    e: kept[e] if e in kept else self._load(seat, e) for e in sorted(ids)
+                }
+            elif word.startswith("numa:"):
+                old = before.nodes.get(word) if before is not None else None
+                nodes[word] = (
+                    old if old is not None and old.ids == tuple(sorted(ids))
+                    else NodePart.of(self, word, sorted(ids))
+                )  # fmt: skip
+        self.residents, self.nodes, self._built_of = residents, nodes, self.stacks
+        self._masks: dict[tuple[str, str], Tensor] = {}
+
+    def _words(self) -> dict[str, set[int]]:
+        found: dict[str, set[int]] = {}
+        for row in self.where.values():
+            for expert, word in enumerate(row):
+                found.setdefault(word, set()).add(expert)
+        return found
+
+    def _load(self, seat: TorchSeat, expert: int) -> Matrices:
+        gate, up, down = (seat.load(stack.tensor[expert]) for stack in self.stacks)
+        return gate, up, down
+
+    @property
+    def placement(self) -> str:  # type: ignore[override]
+        """The devices, with the number of experts of decode."""
+        row = self.where["decode"]
+        return ", ".join(f"{word} {row.count(word)}" for word in dict.fromkeys(row))
+
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes of experts on devices and NUMA nodes, by device."""
+        found = {
+            word: sum(matrix.nbytes for expert in there.values() for matrix in expert)
+            for word, there in self.residents.items()
+        }
+        return found | {word: node.nbytes for word, node in self.nodes.items()}
+
+    @property
+    def node_parts(self) -> "list[tuple[str, NodePart]]":
+        """(NUMA node, its copy) of each."""
+        return list(self.nodes.items())
+
+    # What an `ExpertBank` does -----------------------------------------------------------------
+
+    def quantized(self, format: str) -> "PlacedBank":
+        """See `ExpertBank.quantized`; the devices get the values of the other format."""
+        bank = copy.copy(self)
+        bank.stacks, bank._kernel = self._in_format(format), None
+        bank._build(None)
+        return bank
+
+    def use(self, *, format: str | None = None, **words: Any) -> "PlacedBank":
+        """See `ExpertBank.use`."""
+        before = dict(vars(self))
+        super().use(format=format, **words)
+        if self.stacks is not self._built_of:
+            try:
+                self._build(None)
+            except BaseException:
+                vars(self).update(before)
+                raise
+        return self
+
+    def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """See `ExpertBank.forward`: from host memory to host memory, as decode is placed."""
+        return self.start(hidden_TD, ids_TK, weights_TK, here=HOST, phase="decode").finish()
+
+    # Running -----------------------------------------------------------------------------------
+
+    def start(
+        self,
+        hidden_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        *,
+        here: Seat,
+        phase: str,
+        beside: bool = False,
+        after: "Running | None" = None,
+    ) -> "Running":
+        """Set everything going; inputs are on `here`, where `finish` brings the sum, (T, D).
+        `beside`: whether the caller has other work meanwhile; `after`: whose work on the host comes
+        first."""
+        hidden_host, ids_host, weights_host = here.give(hidden_TD, ids_TK, weights_TK)()
+        used = set(self.where[phase])
+        asked = {word: self._ids_of(word, phase, ids_host) for word in used}
+        asked = {word: ids for word, ids in asked.items() if bool((ids >= 0).any())}
+        running = Running(like=hidden_TD, here=here, begun=perf_counter(), overlap=self.overlap)
+        apart = beside or len(asked) > 1
+        for word, ids in asked.items():
+            if word not in self.residents:
+                moe = self._on_cpu(word)
+                work = partial(_timed, moe, hidden_host, ids, weights_host, first=_done(after))
+                running.on_host.append(_threads().submit(work).result if apart else work)
+        for word, ids in asked.items():
+            if word in self.residents:
+                seat = self.seats[word]
+                hidden = hidden_TD if seat is here else seat.take(hidden_host)
+                begun = seat.mark()
+                there = some_experts(self.residents[word], hidden, ids, weights_host, seat.take)
+                running.beside(seat, begun)
+                running.on_devices.append((seat, there))
+        return running
+
+    def _ids_of(self, word: str, phase: str, ids_TK: Tensor) -> Tensor:
+        mask = self._masks.get((phase, word))
+        if mask is None:
+            mask = torch.tensor([found == word for found in self.where[phase]])
+            self._masks[phase, word] = mask
+        return ids_TK.masked_fill(~mask[ids_TK.clamp_min(0)], -1)
+
+    def _on_cpu(self, word: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        if word in self.nodes:
+            return self.nodes[word].moe
+        if word == "disk":
+            return self._from_disk
+        kernel, stacks = self.kernel, self.stacks
+        return lambda hidden, ids, weights: products.moe(kernel, stacks, hidden, ids, weights)
+
+    def _from_disk(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """On the file's own blocks, whose pages are given back at once."""
+        request = self._request.with_(layout=BLOCKS)
+        kernel = dispatch.choose(request, self.formats)
+        found = products.moe(kernel, self.stacks, hidden_TD, ids_TK, weights_TK)
+        for expert in set(ids_TK.flatten().tolist()) - {-1}:
+            for stack in self.stacks:
+                packing.drop_pages(stack.tensor.blocks[expert])
+        return found
+
+
+def start_experts(
+    bank: ExpertBank,
+    hidden_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    *,
+    here: Seat,
+    phase: str,
+    beside: bool,
+    after: "Running | None" = None,
+) -> "Running":
+    """`PlacedBank.start` of any bank: one that is on the host alone, or of a user's own."""
+    given = (hidden_TD, ids_TK, weights_TK)
+    if isinstance(bank, PlacedBank):
+        return bank.start(*given, here=here, phase=phase, beside=beside, after=after)
+    running = Running(like=hidden_TD, here=here, begun=perf_counter(), overlap=Overlap())
+    work = partial(_timed, bank.forward, *here.give(*given)(), first=_done(after))
+    running.on_host.append(_threads().submit(work).result if beside else work)
+    return running
+
+
+@dataclass(kw_only=True)
+class Running:
+    """Experts that are being computed."""
+
+    like: Tensor
+    here: Seat
+    begun: float
+    overlap: Overlap
+    on_host: list[Callable[[], tuple[Tensor, float]]] = field(default_factory=list)
+    on_devices: list[tuple[TorchSeat, Tensor]] = field(default_factory=list)
+    marks: list[tuple[TorchSeat, Any, Any]] = field(default_factory=list)
+
+    def beside(self, seat: TorchSeat, begun: Any) -> None:
+        """Work that a device did meanwhile, since `begun`: its experts, the shared expert."""
+        self.marks.append((seat, begun, seat.mark()))
+
+    def finish(self, to: Seat | None = None) -> Tensor:
+        """(T, D) on `here` or another seat, summed in the same order every time."""
+        to = to or self.here
+        total: Tensor | None = None
+        elsewhere: list[Tensor] = []
+        for seat, there in self.on_devices:
+            if seat is to:
+                total = there if total is None else total + there
+            else:
+                elsewhere += seat.give(there)()
+        results = [wait() for wait in self.on_host]
+        elsewhere += [values for values, _ in results]
+        if self.overlap.on:
+            self._count([seconds for _, seconds in results])
+        if elsewhere:
+            arrived = to.take(torch.stack(elsewhere).sum(0) if elsewhere[1:] else elsewhere[0])
+            total = arrived if total is None else total + arrived
+        if total is None:  # nobody was selected
+            return torch.zeros_like(self.like) if to is self.here else torch.zeros(self.like.shape)
+        return total
+
+    def _count(self, host: Sequence[float]) -> None:
+        device_s = sum(seat.between(begun, end) for seat, begun, end in self.marks)
+        if host and device_s:
+            self.overlap.calls += 1
+            self.overlap.host_s += max(host)
+            self.overlap.device_s += device_s
+            self.overlap.both_s += perf_counter() - self.begun
+
+
+def _done(after: "Running | None") -> Callable[[], None]:
+    """Waits for the host's part of other experts."""
+    waits = [] if after is None else list(after.on_host)
+
+    def wait() -> None:
+        for one in waits:
+            one()
+
+    return wait
+
+
+def _timed(
+    work: Callable[[Tensor, Tensor, Tensor], Tensor],
+    hidden_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    *,
+    first: Callable[[], None],
+) -> tuple[Tensor, float]:
+    first()
+    start = perf_counter()
+    with torch.inference_mode():
+        found = work(hidden_TD, ids_TK, weights_TK)
+    return found, perf_counter() - start
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodePart:
+    """Experts in the memory of one NUMA node, computed by its processors."""
+
+    ids: tuple[int, ...]
+    kernel: Kernel
+    stacks: Stacks
+    local: Tensor
+    """(E,) the place of an expert among `ids`, or -1."""
+
+    @classmethod
+    def of(cls, bank: ExpertBank, word: str, ids: Sequence[int]) -> "NodePart":
+        """Packed by the node's own threads: memory is where it is first written to."""
+        node = int(word.partition(":")[2])
+        request = bank.request.with_(numa=node, layout=PACKED)
+        kernel = dispatch.choose(request, bank.formats)
+        parts = []
+        for stack in bank.stacks:
+            part = Stack(stack.tensor[np.asarray(ids)], as_loaded=False)
+            part.adopt(_packed(part, kernel))
+            part.release()
+            parts.append(part)
+        local = torch.full((bank.num_experts,), -1, dtype=torch.int64)
+        local[list(ids)] = torch.arange(len(ids))
+        gate, up, down = parts
+        return cls(ids=tuple(ids), kernel=kernel, stacks=(gate, up, down), local=local)
+
+    def moe(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """See `ExpertBank.forward`."""
+        here = torch.where(ids_TK < 0, -1, self.local[ids_TK.clamp_min(0)])
+        return products.moe(self.kernel, self.stacks, hidden_TD, here, weights_TK)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed copy."""
+        return sum(sum(stack.operand_bytes.values()) for stack in self.stacks)
+
+    @property
+    def arrays(self) -> list[NDArray[np.uint8]]:
+        """The bytes themselves."""
+        return [stack.weights(PACKED).data for stack in self.stacks]
+
+
+def _packed(stack: Stack, kernel: Kernel) -> Weights:
+    return packing.pack(packing.blocks(stack.tensor), kernel)
+
+
+def on_host(bank: ExpertBank) -> ExpertBank:
+    """The same experts, all on the host."""
+    if not isinstance(bank, PlacedBank):
+        return bank
+    found = ExpertBank.__new__(ExpertBank)
+    own = ("where", "seats", "residents", "nodes", "overlap", "_built_of", "_masks")
+    vars(found).update({k: v for k, v in vars(bank).items() if k not in own})
+    return found
+
+
+def words_of(where: Where) -> Iterable[str]:
+    """Every device that an expert is on."""
+    return dict.fromkeys(word for row in where.values() for word in row)

@@ -1,0 +1,68 @@
+"""A matrix on a torch device: decoded once, multiplied there; its encoded values stay the source.
+
+T tokens, H heads, K columns, N rows.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ktlab.kernels.linear import Linear
+from ktlab.kernels.request import Kernel
+from ktlab.kernels.seat import DTYPES, TorchSeat
+
+
+class DeviceLinear(Linear):
+    """`Linear` on a seat: takes and returns that device's tensors, float32.
+
+    Products are of the seat's format with float32 results. What was asked of kernels is kept for
+    the day when it is on the CPU again.
+    """
+
+    def __init__(self, linear: Linear, seat: TorchSeat, dtype: str | None = None) -> None:
+        vars(self).update(vars(linear))
+        self.seat = seat
+        self._dtype = DTYPES[dtype or seat.format]
+        self.values: Tensor = seat.load(self.stack.tensor, self._dtype)
+        """W, (N, K) or with leading axes, on the device."""
+
+    @property
+    def kernel(self) -> Kernel:
+        """The seat's; switches of kernels do not reach it."""
+        return self.seat.kernel
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """W as float32, on the device."""
+        return self.values.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self._dtype), self.values).float()
+
+    def by_head(self, x_THK: Tensor) -> Tensor:
+        """See `Linear.by_head`."""
+        x_HTK = x_THK.transpose(0, 1).to(self._dtype)
+        return (x_HTK @ self.values.transpose(1, 2)).transpose(0, 1).float()
+
+    def quantized(self, format: str) -> "DeviceLinear":
+        """The values of the matrix in another format, on the same device."""
+        return DeviceLinear(self.on_host().quantized(format), self.seat, self._format)
+
+    def on_host(self) -> Linear:
+        """The same matrix for the CPU's kernels again."""
+        linear = Linear.__new__(Linear)
+        vars(linear).update(
+            {k: v for k, v in vars(self).items() if k not in ("seat", "values", "_dtype")}
+        )
+        return linear
+
+    @property
+    def _format(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self._dtype)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device."""
+        return self.values.nbytes
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, {self._format} on {self.seat.word})"

@@ -1,0 +1,377 @@
+"""Stages to the devices that a placement names: all that is new is made first, then exchanged.
+
+Only what changed is made. Whatever fails on the way (a device that is full, most of all) leaves the
+model as it was.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ktlab.attention.stage import Attention
+from ktlab.errors import PlacementError
+from ktlab.experts.bank import ExpertBank
+from ktlab.experts.mlp import MLP
+from ktlab.experts.placed_bank import PlacedBank
+from ktlab.html import decimal_bytes
+from ktlab.kernels.device_linear import DeviceLinear
+from ktlab.kernels.linear import Linear
+from ktlab.kernels.seat import HOST, Seat, TorchSeat
+from ktlab.kernels.threads import numa_nodes
+from ktlab.model.block import Layer, MoEBlock
+from ktlab.model.copies import refuse
+from ktlab.model.placed_block import BlockSeats, Twins
+from ktlab.model.settings import Change
+from ktlab.record import Record
+from ktlab.routing.router import Router
+
+if TYPE_CHECKING:
+    from ktlab.model.model import Model
+
+PHASES = ("decode", "prefill")
+StandIn = Mapping[str, "str | TorchSeat"]
+
+
+class PlacementLike(Protocol):
+    """What is asked of a placement; `ktlab.Placement` and `ktlab.Plan` have it."""
+
+    @property
+    def placement(self) -> Any:
+        """The placement: itself, or a plan's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved(Record):
+    """What a call of `place` did."""
+
+    parts: int
+    """Stages and experts that were made anew."""
+    loaded_bytes: Mapping[str, int]
+    """{device: bytes that were put there}."""
+    freed_bytes: Mapping[str, int]
+    """{device: bytes that are no longer there}."""
+    seconds: float
+
+    def __str__(self) -> str:
+        def words(sizes: Mapping[str, int]) -> str:
+            return ", ".join(f"{decimal_bytes(n)} on {name}" for name, n in sizes.items() if n)
+
+        parts = [f"{self.parts} parts moved in {self.seconds:.2g} s"]
+        parts += [f"loaded {words(self.loaded_bytes)}"] if any(self.loaded_bytes.values()) else []
+        parts += [f"freed {words(self.freed_bytes)}"] if any(self.freed_bytes.values()) else []
+        return "; ".join(parts)
+
+    __repr__ = __str__
+
+
+def place(
+    model: "Model", placement: PlacementLike, *, stand_in: "StandIn | None", dtype: str
+) -> Moved:
+    """`Model.place`."""
+    start, seats, before = perf_counter(), model.seats, device_bytes(model)
+    change = Change()
+    parts = apply_placement(model, change, placement, stand_in=stand_in, dtype=dtype)
+    del change  # which still holds what was there before
+    after = device_bytes(model, seats)
+    words = dict.fromkeys([*before, *after])
+    gained = {word: after.get(word, 0) - before.get(word, 0) for word in words}
+    return Moved(
+        parts=parts,
+        loaded_bytes={word: n for word, n in gained.items() if n > 0},
+        freed_bytes={word: -n for word, n in gained.items() if n < 0},
+        seconds=perf_counter() - start,
+    )
+
+
+def apply_placement(
+    model: "Model",
+    change: Change,
+    placement: PlacementLike,
+    *,
+    stand_in: "StandIn | None" = None,
+    dtype: str = "bf16",
+) -> int:
+    """Make what is new and exchange it, recording each assignment; the number of new parts."""
+    wanted = placement.placement
+    seats = _seats(model, wanted, stand_in or {}, dtype)
+    _check_runs(model, wanted)
+    builder = _Builder(model, wanted, seats)
+    try:
+        builder.build()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise PlacementError(
+            f"{model.name}: {builder.at} ran out of memory at {builder.doing} ({error}); nothing "
+            "was moved, the model is where it was. Put fewer experts there, or free memory first"
+        ) from error
+    for holder, name, value in builder.assignments:
+        change.set(holder, name, value)
+    change.set(model, "placement", wanted)
+    change.set(model, "seats", seats)
+    return builder.parts
+
+
+def _seats(model: "Model", wanted: Any, stand_in: StandIn, dtype: str) -> dict[str, TorchSeat]:
+    """The devices by word: those in use already, GPUs that torch finds, stand-ins. All that is
+    wrong with the placement is told here."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = {f"cuda:{i}": f"cuda:{i}" for i in range(count)}
+    nodes = [f"numa:{node}" for node in numa_nodes()]
+    known = {w: s for w, s in model.seats.items() if s.stand_in and w not in stand_in}
+    try:
+        wanted.check(model.config, ["cpu", *nodes, *gpus, *known, *stand_in])
+    except PlacementError as error:
+        asked = [word for word in wanted.devices if word.startswith("cuda:")]
+        missing = [word for word in asked if word not in {*gpus, *known, *stand_in}]
+        if not missing:
+            raise
+        raise PlacementError(
+            f"{error}; torch finds {count or 'no'} CUDA device{'s' * (count > 1)} here. To run "
+            f'the same code without one: stand_in={{"{missing[0]}": "cpu"}}'
+        ) from error
+    found: dict[str, TorchSeat] = {}
+    for word in wanted.devices:
+        if not word.startswith("cuda:"):
+            continue
+        asked_for = stand_in.get(word, known.get(word, gpus.get(word, "")))
+        old = model.seats.get(word)
+        if isinstance(asked_for, TorchSeat):
+            found[word] = asked_for
+        elif old and (old.device, old.format) == (torch.device(asked_for), dtype):
+            found[word] = old
+        else:
+            found[word] = TorchSeat(word, asked_for, dtype)
+    return found
+
+
+def _check_runs(model: "Model", wanted: Any) -> None:
+    """What a placement may say and this code does not do."""
+    problems = []
+    shape = wanted.model
+    for component in ("router", "output", "embedding", "norms"):
+        moved = [
+            layer
+            for layer in shape.layers_of(component)
+            if len({wanted.device(component, layer=layer, phase=p) for p in PHASES}) > 1
+        ]
+        if moved:
+            problems.append(
+                f"{component} is on one device in prefill and on another in decode; only experts, "
+                "shared and dense can be"
+            )
+    for layer in shape.layers_of("norms"):
+        leader = "output" if layer is None else "attention"
+        if wanted.device("norms", layer=layer) != wanted.device(leader, layer=layer):
+            problems.append(f"norms of layer {layer} are computed where {leader} is")
+    for component in ("attention", "output", "embedding", "router"):
+        words = {wanted.device(component, layer=layer) for layer in shape.layers_of(component)}
+        if "disk" in words and component != "embedding":
+            problems.append(f"{component} cannot stay on disk")
+    if problems:
+        raise PlacementError(f"placement of {shape.name}: " + "; ".join(dict.fromkeys(problems)))
+
+
+class _Builder:
+    """Makes the parts that differ, as assignments; changes nothing."""
+
+    def __init__(self, model: "Model", wanted: Any, seats: Mapping[str, TorchSeat]) -> None:
+        self.model, self.wanted, self.seats = model, wanted, seats
+        self.assignments: list[tuple[Any, str, Any]] = []
+        self.parts = 0
+        self.at, self.doing = "cpu", "the beginning"
+
+    def build(self) -> None:
+        """Layer by layer, then what is outside of layers."""
+        self._check_nodes()
+        for block in self.model.layers:
+            self._layer(block)
+        self._outside()
+
+    # Where -------------------------------------------------------------------------------------
+
+    def _before(self, component: str, layer: int | None, phase: str = "decode") -> str:
+        old = self.model.placement
+        return (
+            "cpu" if old is None else str(old.placement.device(component, layer=layer, phase=phase))
+        )
+
+    def _changed(self, component: str, layer: int | None, phase: str = "decode") -> bool:
+        word = self.wanted.device(component, layer=layer, phase=phase)
+        return word != self._before(component, layer, phase) or self.model.seats.get(
+            word
+        ) is not self.seats.get(word)
+
+    def _seat(self, component: str, layer: int | None, phase: str = "decode") -> Seat:
+        return self.seats.get(self.wanted.device(component, layer=layer, phase=phase), HOST)
+
+    def _note(self, component: str, layer: int | None, word: str) -> None:
+        self.at, self.parts = word, self.parts + 1
+        self.doing = component if layer is None else f"layers.{layer}.{component}"
+
+    # What --------------------------------------------------------------------------------------
+
+    def _layer(self, block: Layer) -> None:
+        index = block.index
+        if self._changed("attention", index):
+            self._attention(block)
+        feed, name = ("shared", "shared") if isinstance(block, MoEBlock) else ("dense", "mlp")
+        if isinstance(block, MoEBlock):
+            self._router(block)
+            self._experts(block)
+        has_feed = not isinstance(block, MoEBlock) or block.shared is not None
+        if has_feed:
+            self._feed(block, feed, name)
+        where = {p: self._seat(feed, index, p) if has_feed else HOST for p in PHASES}
+        moe = isinstance(block, MoEBlock)
+        seats = BlockSeats(
+            attention=self._seat("attention", index),
+            router=self._seat("router", index) if moe else HOST,
+            feed=where,
+        )
+        divided = isinstance(self._new(block, "experts"), PlacedBank) if moe else False
+        twins = bool(self._new(block, "in_prefill"))
+        plain = seats.plain and not divided and not twins
+        self.assignments.append((block, "seats", None if plain else seats))
+
+    def _new(self, holder: Any, name: str) -> Any:
+        """An attribute as it will be."""
+        for known, attribute, value in reversed(self.assignments):
+            if known is holder and attribute == name:
+                return value
+        return getattr(holder, name)
+
+    def _attention(self, block: Layer) -> None:
+        word = self.wanted.device("attention", layer=block.index)
+        self._note("attention", block.index, word)
+        stage = _own(block.attention, Attention, f"layers.{block.index}.attention")
+        seat, old = self.seats.get(word, HOST), stage.seat
+        move = self._mover(word, self._before("attention", block.index))
+        hold = _holder(old, seat)
+        self.assignments += [
+            (block, "attention", stage.on(seat, move, hold)),
+            (block, "attention_norm_D", hold(block.attention_norm_D)),
+            (block, "mlp_norm_D", hold(block.mlp_norm_D)),
+        ]
+
+    def _router(self, block: MoEBlock) -> None:
+        if not self._changed("router", block.index):
+            return
+        word = self.wanted.device("router", layer=block.index)
+        self._note("router", block.index, word)
+        router = copy.copy(_own(block.router, Router, f"layers.{block.index}.router"))
+        old = block.seats.router if block.seats is not None else HOST
+        hold = _holder(old, self.seats.get(word, HOST))
+        # A gate that is rounded chooses other experts: float32 everywhere.
+        router.gate = self._mover(word, self._before("router", block.index), "f32")(router.gate)
+        router.bias_E = None if router.bias_E is None else hold(router.bias_E)
+        self.assignments.append((block, "router", router))
+
+    def _feed(self, block: Layer, component: str, name: str) -> None:
+        index = block.index
+        if not any(self._changed(component, index, phase) for phase in PHASES):
+            return
+        stage = _own(getattr(block, name), MLP, f"layers.{index}.{name}")
+        words = [self.wanted.device(component, layer=index, phase=phase) for phase in PHASES]
+        made = []
+        for word in dict.fromkeys(words):
+            self._note(component, index, word)
+            move = self._mover(word, self._before(component, index))
+            made.append(MLP(*(move(linear) for linear in stage.linears.values())))
+        self.assignments.append((block, name, made[0]))
+        self.assignments.append((block, "in_prefill", Twins({name: made[1]} if made[1:] else {})))
+
+    def _experts(self, block: MoEBlock) -> None:
+        where = {phase: self.wanted.experts_row(block.index, phase) for phase in PHASES}
+        old, bank = self.model.placement, block.experts
+        before = {p: ("cpu",) * len(where[p]) for p in PHASES}
+        if old is not None:
+            before = {p: old.placement.experts_row(block.index, p) for p in PHASES}
+        words = {word for row in where.values() for word in row}
+        same = all(self.model.seats.get(w) is self.seats.get(w) for w in words)
+        if where == before and same:
+            return
+        _own(bank, ExpertBank, f"layers.{block.index}.experts")
+        self._note("experts", block.index, " and ".join(sorted(words - {"cpu"}) or ["cpu"]))
+        self.assignments.append((block, "experts", PlacedBank.of(bank, where, self.seats)))
+
+    def _outside(self) -> None:
+        model, wanted = self.model, self.wanted
+        if self._changed("output", None):
+            word = wanted.device("output")
+            self._note("output", None, word)
+            old = model.output.seat if isinstance(model.output, DeviceLinear) else HOST
+            move = self._mover(word, self._before("output", None))
+            hold = _holder(old, self.seats.get(word, HOST))
+            self.assignments.append((model, "output", move(model.output)))
+            self.assignments.append((model, "output_norm_D", hold(model.output_norm_D)))
+        if self._changed("embedding", None):
+            word = wanted.device("embedding")
+            self._note("embedding", None, word)
+            seat = self.seats.get(word)
+            table = None if seat is None else DeviceLinear(Linear(model.embedding), seat)
+            self.assignments.append((model, "embedding_table", table))
+
+    def _mover(
+        self, word: str, before: str, dtype: str | None = None
+    ) -> Callable[[Linear], Linear]:
+        """What becomes of a matrix that goes to `word`."""
+        seat = self.seats.get(word)
+
+        def move(linear: Linear) -> Linear:
+            host = linear.on_host() if isinstance(linear, DeviceLinear) else linear.clone()
+            if seat is not None:
+                return DeviceLinear(host, seat, dtype)
+            if word.startswith("numa:"):
+                return host.use(numa=int(word.partition(":")[2]))
+            return host.use(numa=None) if before.startswith("numa:") else host
+
+        return move
+
+    def _check_nodes(self) -> None:
+        """Copies of experts for NUMA nodes are made in host memory: there must be room."""
+        needed = 0
+        for block in self.model.moe_blocks:
+            rows = [self.wanted.experts_row(block.index, phase) for phase in PHASES]
+            there = block.experts.nodes if isinstance(block.experts, PlacedBank) else {}
+            for word in dict.fromkeys(w for row in rows for w in row if w.startswith("numa:")):
+                ids = {e for row in rows for e, found in enumerate(row) if found == word}
+                if word not in there or set(there[word].ids) != ids:
+                    needed += block.experts.expert_bytes * len(ids)
+        if needed:
+            refuse(self.model, needed, "this placement", "copies of experts on NUMA nodes")
+
+
+def _own(stage: Any, expected: type, name: str) -> Any:
+    if not isinstance(stage, expected):
+        raise PlacementError(
+            f"{name} is a {type(stage).__name__} of your own, which stays where you put it; only "
+            f"ktlab's stages are moved. Take it out before placing {name.rpartition('.')[2]}"
+        )
+    return stage
+
+
+def _holder(old: Seat, new: Seat) -> Callable[[Tensor], Tensor]:
+    """What becomes of a norm or a bias that goes from one seat to another."""
+
+    def hold(values: Tensor) -> Tensor:
+        host = old.give(values)()[0]
+        return new.hold(host) if isinstance(new, TorchSeat) else host
+
+    return hold
+
+
+def device_bytes(model: "Model", before: "Mapping[str, TorchSeat] | None" = None) -> dict[str, int]:
+    """Bytes that stay on devices (also those of `before`) and in NUMA nodes' copies, by device."""
+    found: dict[str, int] = {}
+    for seat in {**{id(s): s for s in (before or {}).values()},
+                 **{id(s): s for s in model.seats.values()}}.values():  # fmt: skip
+        found[seat.word] = found.get(seat.word, 0) + sum(seat.here_bytes.values())
+    for block in model.moe_blocks:
+        if isinstance(block.experts, PlacedBank):
+            for word, part in block.experts.nodes.items():
+                found[word] = found.get(word, 0) + part.nbytes
+    return found

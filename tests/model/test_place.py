@@ -1,0 +1,248 @@
+"""A model on several devices: the same code on a stand-in that is strict about what is where."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import ktlab
+from ktlab.errors import PlacementError, SettingError
+from ktlab.experts.placed_bank import PlacedBank
+from ktlab.kernels.device_linear import DeviceLinear
+from ktlab.model.model import Model
+from ktlab.placement import Placement
+from tests.model.strict_seat import StrictSeat
+
+IDS = torch.arange(3, 40)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Model:
+    return ktlab.load("tiny")
+
+
+@pytest.fixture
+def model(loaded: Model) -> Iterator[Model]:
+    yield loaded.clone()
+
+
+@pytest.fixture(scope="module")
+def cpu(loaded: Model) -> Placement:
+    return Placement.everywhere(loaded.config, "cpu")
+
+
+@pytest.fixture(scope="module")
+def usual(cpu: Placement) -> Placement:
+    """KTransformers' rule, with some experts of each layer on the device, others for prefill."""
+    found = cpu
+    for component in ("attention", "shared", "dense", "output", "router"):
+        found = found.put(component, "cuda:0")
+    found = found.put("experts", "cuda:0", experts=range(0, 64, 3))
+    return found.put("experts", "cuda:0", experts=range(0, 64, 2), phase="prefill")
+
+
+def run(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a prompt, then of four tokens that follow it one by one."""
+    cache = model.new_cache(context=64)
+    prompt = model.forward(IDS, cache)
+    steps = [model.forward(IDS[i : i + 1], cache) for i in range(4)]
+    return prompt, torch.cat(steps)
+
+
+def placed_bank(model: Model, layer: int) -> PlacedBank:
+    bank = model.layers[layer].experts
+    assert isinstance(bank, PlacedBank)
+    return bank
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def floats(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
+    """By torch, in float32: what every placement on an f32 device must give."""
+    with model.override(backend="torch"):
+        return run(model)
+
+
+def test_everything_on_a_device_gives_the_same_numbers(model: Model, cpu: Placement) -> None:
+    everywhere = Placement.everywhere(model.config, "cuda:0")
+    expected = floats(model)
+    with model.override(placement=everywhere, stand_in={"cuda:0": StrictSeat("cuda:0")}):
+        assert model.placement is everywhere
+        found = run(model)
+    assert model.placement is None
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) < 1e-5
+
+
+def test_divided_experts_and_phases(model: Model, usual: Placement) -> None:
+    expected = floats(model)
+    with model.override(
+        backend="torch", placement=usual, stand_in={"cuda:0": StrictSeat("cuda:0")}
+    ):
+        found = run(model)
+        bank = placed_bank(model, 2)
+        assert bank.placement == "cuda:0 22, cpu 42"
+        assert len(bank.residents["cuda:0"]) == len(set(range(0, 64, 3)) | set(range(0, 64, 2)))
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) < 1e-5
+
+
+def test_bf16_stays_within_its_rounding(model: Model, usual: Placement) -> None:
+    expected = floats(model)
+    moved = model.place(usual, stand_in={"cuda:0": "cpu"})
+    assert moved.loaded_bytes["cuda:0"] > 1e6 and "parts moved" in str(moved)
+    for a, b in zip(run(model), expected, strict=True):
+        assert error(a, b) < 0.03
+    text = ktlab.domain_texts()["english"][:2000]
+    here = dict(placement=Placement.everywhere(model.config, "cpu"))
+    found = ktlab.compare(model, text, a=here, b={}, speed=False)
+    assert not found.quality.identical and 0 < found.quality.kl_mean.value < 3e-3
+    assert "placed on cpu + cuda:0" in str(model.settings) and found.b["placement"]["devices"]
+
+
+def test_only_what_changed_moves(model: Model, usual: Placement) -> None:
+    seat = StrictSeat("cuda:0")
+    model.place(usual, stand_in={"cuda:0": seat})
+    kept = model.layers[1].attention
+    matrices = placed_bank(model, 3).residents["cuda:0"]
+    nothing = model.place(usual, stand_in={"cuda:0": seat})
+    assert nothing.parts == 0 and not nothing.loaded_bytes
+    more = usual.put("experts", "cuda:0", layers=[3], experts=[1])
+    moved = model.place(more)
+    assert moved.parts == 1
+    one = placed_bank(model, 3)
+    assert moved.loaded_bytes["cuda:0"] == 4 * 3 * one.width * one.hidden_size
+    assert model.layers[1].attention is kept
+    assert one.residents["cuda:0"][0] is matrices[0]
+    del kept, matrices, one
+    back = model.place(Placement.everywhere(model.config, "cpu"))
+    assert back.freed_bytes["cuda:0"] > 0 and not seat.here_bytes, "nothing is left there"
+    assert all(block.seats is None for block in model.layers)
+    assert type(model.layers[3].experts) is type(ktlab.load("tiny").layers[3].experts)
+
+
+def test_a_cache_moves_with_attention(model: Model, cpu: Placement) -> None:
+    cache = model.new_cache(context=64)
+    prompt = model.forward(IDS, cache)
+    expected = model.forward(IDS[:1], cache)
+    cache.truncate(len(IDS))
+    moved = cpu.put("attention", "cuda:0", layers=[0, 2, 3])
+    with model.override(placement=moved, stand_in={"cuda:0": StrictSeat("cuda:0")}):
+        assert error(model.forward(IDS[:1], cache), expected) < 0.02
+        assert [layer.seat.word for layer in cache.layers[:4]] == [
+            "cuda:0",
+            "cpu",
+            "cuda:0",
+            "cuda:0",
+        ]
+    cache.truncate(len(IDS))
+    assert error(model.forward(IDS[:1], cache), expected) < 0.02
+    assert cache.layers[0].seat.host and prompt.shape[0] == len(IDS)
+
+
+def test_switches_stay_live(model: Model, usual: Placement) -> None:
+    with model.override(backend="torch", top_k=6, attention="naive", quantize="q4_0", deferred=2):
+        expected = run(model)
+    model.place(usual, stand_in={"cuda:0": StrictSeat("cuda:0")})
+    with model.override(backend="torch", top_k=6, attention="naive", quantize="q4_0", deferred=2):
+        found = run(model)
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) < 1e-5
+    with model.override(force={2: [5]}, mask={3: [0, 1]}):
+        trace = model.trace(IDS, names=["layers.*.router.ids", "layers.1.attention.output"])
+    assert bool((trace["layers.2.router.ids"] == 5).any(-1).all())
+    twin = model.clone()
+    assert error(run(twin)[0], run(model)[0]) == 0
+
+
+def test_batches_and_chunks(model: Model, usual: Placement) -> None:
+    ids = torch.stack([IDS, IDS.flip(0)])
+    with model.override(backend="torch"):
+        expected = model.forward(ids, chunk=16)
+        with model.override(placement=usual, stand_in={"cuda:0": StrictSeat("cuda:0")}):
+            assert error(model.forward(ids, chunk=16), expected) < 1e-5
+
+
+def test_two_devices_and_a_router_apart(model: Model, cpu: Placement) -> None:
+    placed = cpu.put("attention", "cuda:0").put("attention", "cuda:1", layers=[2, 3])
+    placed = placed.put("router", "cuda:1", layers=[4]).put("shared", "cuda:1")
+    placed = placed.put("experts", "cuda:0", experts=[1, 2]).put(
+        "experts", "cuda:1", experts=[3, 4]
+    )
+    placed = placed.put("dense", "cuda:1", phase="prefill")
+    stand_in = {word: StrictSeat(word) for word in ("cuda:0", "cuda:1")}
+    expected = floats(model)
+    with model.override(backend="torch", placement=placed, stand_in=stand_in):
+        for a, b in zip(run(model), expected, strict=True):
+            assert error(a, b) < 1e-5
+
+
+def test_disk_and_a_node(model: Model, cpu: Placement) -> None:
+    placed = cpu.put("experts", "disk", experts=range(10)).put(
+        "experts", "numa:0", experts=range(10, 40)
+    )
+    expected = run(model)
+    with model.override(placement=placed):
+        part = placed_bank(model, 2).nodes["numa:0"]
+        assert len(part.ids) == 30 and part.kernel.numa == 0
+        assert part.nbytes > 0
+        for a, b in zip(run(model), expected, strict=True):
+            assert error(a, b) < 0.02
+
+
+# What goes wrong -------------------------------------------------------------------------------
+
+
+def test_out_of_memory_leaves_the_model_whole(model: Model, usual: Placement) -> None:
+    expected = run(model)
+    before = {name: id(stage) for name, stage in vars(model.layers[2]).items()}
+    seat = StrictSeat("cuda:0", room=2_000_000)
+    with pytest.raises(
+        PlacementError, match=r"cuda:0 ran out of memory at layers\.\d\.\w+.*nothing"
+    ):
+        model.place(usual, stand_in={"cuda:0": seat})
+    assert {name: id(stage) for name, stage in vars(model.layers[2]).items()} == before
+    assert model.placement is None and not model.seats
+    assert not seat.here_bytes, "what had been loaded is gone"
+    assert torch.equal(run(model)[0], expected[0])
+    # Half way from one placement to another, too.
+    small = Placement.everywhere(model.config, "cpu").put("shared", "cuda:0")
+    model.place(small, stand_in={"cuda:0": seat})
+    shared = model.layers[2].shared
+    with pytest.raises(PlacementError, match="ran out of memory"):
+        model.place(usual, stand_in={"cuda:0": seat})
+    assert model.layers[2].shared is shared and model.placement is small
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu_and_no_stand_in(model: Model, usual: Placement) -> None:
+    with pytest.raises(PlacementError) as error:
+        model.place(usual)
+    assert "cuda:0 is not there" in str(error.value)
+    assert "torch finds no CUDA device here" in str(error.value)
+    assert 'stand_in={"cuda:0": "cpu"}' in str(error.value)
+
+
+def test_what_cannot_be_run_is_said_at_once(model: Model, cpu: Placement) -> None:
+    bad = cpu.put("output", "cuda:0", phase="decode").put("norms", "cuda:0", layers=[1])
+    with pytest.raises(PlacementError) as error:
+        model.place(bad, stand_in={"cuda:0": "cpu"})
+    assert "output is on one device in prefill and on another" in str(error.value)
+    assert "norms of layer 1 are computed where attention is" in str(error.value)
+    with pytest.raises(SettingError, match="give placement, too"):
+        model.set(stand_in={"cuda:0": "cpu"})
+    with pytest.raises(SettingError, match="dtype 'int3'"):
+        model.place(cpu.put("shared", "cuda:0"), stand_in={"cuda:0": "cpu"}, dtype="int3")
+    assert model.placement is None
+
+
+def test_a_matrix_and_back(loaded: Model) -> None:
+    linear = loaded.layers[1].attention.linears["output"]
+    there = DeviceLinear(linear, StrictSeat("cuda:0", "bf16"))
+    assert "bf16 on cuda:0" in repr(there) and there.device_bytes == 2 * linear.stack.size
+    assert there.quantized("q4_0").stack.format.name == "q4_0"
+    back = there.on_host()
+    assert type(back) is type(linear) and back.stacks is linear.stacks
+    assert not hasattr(back, "seat") or back is not there
