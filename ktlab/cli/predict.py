@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--generate", type=int, default=128, metavar="N", help="tokens; default: 128")
     add("--published", action="store_true", help="every published speed beside ours, with errors")
     add("--fit", action="store_true", help="find the free efficiencies anew from published speeds")
+    add("--check", action="store_true", help="measure the model here, too; ktlab on this machine")
     add("--json", action="store_true", help="print JSON")
 
 
@@ -37,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.model is None:
         raise SettingError("predict: name a model, such as deepseek-v3, or ask for --published")
+    if options.check:
+        return _check(options)
     prediction = ktlab.predict(
         options.model,
         machine=options.machine,
@@ -48,3 +51,20 @@ def run(options: argparse.Namespace) -> int:
     )
     print(prediction.to_json() if options.json else prediction)
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Predicted beside measured, here; exit code 1 where they are apart by more than `NEAR`."""
+    from ktlab.measurement.predicted import NEAR, predicted_here
+
+    counts = (8, 6, 4) if options.top_k is None else (options.top_k,)
+    found = predicted_here(
+        options.model, top_k=counts, prompt=options.prompt, generate=options.generate
+    )
+    errors = found.errors(options.model)
+    if options.json:
+        print(json.dumps({**found.to_dict(), "errors": errors}, indent=2))
+    else:
+        print(found.text(options.model))
+    apart = [error for of_k in errors.values() for error in of_k.values() if abs(error) > NEAR]
+    return 1 if apart else 0

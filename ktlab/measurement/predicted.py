@@ -23,6 +23,9 @@ from ktlab.placement.measuring import Probes, measured
 from ktlab.placement.predict import PHASES, predict
 from ktlab.record import Record
 
+NEAR = 0.2
+"""Predicted and measured agree within so much."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Round(Record):

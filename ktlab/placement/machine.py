@@ -7,6 +7,7 @@ more than sizes. Rates are bytes/s and operations/s; a multiply and an add are t
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ktlab.errors import SettingError
 from ktlab.html import decimal_bytes
@@ -139,6 +140,11 @@ class Machine(Record):
 
     def __str__(self) -> str:
         return f"{self.name}: {', '.join(map(str, self.devices))}"
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        from ktlab.placement import machine_view
+
+        return machine_view.bundle(self)
 
 
 def get_machine(
