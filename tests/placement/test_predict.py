@@ -1,6 +1,7 @@
 """Speeds that are predicted for other machines: physics, published figures, bad input."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,12 @@ from ktlab.placement.predict import PHASES, Prediction
 from ktlab.placement.published import Published, fit, published
 from ktlab.placement.touched import chances, padded, touched
 
-V3 = {"machine": "2x6454s+4090d", "engine": "ktransformers-0.2", "prompt": 500, "generate": 300}
+V3: dict[str, Any] = {
+    "machine": "2x6454s+4090d",
+    "engine": "ktransformers-0.2",
+    "prompt": 500,
+    "generate": 300,
+}
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +102,8 @@ def test_distinct_experts_follow_from_the_distribution() -> None:
 
 
 def test_fewer_experts_sockets_and_tokens_cost_less() -> None:
-    def speeds(**changes: object) -> tuple[float, float]:
-        found = ktlab.predict("deepseek-v3", **{**V3, **changes})  # type: ignore[arg-type]
+    def speeds(**changes: Any) -> tuple[float, float]:
+        found = ktlab.predict("deepseek-v3", **{**V3, **changes})
         return found.prefill_tokens_per_s, found.decode_tokens_per_s
 
     base = speeds()
@@ -153,7 +159,7 @@ def test_every_listed_machine_has_sources_and_speeds(name: str) -> None:
 
 def test_other_models_and_attentions() -> None:
     """Grouped-query attention too; a desktop reads what it has."""
-    desktop = {"machine": "i9-14900kf+4090", "engine": "ktransformers-0.2"}
+    desktop: dict[str, Any] = {"machine": "i9-14900kf+4090", "engine": "ktransformers-0.2"}
     large = ktlab.predict("qwen3-235b-a22b", **desktop)
     small = ktlab.predict("qwen3-30b-a3b", **desktop)
     assert small.decode_tokens_per_s > 2 * large.decode_tokens_per_s
@@ -186,10 +192,10 @@ def test_every_efficiency_says_what_it_is_and_how_it_was_found() -> None:
     ],
 )
 def test_what_cannot_be_says_so(
-    changes: dict[str, object], error: type[Exception], words: str
+    changes: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=f"(?s){words}"):
-        ktlab.predict("deepseek-v3", **{**V3, **changes})  # type: ignore[arg-type]
+        ktlab.predict("deepseek-v3", **{**V3, **changes})
 
 
 def test_a_machine_without_a_gpu_and_an_unknown_model() -> None:
