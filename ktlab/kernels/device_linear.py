@@ -6,6 +6,7 @@ T tokens, H heads, K columns, N rows.
 from torch import Tensor
 from torch.nn import functional as F
 
+from ktlab.kernels.dispatch import Explanation
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.request import Kernel
 from ktlab.kernels.seat import DTYPES, TorchSeat
@@ -29,6 +30,10 @@ class DeviceLinear(Linear):
     def kernel(self) -> Kernel:
         """The seat's; switches of kernels do not reach it."""
         return self.seat.kernel
+
+    def explain(self, tokens: int = 1) -> Explanation:
+        """See `Computed.explain`: there is one way."""
+        return Explanation([self.seat.verdict])
 
     @property
     def weight_OI(self) -> Tensor:

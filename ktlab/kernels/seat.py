@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ktlab.errors import SettingError
+from ktlab.kernels.dispatch import Verdict
 from ktlab.kernels.request import Kernel
 from ktlab.quantization import QTensor
 
@@ -202,6 +203,14 @@ class TorchSeat(Seat):
             numa=None,
             few=0,
             reason=f"placed on {self.word}{stands}",
+        )
+
+    @property
+    def verdict(self) -> Verdict:
+        """The same as a line of `explain()`."""
+        k = self.kernel
+        return Verdict(
+            backend=k.backend, isa=k.isa, layout=k.layout, status="chosen", reason=k.reason
         )
 
     def __repr__(self) -> str:

@@ -25,6 +25,7 @@ from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.tokenizer import Tokenizer
 from ktlab.errors import CheckpointError, ContextError, SettingError, TraceError, nearest
 from ktlab.experts.banks import ExpertBanks
+from ktlab.experts.placed_bank import Overlap, PlacedBank
 from ktlab.kernels.device_linear import DeviceLinear
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.norm import rms_norm
@@ -311,16 +312,33 @@ class Model:
         *,
         stand_in: "Mapping[str, str | TorchSeat] | None" = None,
         dtype: str = "bf16",
+        nodes: str | None = None,
     ) -> Moved:
         """Put every stage where `placement` (a `Placement` or a `Plan`) says; live.
 
         Only what changed is moved, and all of it is made before anything is exchanged: after an
         error, out of memory for instance, the model is whole and where it was. On a GPU matrices
         are `dtype` ("bf16", "f16", "f32"). `stand_in` names another torch device that computes in
-        a GPU's stead, {"cuda:0": "cpu"}. Raises `PlacementError`. `override(placement=...)` does
-        the same for the length of a `with`.
+        a GPU's stead, {"cuda:0": "cpu"}. `nodes` says how NUMA nodes share the experts that are on
+        the CPU: "interleave", "split" or "copy" (`ktlab.experts.nodes`).
+        Raises `PlacementError`. `override(placement=...)` does the same for the length of a `with`.
         """
-        return place(self, placement, stand_in=stand_in, dtype=dtype)
+        return place(self, placement, stand_in=stand_in, dtype=dtype, nodes=nodes)
+
+    @contextmanager
+    def watch_overlap(self) -> Iterator[Overlap]:
+        """Measure how much of the devices' work passes beside the host's experts, over all layers;
+        the figures are there on leaving the `with`. GPUs are waited for meanwhile."""
+        found = Overlap(on=True)
+        banks = [b.experts for b in self.moe_blocks if isinstance(b.experts, PlacedBank)]
+        before = [(bank, bank.overlap) for bank in banks]
+        try:
+            for bank in banks:
+                bank.overlap = found
+            yield found
+        finally:
+            for bank, overlap in before:
+                bank.overlap = overlap
 
     def requantized(self, stage: Any, format: str) -> Any:
         """One stage in another format: computed once for all clones, with the stage's switches."""

@@ -17,6 +17,7 @@ from ktlab.attention.stage import Attention
 from ktlab.errors import PlacementError
 from ktlab.experts.bank import ExpertBank
 from ktlab.experts.mlp import MLP
+from ktlab.experts.nodes import bytes_on_nodes, check_nodes
 from ktlab.experts.placed_bank import PlacedBank
 from ktlab.html import decimal_bytes
 from ktlab.kernels.device_linear import DeviceLinear
@@ -70,12 +71,17 @@ class Moved(Record):
 
 
 def place(
-    model: "Model", placement: PlacementLike, *, stand_in: "StandIn | None", dtype: str
+    model: "Model",
+    placement: PlacementLike,
+    *,
+    stand_in: "StandIn | None",
+    dtype: str,
+    nodes: str | None,
 ) -> Moved:
     """`Model.place`."""
     start, seats, before = perf_counter(), model.seats, device_bytes(model)
     change = Change()
-    parts = apply_placement(model, change, placement, stand_in=stand_in, dtype=dtype)
+    parts = apply_placement(model, change, placement, stand_in=stand_in, dtype=dtype, nodes=nodes)
     del change  # which still holds what was there before
     after = device_bytes(model, seats)
     words = dict.fromkeys([*before, *after])
@@ -95,12 +101,15 @@ def apply_placement(
     *,
     stand_in: "StandIn | None" = None,
     dtype: str = "bf16",
+    nodes: str | None = None,
 ) -> int:
     """Make what is new and exchange it, recording each assignment; the number of new parts."""
     wanted = placement.placement
     seats = _seats(model, wanted, stand_in or {}, dtype)
     _check_runs(model, wanted)
-    builder = _Builder(model, wanted, seats)
+    if nodes is not None:
+        check_nodes(nodes)
+    builder = _Builder(model, wanted, seats, nodes)
     try:
         builder.build()
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -178,8 +187,10 @@ def _check_runs(model: "Model", wanted: Any) -> None:
 class _Builder:
     """Makes the parts that differ, as assignments; changes nothing."""
 
-    def __init__(self, model: "Model", wanted: Any, seats: Mapping[str, TorchSeat]) -> None:
-        self.model, self.wanted, self.seats = model, wanted, seats
+    def __init__(
+        self, model: "Model", wanted: Any, seats: Mapping[str, TorchSeat], nodes: str | None
+    ) -> None:
+        self.model, self.wanted, self.seats, self.nodes = model, wanted, seats, nodes
         self.assignments: list[tuple[Any, str, Any]] = []
         self.parts = 0
         self.at, self.doing = "cpu", "the beginning"
@@ -292,11 +303,14 @@ class _Builder:
             before = {p: old.placement.experts_row(block.index, p) for p in PHASES}
         words = {word for row in where.values() for word in row}
         same = all(self.model.seats.get(w) is self.seats.get(w) for w in words)
-        if where == before and same:
+        across = bank.across if isinstance(bank, PlacedBank) else None
+        if where == before and same and across == self.nodes:
             return
         _own(bank, ExpertBank, f"layers.{block.index}.experts")
         self._note("experts", block.index, " and ".join(sorted(words - {"cpu"}) or ["cpu"]))
-        self.assignments.append((block, "experts", PlacedBank.of(bank, where, self.seats)))
+        self.assignments.append(
+            (block, "experts", PlacedBank.of(bank, where, self.seats, self.nodes))
+        )
 
     def _outside(self) -> None:
         model, wanted = self.model, self.wanted
@@ -341,12 +355,17 @@ class _Builder:
                 ids = {e for row in rows for e, found in enumerate(row) if found == word}
                 if word not in there or set(there[word].ids) != ids:
                     needed += block.experts.expert_bytes * len(ids)
+            here = {e for row in rows for e, found in enumerate(row) if found == "cpu"}
+            across = block.experts.across if isinstance(block.experts, PlacedBank) else None
+            if self.nodes is not None and across != self.nodes:
+                needed += bytes_on_nodes(block.experts, self.nodes, len(here))
         if needed:
             refuse(self.model, needed, "this placement", "copies of experts on NUMA nodes")
 
 
 def _own(stage: Any, expected: type, name: str) -> Any:
-    if not isinstance(stage, expected):
+    of_the_user = expected is ExpertBank and bool(stage.own)  # which computes where it is
+    if of_the_user or not isinstance(stage, expected):
         raise PlacementError(
             f"{name} is a {type(stage).__name__} of your own, which stays where you put it; only "
             f"ktlab's stages are moved. Take it out before placing {name.rpartition('.')[2]}"
@@ -372,6 +391,6 @@ def device_bytes(model: "Model", before: "Mapping[str, TorchSeat] | None" = None
         found[seat.word] = found.get(seat.word, 0) + sum(seat.here_bytes.values())
     for block in model.moe_blocks:
         if isinstance(block.experts, PlacedBank):
-            for word, part in block.experts.nodes.items():
+            for word, part in block.experts.node_parts:
                 found[word] = found.get(word, 0) + part.nbytes
     return found

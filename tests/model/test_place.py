@@ -231,7 +231,7 @@ def test_what_cannot_be_run_is_said_at_once(model: Model, cpu: Placement) -> Non
         model.place(bad, stand_in={"cuda:0": "cpu"})
     assert "output is on one device in prefill and on another" in str(error.value)
     assert "norms of layer 1 are computed where attention is" in str(error.value)
-    with pytest.raises(SettingError, match="give placement, too"):
+    with pytest.raises(SettingError, match="give placement or rules, too"):
         model.set(stand_in={"cuda:0": "cpu"})
     with pytest.raises(SettingError, match="dtype 'int3'"):
         model.place(cpu.put("shared", "cuda:0"), stand_in={"cuda:0": "cpu"}, dtype="int3")
@@ -246,3 +246,21 @@ def test_a_matrix_and_back(loaded: Model) -> None:
     back = there.on_host()
     assert type(back) is type(linear) and back.stacks is linear.stacks
     assert not hasattr(back, "seat") or back is not there
+
+
+def test_overlap_is_measured(model: Model, usual: Placement) -> None:
+    model.place(usual, stand_in={"cuda:0": "cpu"})
+    with model.watch_overlap() as found:
+        model.forward(IDS)
+    assert found.calls == len(model.moe_blocks) and found.host_s > 0 and found.device_s > 0
+    assert found.share is not None and 0 <= found.share <= 1
+    calls = found.calls
+    model.forward(IDS)
+    assert found.calls == calls, "only inside of the with"
+
+
+def test_explain_says_who_computes(model: Model, usual: Placement) -> None:
+    model.place(usual, stand_in={"cuda:0": "cpu"})
+    assert "placed on cuda:0, computed on the cpu in its stead" in repr(model.experts.explain())
+    linear = model.layers[1].attention.linears["output"]
+    assert linear.explain().chosen.backend == "torch"
