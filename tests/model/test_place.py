@@ -293,6 +293,4 @@ def test_undoing_an_older_switch_leaves_stages_where_they_fit(
         for a, b in zip(run(model), expected, strict=True):
             assert error(a, b) < 1e-5
     model.place(usual)
-    assert (
-        isinstance(model.layers[2].experts, PlacedBank) and not model.layers[1].attention.seat.host
-    )
+    assert placed_bank(model, 2).residents and not model.layers[1].attention.seat.host
