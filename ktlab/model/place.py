@@ -346,7 +346,8 @@ class _Builder:
 
 
 def _own(stage: Any, expected: type, name: str) -> Any:
-    if not isinstance(stage, expected):
+    of_the_user = expected is ExpertBank and bool(stage.own)  # which computes where it is
+    if of_the_user or not isinstance(stage, expected):
         raise PlacementError(
             f"{name} is a {type(stage).__name__} of your own, which stays where you put it; only "
             f"ktlab's stages are moved. Take it out before placing {name.rpartition('.')[2]}"

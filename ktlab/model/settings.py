@@ -184,7 +184,7 @@ def component_stages(model: "Model") -> Iterator[tuple[str, Any, str]]:
 class Rules(Protocol):
     """What the switch `rules` takes; `ktlab.RuleSet` is one."""
 
-    def apply(self, model: "Model") -> "Change":
+    def apply(self, model: "Model", *, stand_in: Any = None) -> "Change":
         """Set them on a model."""
         ...
 
@@ -232,7 +232,8 @@ def apply(
             raise SettingError(
                 f"rules={rules!r}: expected a RuleSet, such as ktlab.RuleSet.read(FILE)"
             )
-        change.take(rules.apply(model))  # first: what is named beside them counts more
+        # First: what is named beside them counts more.
+        change.take(rules.apply(model, stand_in=stand_in))
     if quantize is not None and format is not None:
         raise SettingError("quantize and format are two names of one switch; give one of them")
     wanted = format if quantize is None else quantize
@@ -242,8 +243,10 @@ def apply(
         from ktlab.model.place import apply_placement
 
         apply_placement(model, change, placement, stand_in=stand_in)
-    elif stand_in is not None:
-        raise SettingError("stand_in says what computes in a device's stead; give placement, too")
+    elif stand_in is not None and rules is None:
+        raise SettingError(
+            "stand_in says what computes in a device's stead; give placement or rules, too"
+        )
     heavy = any(words.get(word) is not None for word in ("backend", "layout", "isa"))
     before = prepared_bytes(_every_product(model)) if heavy else 0
     moe: dict[int, MoEBlock] = {b.index: b for b in model.moe_blocks}

@@ -231,7 +231,7 @@ def test_what_cannot_be_run_is_said_at_once(model: Model, cpu: Placement) -> Non
         model.place(bad, stand_in={"cuda:0": "cpu"})
     assert "output is on one device in prefill and on another" in str(error.value)
     assert "norms of layer 1 are computed where attention is" in str(error.value)
-    with pytest.raises(SettingError, match="give placement, too"):
+    with pytest.raises(SettingError, match="give placement or rules, too"):
         model.set(stand_in={"cuda:0": "cpu"})
     with pytest.raises(SettingError, match="dtype 'int3'"):
         model.place(cpu.put("shared", "cuda:0"), stand_in={"cuda:0": "cpu"}, dtype="int3")

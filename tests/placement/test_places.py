@@ -3,14 +3,17 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ktlab.checkpoint.synthesis import TINY_QWEN3MOE_CONFIG, TINY_TEST_CONFIG
-from ktlab.errors import RuleError
+from ktlab.errors import PlacementError, RuleError
 from ktlab.model.model import Model
 from ktlab.placement.placement import Placement
 from ktlab.placement.rules import Preview, RuleSet
+from tests.placement.test_own import GATES, ByHand, Deaf, Near
+from tests.placement.test_own import rules as own
 from tests.placement.test_rule_files import EXPERTS, FIRST_RELEASE, GPU_AND_CPU, LINEAR, MODEL
-from tests.placement.test_rules import BANKS, FAMILIES, checkpoint, one
+from tests.placement.test_rules import BANKS, FAMILIES, IDS, checkpoint, one
 
 DENSE_PART = ("attention", "router", "norms")
 GPU = "generate_device: 'cuda:0', prefill_device: 'cuda:0'"
@@ -59,9 +62,12 @@ def test_two_gpus_by_layers() -> None:
 
 def test_the_words_of_a_whole_file(model: Model) -> None:
     found = place(model, GPU_AND_CPU)
-    for component in ("attention", "cache", "router"):
+    for component in ("attention", "cache", "router", "norms"):
         assert found.device(component, layer=1) == "cuda:0", component
-    assert found.device("norms", layer=1) == found.device("output") == "cuda:1"
+    assert found.device("norms") == found.device("output") == "cuda:1"
+    assert "on cuda:1: norms are where their layer's attention is, on cuda:0" in notes(
+        model, GPU_AND_CPU
+    )
     assert found.device("embedding") == found.device("experts", layer=2) == "cpu"
     assert found.device("experts", layer=2, phase="prefill") == "cpu", "no prompt layer by layer"
     written = place(model, GPU_AND_CPU, as_written=True)
@@ -122,3 +128,84 @@ def test_other_makers(model: Model) -> None:
         place(model, text)
     preview = RuleSet.parse(text).preview(model)
     assert preview.placement is None and "xpu" in preview.notes[0]
+
+
+# Placed -------------------------------------------------------------------------------------------
+
+STAND_IN = {"cuda:0": "cpu", "cuda:1": "cpu"}
+
+
+def devices(model: Model) -> tuple[str, ...]:
+    assert model.placement is not None
+    found: tuple[str, ...] = model.placement.placement.devices
+    return found
+
+
+def test_rules_place_where_the_devices_are(model: Model) -> None:
+    rules, before = RuleSet.read("hot-experts"), model.forward(IDS)
+    assert {row.status for row in rules.preview(model).rows} >= {"not here"}
+    with rules.applied(model):
+        assert model.placement is None, "no such device: it stays where it is"
+    preview = rules.preview(model, stand_in=STAND_IN)
+    assert not preview.missing
+    hot, *_ = preview.rows
+    assert (hot.status, hot.change) == ("changes", "cpu -> cuda:0") and hot.count == 16
+    attention = next(row for row in preview.rows if row.stage == "attention matrix")
+    assert attention.change == "cpu -> cuda:0"
+    cpu = next(row for row in preview.rows if row.stage == "embedding")
+    assert cpu.status == "as it is"
+    with rules.applied(model, stand_in=STAND_IN, strict=True):
+        assert model.placement == rules.placement(model)
+        assert torch.allclose(model.forward(IDS), before, atol=0.2)
+        assert not torch.equal(model.forward(IDS), before), "in bfloat16 there"
+        assert not rules.preview(model).changes, "there already; the stand-in is known"
+        assert {row.change for row in RuleSet.read("cpu-experts").preview(model).changes}
+        with RuleSet.read("cpu-experts").applied(model):
+            assert devices(model) == ("cpu",)
+            assert torch.equal(model.forward(IDS), before)
+        assert model.placement == rules.placement(model)
+    assert model.placement is None and torch.equal(model.forward(IDS), before)
+
+
+def test_a_whole_file_on_stand_ins(model: Model) -> None:
+    rules = RuleSet.parse(GPU_AND_CPU)
+    with model.override(rules=rules, stand_in=STAND_IN):
+        assert devices(model) == ("cpu", "cuda:0", "cuda:1")
+    assert not [what for what in rules.preview(model, stand_in=STAND_IN).missing if "cuda" in what]
+    with rules.applied(model, stand_in=STAND_IN):
+        assert devices(model) == ("cpu", "cuda:0", "cuda:1")
+        assert model.experts[0].format == "int8_channel" and model.forward(IDS).isfinite().all()
+    one_only = rules.preview(model, stand_in={"cuda:0": "cpu"}).missing
+    assert "asks for cuda:1 from layer 2 on; computed on the CPU" in one_only
+    assert model.placement is None
+
+
+def test_a_class_of_the_users_on_devices(model: Model) -> None:
+    """Routers and attention go with it; experts of the user's are computed where they are."""
+    near, hand = own(GATES, Near, "near: [3, 5]"), own(BANKS, ByHand)
+    with RuleSet.read("gpu-attention").applied(model, stand_in=STAND_IN):
+        expected = model.forward(IDS)
+        with near.applied(model), hand.applied(model), own("self_attn$", Deaf).applied(model):
+            assert devices(model) == ("cpu",), "what no rule names is on the CPU"
+    before = model.forward(IDS)
+    with near.applied(model), own("self_attn$", Deaf, "loudness: 1.0").applied(model):
+        trace = model.trace(IDS)
+        with model.override(placement=RuleSet.read("gpu-attention").placement(model),
+                            stand_in=STAND_IN):  # fmt: skip
+            assert isinstance(model.layers[1].router, Near)
+            assert isinstance(model.layers[1].attention, Deaf)
+            placed_trace = model.trace(IDS)
+            loads = placed_trace.routing.histogram(layer=2).counts_E
+            assert loads[3] == loads[5] == len(IDS)
+        assert (trace["layers.1.router.ids"] == model.trace(IDS)["layers.1.router.ids"]).all()
+    with hand.applied(model):
+        with model.override(placement=RuleSet.read("gpu-attention").placement(model),
+                            stand_in=STAND_IN):  # fmt: skip
+            assert torch.allclose(model.forward(IDS), expected, atol=0.2)
+        with pytest.raises(PlacementError, match="layers.1.experts is a ByHand of your own"):
+            hot = RuleSet.read("hot-experts").placement(model)
+            model.place(hot, stand_in=STAND_IN)
+    with RuleSet.read("hot-experts").applied(model, stand_in=STAND_IN):
+        with pytest.raises(RuleError, match="the experts here are on cuda:0 8, cpu 8, a class of"):
+            hand.apply(model)
+    assert torch.equal(model.forward(IDS), before)

@@ -1,7 +1,8 @@
 """What a rule does to one module here, and what of it cannot be done, with the reason.
 
-Everything is computed on the CPU for now. A word that asks for another device, or for what has no
-counterpart here, is told in `Effect.missing`; what is merely worth knowing in `Effect.note`.
+What has no counterpart here is told in `Effect.missing`, devices other than the CPU in
+`Effect.away` (places.py says where they put the model; where they are there it goes there), what is
+merely worth knowing in `Effect.note`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,10 @@ class Effect:
     after: str = ""
     missing: tuple[str, ...] = ()
     """What was asked for and is not done."""
+    away: tuple[str, ...] = ()
+    """Devices that were asked for, in words for where they are not there."""
+    moved: bool = False
+    """Whether the module goes to another device."""
     note: str = ""
     new_bytes: int = 0
     """Memory that weights in another format take beside those of the file."""
@@ -50,8 +55,8 @@ class Effect:
     """Why a class of the user's cannot stand there; `apply` refuses."""
 
     @property
-    def changes(self) -> bool:
-        """Whether anything is set."""
+    def sets(self) -> bool:
+        """Whether a switch is set or a stage replaced."""
         return bool(self.words) or self.stage is not None
 
 
@@ -71,11 +76,15 @@ _STANDS_FOR = {
 
 def effect(rule: Rule, module: Module) -> Effect:
     """What `rule` does to the module that it matches."""
+    return replace(_effect(rule, module), away=elsewhere(rule.kwargs))
+
+
+def _effect(rule: Rule, module: Module) -> Effect:
     kind = rule.kind
     if rule.own is not None:
         return _own(rule, rule.own, module)
     if kind == DEFAULT:
-        return Effect(missing=elsewhere(rule.kwargs))
+        return Effect()
     if module.kind not in _FITS.get(kind, (kind,)):
         return Effect(
             missing=(f"{rule.class_name} stands for {_STANDS_FOR[kind]}, this is: {module.stage}",)
@@ -95,54 +104,53 @@ def elsewhere(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     output = kwargs.get("out_device")
     if output is not None and not is_cpu(output) and output not in phases:
         phases[output] = ["its output"]
-    return tuple(
+    told = [
         f"asks for {place}{'' if len(found) > 1 else ' for ' + found[0]}; computed on the CPU"
         for place, found in phases.items()
-    )
+    ]
+    told += [
+        f"asks for {place} from layer {layer} on; computed on the CPU"
+        for layer, place in kwargs.get("transfer_map", {}).items()
+        if not is_cpu(place)
+    ]
+    return tuple(told)
 
 
 def _own(rule: Rule, cls: type, module: Module) -> Effect:
-    missing = elsewhere(rule.kwargs)
     if module.kind not in own.STAGES:
         fits = ", ".join(_STANDS_FOR[kind] for kind in own.STAGES)
-        return Effect(
-            missing=(f"{cls.__name__} can stand for {fits}; this is: {module.stage}", *missing)
-        )
+        return Effect(missing=(f"{cls.__name__} can stand for {fits}; this is: {module.stage}",))
     if wrong := own.misfits(cls, module.ours, module.kind):
         return Effect(wrong=wrong)
     if own.stands(cls, module.ours, rule.own_words):
-        return Effect(missing=missing, note=f"{own.called(cls, rule.own_words)} already")
+        return Effect(note=f"{own.called(cls, rule.own_words)} already")
     return Effect(
         stage=lambda: own.made(cls, module.ours, rule.own_words),
         before=module.ours.own.partition("#")[0] or type(module.ours).__name__,
         after=own.called(cls, rule.own_words),
-        missing=missing,
     )
 
 
 def _as_configured(rule: Rule, module: Module) -> Effect:
-    return Effect(missing=elsewhere(rule.kwargs), note=AS_CONFIGURED)
+    return Effect(note=AS_CONFIGURED)
 
 
 def _router(rule: Rule, module: Module) -> Effect:
-    missing = elsewhere(rule.kwargs)
+    missing: tuple[str, ...] = ()
     if rule.class_name == "KMoEGateGreedy":
         missing += ("KMoEGateGreedy chooses in its own way; here experts are chosen as trained",)
     return Effect(missing=missing, note=AS_CONFIGURED)
 
 
 def _model(rule: Rule, module: Module) -> Effect:
-    missing = list(elsewhere(rule.kwargs))
-    for layer, place in rule.kwargs.get("transfer_map", {}).items():
-        if not is_cpu(place):
-            missing.append(f"asks for {place} from layer {layer} on; computed on the CPU")
     if rule.kwargs.get("per_layer_prefill_intput_threshold"):
-        missing.append(f"prefill of the whole prompt layer by layer; {CHUNKED}")
-    return Effect(missing=tuple(missing), note=AS_CONFIGURED)
+        return Effect(missing=(f"prefill of the whole prompt layer by layer; {CHUNKED}",))
+    return Effect(note=AS_CONFIGURED)
 
 
 def _attention(rule: Rule, module: Module) -> Effect:
-    attention, missing, note = module.ours, elsewhere(rule.kwargs), ""
+    attention, note = module.ours, ""
+    missing: tuple[str, ...] = ()
     absorbed = "absorbed" in attention.forms
     if "absorb_for_prefill" in rule.kwargs and not absorbed:
         missing += (f"{attention.kind} has no latent, so there is nothing to absorb",)
@@ -161,9 +169,8 @@ def _attention(rule: Rule, module: Module) -> Effect:
 
 def _experts(rule: Rule, module: Module) -> Effect:
     kwargs, bank = rule.kwargs, module.ours
-    missing = elsewhere(kwargs)
     operator = kwargs.get("generate_op", kwargs.get("generate_mlp_type", "KExpertsCPU"))
-    what, missing = _runs_here(operator, "experts", kwargs, missing)
+    what, missing = _runs_here(operator, "experts", kwargs, ())
     if what == TORCH:
         return _changed((bank,), {"backend": "torch"}, missing)
     if what != CPU_KERNEL:
@@ -203,13 +210,13 @@ def _deferring(rule: Rule, module: Module) -> Effect:
 
 
 def _matrix(rule: Rule, module: Module) -> Effect:
-    kwargs, missing = rule.kwargs, elsewhere(rule.kwargs)
+    kwargs = rule.kwargs
     if module.kind == "expert matrix":
         return Effect(
-            missing=(*missing, "a layer's experts are one bank here; a rule on mlp.experts sets it")
+            missing=("a layer's experts are one bank here; a rule on mlp.experts sets it",)
         )
     operator = kwargs.get("generate_op", "KLinearMarlin")
-    what, missing = _runs_here(operator, "matrix", kwargs, missing)
+    what, missing = _runs_here(operator, "matrix", kwargs, ())
     if kwargs.get("num_bits"):
         missing += (f"num_bits {kwargs['num_bits']}: a matrix keeps its format",)
     if module.kind == "router":

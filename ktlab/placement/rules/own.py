@@ -114,6 +114,11 @@ def misfits(cls: type, original: Any, kind: str) -> tuple[str, ...]:
         if not isinstance(original, stage):
             found.append(f"{name} is a kind of {stage.__name__}, there stands {base.__name__}")
             break
+    if kind == "experts" and base is not ExpertBank:
+        found.append(
+            f"the experts here are on {original.placement}, a class of your own computes them on "
+            "the CPU; put them there first"
+        )
     calls, part = CALLS[kind], _own_part(cls)
     defined = {key: value for each in reversed(part) for key, value in vars(each).items()}
     mine = [method for method in calls if method in defined]
@@ -239,6 +244,7 @@ def _told(error: Exception) -> str:
 
 def _try_router(stage: Router, hidden_TD: Tensor, model: Model) -> list[str]:
     found, experts = [], model.config.num_experts
+    hidden_TD = hidden_TD.to(stage.weight_ED.device)
     for part_TD in (hidden_TD[:TRIED_TOKENS], hidden_TD[TRIED_TOKENS:]):
         tokens, routing = len(part_TD), stage.forward(part_TD)
         if not isinstance(routing, Routing):
@@ -276,7 +282,8 @@ def _try_experts(stage: ExpertBank, hidden_TD: Tensor, model: Model) -> list[str
 
 def _try_attention(stage: Attention, hidden_TD: Tensor, model: Model) -> list[str]:
     found: list[str] = []
-    cache = Cache(model.config, [stage.form], 1, TRIED_TOKENS + 1)
+    hidden_TD = stage.seat.take(hidden_TD)
+    cache = Cache(model.config, [stage.form], 1, TRIED_TOKENS + 1, [stage.seat])
     for part_TD in (hidden_TD[:TRIED_TOKENS], hidden_TD[TRIED_TOKENS:]):
         positions_BT = cache.positions(len(part_TD))
         output = stage.forward(part_TD[None], cache.layers[0], positions_BT, NO_PROBE)

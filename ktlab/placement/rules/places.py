@@ -34,8 +34,13 @@ Where = tuple[str, str]
 class Placed:
     """A rule file's placement, and what of its words a placement cannot say."""
 
-    placement: Placement
+    placement: Placement | None
+    """None where the rules name what no placement knows."""
     notes: tuple[str, ...] = ()
+    where: Mapping[str, str] = field(default_factory=dict)
+    """{module that is a component, or a part of one: its device in decode}."""
+    seats: Mapping[str, tuple[str, int | None]] = field(default_factory=dict)
+    """{the same: (component, layer)}."""
 
 
 def placed(walk: Walk, model: Model, default: str | None, as_written: bool) -> Placed:
@@ -69,6 +74,7 @@ class _Places:
         self.one_by_one = {
             name for name in self.rules if name.rpartition(".")[0].endswith(".experts")
         }
+        self.seats_of: dict[str, tuple[str, int | None]] = {}
         self.moves: dict[int, str] = {}
         threshold = 0
         for rule in self.rules.values():
@@ -101,8 +107,10 @@ class _Places:
         seats: dict[tuple[str, int | None], _Seats] = {}
         for module, where in self._modules(modules(self.model), None):
             component = COMPONENTS.get(module.stage)
-            if component is None or module.kind in ("expert", "expert matrix"):
+            if component is None:
                 continue
+            if component != "norms":  # computed where attention or the output is
+                self.seats_of[module.name] = (component, module.layer)
             size = sum(m.stack.size for m in module.ours) if isinstance(module.ours, tuple) else 0
             one = seats.setdefault((component, module.layer), _Seats())
             one.parts.append((size, module.name, where))
@@ -110,7 +118,15 @@ class _Places:
         for phase, name in enumerate(PHASES):
             placement = self._put(placement, seats, phase, name)
         self._split(seats)
-        return Placed(placement=self._each_expert(placement), notes=tuple(self.notes))
+        for name in self.one_by_one:
+            self.seats_of[name] = "experts", int(name.split(".")[2])
+        placement = self._each_expert(placement)
+        return Placed(
+            placement=placement,
+            notes=tuple(self.notes),
+            where=devices_of(self.seats_of, placement),
+            seats=self.seats_of,
+        )
 
     def _put(
         self,
@@ -123,8 +139,8 @@ class _Places:
         groups: dict[tuple[str, str], list[int | None]] = {}
         for (component, layer), device in where.items():
             leader = "output" if layer is None else FOLLOW.get(component, "")
-            if component in FOLLOW and where[leader, layer] == device:
-                continue  # and follows when that is put elsewhere
+            if component == "norms" or (component in FOLLOW and where[leader, layer] == device):
+                continue  # goes, and follows when that is put elsewhere
             groups.setdefault((component, device), []).append(layer)
         for (component, device), layers in groups.items():
             placement = placement.put(component, device, layers=layers, phase=name)
@@ -156,16 +172,21 @@ class _Places:
     def _split(self, seats: Mapping[tuple[str, int | None], _Seats]) -> None:
         """Tell of components whose parts are put apart: here they go as a whole."""
         apart: dict[tuple[str, str, str], list[str]] = {}
-        for (component, _), found in seats.items():
+        for (component, layer), found in seats.items():
             whole = found.where
+            if component == "norms":
+                whole = seats["output" if layer is None else "attention", layer].where
             for size, name, where in found.parts:
                 if where != whole and (size or component == "norms"):
                     key = (component, _shown(where), _shown(whole))
                     apart.setdefault(key, []).append(name)
         for (component, part, rest), names in apart.items():
-            self.notes.append(
-                f"{collapsed(names)} on {part}: {component} is placed as a whole, on {rest}"
+            why = (
+                "norms are where their layer's attention is"
+                if component == "norms"
+                else (f"{component} is placed as a whole")
             )
+            self.notes.append(f"{collapsed(names)} on {part}: {why}, on {rest}")
 
     def _each_expert(self, placement: Placement) -> Placement:
         groups: dict[tuple[str, str], dict[int, list[int]]] = {}
@@ -177,6 +198,20 @@ class _Places:
         for (device, phase), experts in groups.items():
             placement = placement.put("experts", device, experts=experts, phase=phase)
         return placement
+
+
+def devices_of(seats: Mapping[str, tuple[str, int | None]], placement: Placement) -> dict[str, str]:
+    """{module: its device in decode, or devices} of modules that are in components of layers."""
+    found = {}
+    for name, (component, layer) in seats.items():
+        last = name.rpartition(".")[2]
+        if component != "experts" or layer is None:
+            found[name] = placement.device(component, layer=layer)
+        elif last.isdigit():
+            found[name] = placement.device(component, layer=layer, expert=int(last))
+        else:
+            found[name] = " and ".join(by_kind(placement.experts_row(layer)))
+    return found
 
 
 def _device(word: str) -> str:

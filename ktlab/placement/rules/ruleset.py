@@ -16,19 +16,22 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ktlab import html
 from ktlab.checkpoint.embedded import data_path
 from ktlab.errors import RuleError, nearest
 from ktlab.kernels.computed import Computed
 from ktlab.memory import memory
 from ktlab.model.model import Model
+from ktlab.model.place import StandIn, apply_placement
 from ktlab.model.settings import Change, ask
 from ktlab.model.settings import apply as set_words
 from ktlab.placement.placement import Placement
 from ktlab.placement.rules.effects import Effect, set_on
 from ktlab.placement.rules.modules import Module, modules
 from ktlab.placement.rules.own import Classes, by_name
-from ktlab.placement.rules.places import placed
+from ktlab.placement.rules.places import Placed, devices_of, placed
 from ktlab.placement.rules.preview import Preview, counted
 from ktlab.placement.rules.reading import LIMIT_BYTES, Rule, read_rules
 from ktlab.placement.rules.walk import Walk
@@ -81,9 +84,11 @@ class RuleSet:
         """
         return cls(source=source, rules=read_rules(text, source, by_name(classes)))
 
-    def preview(self, model: Model, *, strict: bool = False) -> Preview:
-        """What each rule would do; nothing changes. `strict` as in `apply`."""
-        return self._previewed(model, self._walk(model), strict)
+    def preview(
+        self, model: Model, *, strict: bool = False, stand_in: StandIn | None = None
+    ) -> Preview:
+        """What each rule would do; nothing changes. `strict` and `stand_in` as in `apply`."""
+        return self._previewed(model, *self._walk(model, stand_in), strict)
 
     def placement(
         self, model: Model, *, default: str | None = None, as_written: bool = False
@@ -95,30 +100,38 @@ class RuleSet:
         `as_written=True` takes it at its word. A component whose parts are put apart is where most
         of its weights are; the preview tells. Raises `RuleError` for an xpu, npu or musa.
         """
-        return placed(self._walk(model), model, default, as_written).placement
+        walk = Walk.over(modules(model), self.rules)
+        found = placed(walk, model, default, as_written).placement
+        assert found is not None
+        return found
 
     def apply(
         self,
         model: Model,
         *,
         strict: bool = False,
+        stand_in: StandIn | None = None,
         progress: Callable[[float, float], None] | None = None,
     ) -> Change:
         """Set it on the model, live: nothing is reloaded. Returns what can be undone by `.undo()`.
 
+        Where all devices that the rules put something on are there, or have a `stand_in`
+        ({"cuda:0": "cpu"}, as `Model.place`), the model is placed so; else it stays where it is,
+        and `preview` tells of each device that is asked for.
+
         Raises `RuleError` before anything changes where experts in another format do not fit, and
         with all that is wrong of classes of your own, which are tried on two tokens first.
         `strict=True` refuses, before anything changes, rules that ask for what is not done here:
-        devices other than the CPU, and words without a counterpart. `progress` is called with
+        devices that are not there, and words without a counterpart. `progress` is called with
         (done, total) in bytes while experts change their format.
         """
-        walk = self._walk(model)
+        walk, places = self._walk(model, stand_in)
         if wrong := walk.wrong():
             raise RuleError(
                 f"{self.source}: nothing was changed on {model.name}\n  " + ";\n  ".join(wrong)
             )
         if strict:
-            self._previewed(model, walk, strict)
+            self._previewed(model, walk, places, strict)
         self._check_memory(model, sum(found.new_bytes for _, found in walk.changes()))
         total = sum(_requantized_bytes(*each) for each in walk.changes())
         done, change = 0, Change()
@@ -130,15 +143,20 @@ class RuleSet:
                 _set(model, change, module, found)
             if progress is not None and total:
                 progress(total, total)
+            if walk.all_there and places.placement != _present(model):
+                assert places.placement is not None
+                apply_placement(model, change, places.placement, stand_in=stand_in)
         except BaseException:
             change.undo()
             raise
         return change
 
     @contextmanager
-    def applied(self, model: Model, *, strict: bool = False) -> Iterator[Model]:
+    def applied(
+        self, model: Model, *, strict: bool = False, stand_in: StandIn | None = None
+    ) -> Iterator[Model]:
         """`apply` for the length of a `with`; everything is restored on leaving."""
-        change = self.apply(model, strict=strict)
+        change = self.apply(model, strict=strict, stand_in=stand_in)
         try:
             yield model
         finally:
@@ -155,15 +173,23 @@ class RuleSet:
                 "layers, or a format with fewer bits"
             )
 
-    def _walk(self, model: Model) -> Walk:
+    def _walk(self, model: Model, stand_in: StandIn | None) -> tuple[Walk, Placed]:
         walk = Walk.over(modules(model), self.rules)
         walk.try_own(model)
-        return walk
+        try:
+            places = placed(walk, model, None, False)
+        except RuleError as error:
+            return walk, Placed(placement=None, notes=(str(error),))
+        assert places.placement is not None
+        gpus = {f"cuda:{n}" for n in range(torch.cuda.device_count())}
+        if {*places.placement.devices} <= {"cpu", *gpus, *model.seats, *(stand_in or ())}:
+            walk.move(devices_of(places.seats, _present(model)), places.where)
+        return walk, places
 
-    def _previewed(self, model: Model, walk: Walk, strict: bool) -> Preview:
+    def _previewed(self, model: Model, walk: Walk, places: Placed, strict: bool) -> Preview:
         found = Preview(
             source=self.source, model=model.name, rules=len(self.rules), rows=tuple(walk.rows()),
-            **self._places(model, walk),
+            placement=places.placement, notes=places.notes,
         )  # fmt: skip
         if strict and found.missing:
             lines = [f"{counted('rule', at)}: {what}" for what, at in found.missing.items()]
@@ -172,14 +198,6 @@ class RuleSet:
                 "rest is applied\n  " + ";\n  ".join(lines)
             )
         return found
-
-    @staticmethod
-    def _places(model: Model, walk: Walk) -> dict[str, Any]:
-        try:
-            found = placed(walk, model, None, False)
-        except RuleError as error:
-            return {"notes": (str(error),)}
-        return {"placement": found.placement, "notes": found.notes}
 
     def __repr__(self) -> str:
         lines = "\n".join(f"  {rule}" for rule in self.rules)
@@ -198,6 +216,14 @@ class RuleSet:
         ]
         headers = ("rule", "name", "class", "becomes", "with")
         return html.mimebundle(repr(self), html.card(self.source, html.table(rows, headers)))
+
+
+def _present(model: Model) -> Placement:
+    """Where the model is now."""
+    if model.placement is None:
+        return Placement.everywhere(model.config)
+    found: Placement = model.placement.placement
+    return found
 
 
 def _requantized_bytes(module: Module, found: Effect) -> int:

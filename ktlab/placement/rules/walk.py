@@ -1,7 +1,7 @@
 """Which rule takes which module, in the order in which KTransformers asks (gen_optimize_config)."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,8 @@ class Walk:
     """{rule: {module that it matches: the rule that came first}}."""
     stops: list[tuple[str, Rule]] = field(default_factory=list)
     """Modules below which nothing was looked at."""
+    all_there: bool = False
+    """Whether every device that is asked for is there (`move`)."""
 
     @classmethod
     def over(cls, root: Module, rules: Sequence[Rule]) -> "Walk":
@@ -61,7 +63,22 @@ class Walk:
     def changes(self) -> Iterator[tuple[Module, Effect]]:
         """Modules on which something is set."""
         for rule in self.rules:
-            yield from ((m, found) for m, found in self.taken.get(rule.number, ()) if found.changes)
+            yield from ((m, found) for m, found in self.taken.get(rule.number, ()) if found.sets)
+
+    def move(self, before: Mapping[str, str], after: Mapping[str, str]) -> None:
+        """{module: device}: all devices are there, so that modules go where rules put them."""
+        self.all_there = True
+        for rule in self.rules:
+            taken = self.taken.get(rule.number, [])
+            for at, (module, found) in enumerate(taken):
+                new = replace(found, away=())
+                if module.name in after and before[module.name] != after[module.name]:
+                    was, will = before[module.name], after[module.name]
+                    new = replace(
+                        new, moved=True, before=", ".join(filter(None, (found.before, was))),
+                        after=", ".join(filter(None, (found.after or found.before, will))),
+                    )  # fmt: skip
+                taken[at] = (module, new)
 
     def wrong(self) -> list[str]:
         """Why classes of the user's cannot stand where rules put them, each with its places."""
@@ -91,8 +108,9 @@ class Walk:
             alike: dict[tuple[Any, ...], list[str]] = {}
             new_bytes: dict[tuple[Any, ...], int] = {}
             for module, found in self.taken.get(rule.number, ()):
-                missing = (*found.wrong, *found.missing)
-                status = CHANGES if found.changes else MISSING if missing else SAME
+                missing = (*found.wrong, *found.away, *found.missing)
+                changes = found.sets or found.moved
+                status = CHANGES if changes else MISSING if missing else SAME
                 key = (module.stage, status, found.before, found.after, missing, found.note)
                 alike.setdefault(key, []).append(module.name)
                 new_bytes[key] = new_bytes.get(key, 0) + found.new_bytes

@@ -1,0 +1,99 @@
+"""Tables of notebook 07: a preview in a narrow column, problems beside their lines, near experts.
+
+Pure functions."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from ktlab import html
+from ktlab.errors import RuleError
+from ktlab.placement.rules import Preview, RuleSet
+from ktlab.placement.rules.preview import TONES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ktlab.model.model import Model
+
+_PLACE = re.compile(r"line (\d+), column (\d+): (.*)", re.S)
+
+
+def preview_html(preview: Preview) -> str:
+    """The rules one after the other, with what each does to which modules; places below."""
+    rows = [
+        (
+            html.Raw(f"{row.rule}"),
+            html.Raw(
+                f"{html.text(row.replacement)}<br>"
+                f"{html.badge(row.status, TONES.get(row.status, ''))}"
+            ),
+            html.Raw(
+                f'<div style="overflow-wrap:anywhere">{html.text(row.modules)}</div>'
+                f'<div class="s">{html.text(row.what)}</div>'
+            ),
+        )
+        for row in preview.rows
+    ]
+    body: list[object] = [html.table(rows, ("", "becomes", "modules, and what is done to them"))]
+    where = [*preview.places, *preview.notes]
+    if where:
+        lines = "".join(f"<div>{html.text(line)}</div>" for line in where)
+        body.append(html.Raw(f'<div class="t">where the devices named put the model</div>{lines}'))
+    return html.card("", *body)
+
+
+def problems_html(error: RuleError, text: str) -> str:
+    """Each problem under the line that it is in, with a mark at its column."""
+    lines, shown = text.splitlines(), []
+    for problem in str(error).split("\n  ") if "\n" in str(error) else [str(error)]:
+        found = _PLACE.search(problem)
+        if found is None:
+            continue
+        number, column, what = int(found[1]), int(found[2]), found[3].rstrip(";")
+        line = lines[number - 1] if number <= len(lines) else ""
+        code = f"{number:>4}  {line}\n{' ' * (5 + column)}^"
+        shown.append(
+            f'<pre style="margin:4px 0 0;overflow-x:auto">{escape(code)}</pre>'
+            f'<div class="bad">{escape(what)}</div>'
+        )
+    if not shown:
+        shown.append(f'<div class="bad">{escape(str(error))}</div>')
+    count = "1 problem" if len(shown) == 1 else f"{len(shown)} problems"
+    return html.card(count, html.Raw("".join(shown)))
+
+
+def near_frame(
+    model: "Model",
+    text: str,
+    near: Sequence[int],
+    rules: Callable[[float], RuleSet],
+    bonuses: Sequence[float],
+    *,
+    max_tokens: int = 512,
+) -> "pd.DataFrame":
+    """A row for each bonus: share of slots that go to `near`, and what the text loses by it."""
+    import pandas as pd
+
+    from ktlab.measurement.quality import measure_quality
+
+    ids = model.tokenizer.encode(text)[: max_tokens + 1]
+    rows: list[Mapping[str, Any]] = []
+    for bonus in bonuses:
+        change = {"rules": rules(bonus)} if bonus else {}
+        with model.clone().override(**change) as changed:
+            routing = changed.trace(ids[:256]).routing
+            shares = [routing.histogram(layer).load_E[list(near)].sum() for layer in routing.layers]
+        measured = measure_quality(model, ids, a={}, b=change)
+        assert measured is not None  # nobody cancels it
+        quality = measured[0]
+        rows.append(
+            {
+                "bonus": bonus,
+                "slots near": f"{sum(shares) / len(shares):.1%}",
+                "KL divergence": "0" if quality.identical else str(quality.kl_mean),
+                "perplexity": "× 1" if quality.identical else f"× {quality.perplexity_ratio}",
+            }
+        )
+    return pd.DataFrame(rows).set_index("bonus")
