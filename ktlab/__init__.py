@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ktlab.placement.machine import Machine
     from ktlab.placement.placement import Placement
     from ktlab.placement.plan import Plan, plan
+    from ktlab.placement.predict import Prediction, predict
     from ktlab.placement.rules import RuleSet
     from ktlab.routing.rules import CumulativeProbability, FixedK, RelativeThreshold
 
@@ -31,6 +32,8 @@ _HOMES = {
     "Trace": "ktlab.model.trace",
     "plan": "ktlab.placement.plan",
     "Plan": "ktlab.placement.plan",
+    "predict": "ktlab.placement.predict",
+    "Prediction": "ktlab.placement.predict",
     "Placement": "ktlab.placement.placement",
     "Machine": "ktlab.placement.machine",
     "RuleSet": "ktlab.placement.rules",
@@ -50,6 +53,7 @@ __all__ = [
     "Model",
     "Placement",
     "Plan",
+    "Prediction",
     "RelativeThreshold",
     "RuleSet",
     "Trace",
@@ -59,6 +63,7 @@ __all__ = [
     "domain_texts",
     "load",
     "plan",
+    "predict",
     "sweep",
 ]
 

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "ktlab"
 
 # DESIGN order. Names in one group are peers, which may import to their left inside the group too.
 LAYERS = (
-    ("errors", "record", "memory", "interval", "probe", "progress", "html", "figures"),
+    ("errors", "record", "memory", "hardware", "interval", "probe", "progress", "html", "figures"),
     ("quantization", "kernels"),
     ("checkpoint",),
     ("routing", "experts", "attention"),

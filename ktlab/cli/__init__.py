@@ -1,5 +1,5 @@
-"""The command line: doctor, info, plan, generate, compare, trace, chat, eval, rules, synthesize,
-bench.
+"""The command line: doctor, info, plan, predict, machine, generate, compare, trace, chat, eval,
+rules, synthesize, bench.
 
 Results go to standard output, remarks to standard error. Exit code 2 and one line for what a user
 can put right, 130 after Ctrl-C, 0 when the reader of a pipe has had enough.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ktlab
-from ktlab.cli import bench, chat, eval, plan, rules, synthesize
+from ktlab.cli import bench, chat, eval, machine, plan, predict, rules, synthesize
 from ktlab.cli.arguments import add_model, add_text, loaded, texts_of
 from ktlab.errors import KtlabError
 from ktlab.model.words import EXAMPLES, settings
@@ -62,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
 
     plan.add_arguments(
         command("plan", plan.run, "will it fit, and where would it go? from the header alone")
+    )
+
+    predict.add_arguments(
+        command("predict", predict.run, "what speed to expect there, and why; published speeds")
+    )
+
+    machine.add_arguments(
+        command("machine", machine.run, "processors, memories, GPUs and links: measured or listed")
     )
 
     generate = command("generate", _generate, "write text, token by token")

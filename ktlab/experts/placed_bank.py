@@ -5,25 +5,22 @@ hidden numbers are. T tokens, D hidden, E experts, K selected.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ktlab.experts.bank import ExpertBank, Stacks
+from ktlab.experts.bank import ExpertBank
+from ktlab.experts.nodes import NodePart, Team
 from ktlab.kernels import dispatch, packing, products
-from ktlab.kernels.request import BLOCKS, PACKED, Kernel
+from ktlab.kernels.request import BLOCKS
 from ktlab.kernels.seat import HOST, Seat, TorchSeat
-from ktlab.kernels.stack import Stack
 from ktlab.kernels.torch_moe import some_experts
-from ktlab.kernels.weights import Weights
 
 Where = Mapping[str, tuple[str, ...]]
 """Phase to the device word of each expert."""
@@ -62,20 +59,31 @@ class PlacedBank(ExpertBank):
     seats: Mapping[str, TorchSeat]
     residents: dict[str, dict[int, Matrices]]
     """Device to its experts' gate, up and down."""
-    nodes: dict[str, "NodePart"]
-    """NUMA nodes with copies of their own."""
+    nodes: dict[str, NodePart]
+    """NUMA nodes with experts of their own."""
+    team: Team | None
+    """All nodes together, where they share the experts that `where` has on the CPU."""
+    across: str | None
+    """How they share them: interleave, split, copy; None: they do not."""
     overlap: Overlap
     """Measured while `overlap.on`; clones share it."""
 
     @classmethod
-    def of(cls, bank: ExpertBank, where: Where, seats: Mapping[str, TorchSeat]) -> "ExpertBank":
+    def of(
+        cls,
+        bank: ExpertBank,
+        where: Where,
+        seats: Mapping[str, TorchSeat],
+        across: str | None = None,
+    ) -> "ExpertBank":
         """`bank` with its experts elsewhere: what is there already stays, the rest is made. If that
-        fails nothing has changed."""
-        if all(set(row) <= {"cpu"} for row in where.values()):
+        fails nothing has changed. `across`: how NUMA nodes share those on the CPU (`Team`)."""
+        if across is None and all(set(row) <= {"cpu"} for row in where.values()):
             return on_host(bank)
         found = cls.__new__(cls)
         vars(found).update(vars(bank))
         found.where, found.seats, found.overlap = dict(where), seats, Overlap()
+        found.across = across
         before = bank if isinstance(bank, PlacedBank) and bank.stacks is bank._built_of else None
         found._build(before)
         return found
@@ -95,9 +103,15 @@ class PlacedBank(ExpertBank):
                 old = before.nodes.get(word) if before is not None else None
                 nodes[word] = (
                     old if old is not None and old.ids == tuple(sorted(ids))
-                    else NodePart.of(self, word, sorted(ids))
+                    else NodePart.of(self, int(word.partition(":")[2]), sorted(ids))
                 )  # fmt: skip
-        self.residents, self.nodes, self._built_of = residents, nodes, self.stacks
+        team, shared = None, sorted(self._words().get("cpu", ()))
+        if self.across is not None and shared:
+            team = before.team if before is not None else None
+            if team is None or (team.mode, team.ids) != (self.across, tuple(shared)):
+                team = Team.of(self, self.across, shared)
+        self.residents, self.nodes, self.team = residents, nodes, team
+        self._built_of = self.stacks
         self._masks: dict[tuple[str, str], Tensor] = {}
 
     def _words(self) -> dict[str, set[int]]:
@@ -115,7 +129,14 @@ class PlacedBank(ExpertBank):
     def placement(self) -> str:  # type: ignore[override]
         """The devices, with the number of experts of decode."""
         row = self.where["decode"]
+        if self.team is not None and set(row) == {"cpu"}:
+            return str(self.team)
         return ", ".join(f"{word} {row.count(word)}" for word in dict.fromkeys(row))
+
+    def explain(self, tokens: int = 1) -> dispatch.Explanation:
+        """See `Computed.explain`: the devices first, then what computes those on the CPU."""
+        there = [self.seats[word].verdict for word in self.residents]
+        return dispatch.Explanation([*there, *super().explain(tokens)])
 
     @property
     def device_bytes(self) -> dict[str, int]:
@@ -124,12 +145,15 @@ class PlacedBank(ExpertBank):
             word: sum(matrix.nbytes for expert in there.values() for matrix in expert)
             for word, there in self.residents.items()
         }
-        return found | {word: node.nbytes for word, node in self.nodes.items()}
+        for word, part in self.node_parts:
+            found[word] = found.get(word, 0) + part.nbytes
+        return found
 
     @property
-    def node_parts(self) -> "list[tuple[str, NodePart]]":
-        """(NUMA node, its copy) of each."""
-        return list(self.nodes.items())
+    def node_parts(self) -> list[tuple[str, NodePart]]:
+        """(NUMA node, its experts) of each."""
+        shared = self.team.parts if self.team is not None else ()
+        return [*self.nodes.items(), *((f"numa:{part.node}", part) for part in shared)]
 
     # What an `ExpertBank` does -----------------------------------------------------------------
 
@@ -205,6 +229,8 @@ class PlacedBank(ExpertBank):
             return self.nodes[word].moe
         if word == "disk":
             return self._from_disk
+        if self.team is not None:
+            return self.team.moe
         kernel, stacks = self.kernel, self.stacks
         return lambda hidden, ids, weights: products.moe(kernel, stacks, hidden, ids, weights)
 
@@ -312,51 +338,9 @@ def _timed(
     return found, perf_counter() - start
 
 
-@dataclass(frozen=True, kw_only=True)
-class NodePart:
-    """Experts in the memory of one NUMA node, computed by its processors."""
-
-    ids: tuple[int, ...]
-    kernel: Kernel
-    stacks: Stacks
-    local: Tensor
-    """(E,) the place of an expert among `ids`, or -1."""
-
-    @classmethod
-    def of(cls, bank: ExpertBank, word: str, ids: Sequence[int]) -> "NodePart":
-        """Packed by the node's own threads: memory is where it is first written to."""
-        node = int(word.partition(":")[2])
-        request = bank.request.with_(numa=node, layout=PACKED)
-        kernel = dispatch.choose(request, bank.formats)
-        parts = []
-        for stack in bank.stacks:
-            part = Stack(stack.tensor[np.asarray(ids)], as_loaded=False)
-            part.adopt(_packed(part, kernel))
-            part.release()
-            parts.append(part)
-        local = torch.full((bank.num_experts,), -1, dtype=torch.int64)
-        local[list(ids)] = torch.arange(len(ids))
-        gate, up, down = parts
-        return cls(ids=tuple(ids), kernel=kernel, stacks=(gate, up, down), local=local)
-
-    def moe(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """See `ExpertBank.forward`."""
-        here = torch.where(ids_TK < 0, -1, self.local[ids_TK.clamp_min(0)])
-        return products.moe(self.kernel, self.stacks, hidden_TD, here, weights_TK)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed copy."""
-        return sum(sum(stack.operand_bytes.values()) for stack in self.stacks)
-
-    @property
-    def arrays(self) -> list[NDArray[np.uint8]]:
-        """The bytes themselves."""
-        return [stack.weights(PACKED).data for stack in self.stacks]
-
-
-def _packed(stack: Stack, kernel: Kernel) -> Weights:
-    return packing.pack(packing.blocks(stack.tensor), kernel)
+_OWN = frozenset(
+    ("where", "seats", "residents", "nodes", "team", "across", "overlap", "_built_of", "_masks")
+)
 
 
 def on_host(bank: ExpertBank) -> ExpertBank:
@@ -364,11 +348,5 @@ def on_host(bank: ExpertBank) -> ExpertBank:
     if not isinstance(bank, PlacedBank):
         return bank
     found = ExpertBank.__new__(ExpertBank)
-    own = ("where", "seats", "residents", "nodes", "overlap", "_built_of", "_masks")
-    vars(found).update({k: v for k, v in vars(bank).items() if k not in own})
+    vars(found).update({k: v for k, v in vars(bank).items() if k not in _OWN})
     return found
-
-
-def words_of(where: Where) -> Iterable[str]:
-    """Every device that an expert is on."""
-    return dict.fromkeys(word for row in where.values() for word in row)

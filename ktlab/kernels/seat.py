@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ktlab.errors import SettingError
+from ktlab.kernels.dispatch import Verdict
 from ktlab.kernels.request import Kernel
 from ktlab.quantization import QTensor
 
@@ -204,9 +205,34 @@ class TorchSeat(Seat):
             reason=f"placed on {self.word}{stands}",
         )
 
+    @property
+    def verdict(self) -> Verdict:
+        """The same as a line of `explain()`."""
+        k = self.kernel
+        return Verdict(
+            backend=k.backend, isa=k.isa, layout=k.layout, status="chosen", reason=k.reason
+        )
+
     def __repr__(self) -> str:
         stands = f", {self.device} stands in" if self.stand_in else ""
         return f"TorchSeat({self.word}: {self.format}{stands})"
+
+
+class Near:
+    """The host's norms beside a stage that is on a device: copied once, gone with the stage."""
+
+    def __init__(self, seat: Seat) -> None:
+        self._seat = seat
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """`values` of the host, where the stage is."""
+        if not isinstance(self._seat, TorchSeat):
+            return values
+        kept = self._kept.get(id(values))
+        if kept is None:
+            kept = self._kept[id(values)] = (values, self._seat.hold(values))
+        return kept[1]
 
 
 def synchronize(seats: Sequence[Any]) -> None:

@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ktlab import html
+from ktlab import hardware, html
 from ktlab.errors import SettingError
 from ktlab.kernels import dispatch
 from ktlab.kernels.request import Request
 from ktlab.kernels.threads import default_threads
-from ktlab.measurement import hardware
 from ktlab.measurement.contenders import Contender, OwnKernel, PeerKernel
 from ktlab.measurement.peers import client
 from ktlab.measurement.provenance import Provenance

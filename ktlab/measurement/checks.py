@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import ktlab
-from ktlab import html
-from ktlab.measurement import hardware
+from ktlab import hardware, html
 from ktlab.measurement.provenance import git_revision, version
 from ktlab.record import Record
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ktlab import hardware
 from ktlab.errors import ContextError, SettingError
 from ktlab.kernels import ceilings, native
 from ktlab.kernels.threads import default_threads
-from ktlab.measurement import hardware
 from ktlab.measurement.peers import client
 from ktlab.measurement.peers.client import Generated
 from ktlab.measurement.provenance import Provenance

@@ -10,11 +10,10 @@ from importlib import metadata
 from pathlib import Path
 
 import ktlab
-from ktlab import html
+from ktlab import hardware, html
 from ktlab.kernels import native
 from ktlab.kernels.request import EMULATED, ISA_VARIABLE
 from ktlab.kernels.threads import default_threads
-from ktlab.measurement import hardware
 from ktlab.record import Record
 
 LIBRARIES = ("torch", "numpy", "numba", "gguf")

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from ktlab import html
-from ktlab.measurement import hardware
+from ktlab import hardware, html
 from ktlab.record import Record
 
 MIB = 1 << 20

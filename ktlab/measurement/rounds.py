@@ -7,8 +7,8 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
+from ktlab import hardware
 from ktlab.kernels import ceilings, native
-from ktlab.measurement import hardware
 from ktlab.measurement.contenders import Contender
 from ktlab.measurement.peers.client import PeerError
 from ktlab.measurement.roofline import measure_machine

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from ktlab import html
+from ktlab import hardware, html
 from ktlab.errors import KtlabError, SettingError
 from ktlab.interval import Interval
 from ktlab.kernels import dispatch
 from ktlab.kernels.request import BLOCKS, PACKED, Request
-from ktlab.measurement import hardware, intervals
+from ktlab.measurement import intervals
 from ktlab.measurement.bench import SAMPLE_TOKENS, KernelCase, _case
 from ktlab.measurement.contenders import FLOAT_BYTES, OwnKernel
 from ktlab.measurement.rounds import Progress, Rates, take_turns

@@ -25,6 +25,7 @@ from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.tokenizer import Tokenizer
 from ktlab.errors import CheckpointError, ContextError, SettingError, TraceError, nearest
 from ktlab.experts.banks import ExpertBanks
+from ktlab.experts.placed_bank import Overlap, PlacedBank
 from ktlab.kernels.device_linear import DeviceLinear
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.norm import rms_norm
@@ -242,13 +243,13 @@ class Model:
         later = Later()
         for index, block in enumerate(self.layers):
             cache.layers[index] = layer_cache = cache.layers[index].on(block.attention.seat)
-            if block.seats is None:
+            if (seats := block.seats) is None:
                 hidden_BTD = move(hidden_BTD, here, HOST)
                 hidden_BTD = block.forward(hidden_BTD, layer_cache, positions_BT, probe, later)
                 here = HOST
                 continue
-            given = (block, block.seats, hidden_BTD, here, layer_cache, positions_BT, probe, later)
-            hidden_BTD, here = placed_forward(*given), block.seats.attention
+            given = (block, seats, hidden_BTD, here, layer_cache, positions_BT, probe, later)
+            hidden_BTD, here = placed_forward(*given), seats.attention
         return move(hidden_BTD, here, HOST)
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
@@ -260,9 +261,12 @@ class Model:
         return torch.from_numpy(rows).view(*ids_BT.shape, -1)
 
     def _head(self, hidden: Tensor, probe: Probe) -> Tensor:
-        at = self.output.seat if isinstance(self.output, DeviceLinear) else HOST
+        at: Seat = HOST
+        norm_D = self.output_norm_D
+        if isinstance(self.output, DeviceLinear):
+            at, norm_D = self.output.seat, self.output.near(norm_D)
         with probe.stage("output"):
-            normed = rms_norm(at.take(hidden), self.output_norm_D, self.config.rms_eps)
+            normed = rms_norm(at.take(hidden), norm_D, self.config.rms_eps)
             logits = at.give(self.output(normed))()[0]
         on_seat(probe, at).record("norm", normed.flatten(0, -2))
         probe.record("logits", logits.flatten(0, -2))
@@ -311,16 +315,33 @@ class Model:
         *,
         stand_in: "Mapping[str, str | TorchSeat] | None" = None,
         dtype: str = "bf16",
+        nodes: str | None = None,
     ) -> Moved:
         """Put every stage where `placement` (a `Placement` or a `Plan`) says; live.
 
         Only what changed is moved, and all of it is made before anything is exchanged: after an
         error, out of memory for instance, the model is whole and where it was. On a GPU matrices
         are `dtype` ("bf16", "f16", "f32"). `stand_in` names another torch device that computes in
-        a GPU's stead, {"cuda:0": "cpu"}. Raises `PlacementError`. `override(placement=...)` does
-        the same for the length of a `with`.
+        a GPU's stead, {"cuda:0": "cpu"}. `nodes` says how NUMA nodes share the experts that are on
+        the CPU: "interleave", "split" or "copy" (`ktlab.experts.nodes`).
+        Raises `PlacementError`. `override(placement=...)` does the same for the length of a `with`.
         """
-        return place(self, placement, stand_in=stand_in, dtype=dtype)
+        return place(self, placement, stand_in=stand_in, dtype=dtype, nodes=nodes)
+
+    @contextmanager
+    def watch_overlap(self) -> Iterator[Overlap]:
+        """Measure how much of the devices' work passes beside the host's experts, over all layers;
+        the figures are there on leaving the `with`. GPUs are waited for meanwhile."""
+        found = Overlap(on=True)
+        banks = [b.experts for b in self.moe_blocks if isinstance(b.experts, PlacedBank)]
+        before = [(bank, bank.overlap) for bank in banks]
+        try:
+            for bank in banks:
+                bank.overlap = found
+            yield found
+        finally:
+            for bank, overlap in before:
+                bank.overlap = overlap
 
     def requantized(self, stage: Any, format: str) -> Any:
         """One stage in another format: computed once for all clones, with the stage's switches."""

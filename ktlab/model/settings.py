@@ -129,10 +129,12 @@ def _placement(model: "Model") -> dict[str, Any]:
     if model.placement is None:
         return {}
     wanted = model.placement.placement
-    if wanted.devices == ("cpu",):
+    across = {getattr(block.experts, "across", None) for block in model.moe_blocks} - {None}
+    if wanted.devices == ("cpu",) and not across:
         return {}
     devices = {word: str(model.seats.get(word, "native")) for word in wanted.devices}
-    return {**wanted.to_dict()["places"], "devices": devices}
+    nodes = {"nodes": "+".join(sorted(map(str, across)))} if across else {}
+    return {**wanted.to_dict()["places"], "devices": devices, **nodes}
 
 
 def component_formats(model: "Model") -> dict[str, str]:

@@ -10,8 +10,8 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 import torch
 
+from ktlab import hardware
 from ktlab.html import text
-from ktlab.measurement import hardware
 from ktlab.measurement.twin import Twin
 from ktlab.model.model import Model
 from ktlab.notebook import control_room_plane as plane

@@ -49,7 +49,7 @@ def known(
     experts = [p for p in placed if p.part.component == "experts"]
     formats = {format for p in experts for format in p.formats}
     has_gpu = len(ledgers) > 1
-    for entry in _table()["memory"]:
+    for entry in known_memory():
         same = _shape(published_model(entry["model"]).config) == _shape(config)
         if not same or formats != set(entry["experts"]) or copies != entry["numa_copies"]:
             continue
@@ -63,6 +63,12 @@ def known(
                     includes=entry["includes"],
                     source=entry["source"],
                 )
+
+
+def known_memory() -> list[dict[str, Any]]:
+    """The published sizes of memory, as data/published_memory.json has them."""
+    found: list[dict[str, Any]] = _table()["memory"]
+    return found
 
 
 def _shape(config: ModelConfig) -> tuple[object, ...]:

@@ -1,16 +1,22 @@
-"""The machine that a model shall fit: memories with their sizes, measured or named."""
+"""The machine that a model shall fit and run on: memories, processors, GPUs and links.
 
-from dataclasses import dataclass
+A machine is listed (`data/machines`, a JSON file of one's own), measured (`Machine.measure`), or no
+more than sizes. Rates are bytes/s and operations/s; a multiply and an add are two operations.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from ktlab.errors import SettingError, nearest
+from ktlab.errors import SettingError
 from ktlab.html import decimal_bytes
 from ktlab.memory import memory
 from ktlab.placement.sizes import parse_size
 from ktlab.record import Record
 
 CPU, GPU, DISK = "cpu", "cuda:0", "disk"
-MACHINES = ("this",)
+THIS = "this"
 
 Size = str | int | float
 
@@ -29,12 +35,97 @@ class Device(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Processor(Record):
+    """What sits in one socket."""
+
+    name: str
+    cores: int
+    clock_hz: float | None
+    """With all cores at work; None where it was not asked, because the peaks were measured."""
+    peaks: Mapping[str, float]
+    """{instruction set: operations/s of all cores}; "float32" are the widest vectors' FLOP/s."""
+    l2_bytes: int | None = None
+    l3_bytes: int | None = None
+
+    @property
+    def isa(self) -> tuple[str, ...]:
+        """The instruction sets that it multiplies int8 or bfloat16 with."""
+        return tuple(name for name in self.peaks if name != "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu(Record):
+    """One GPU's ceilings."""
+
+    name: str
+    flop_per_s: float
+    """bfloat16 with float32 sums, not sparse."""
+    bandwidth: float
+    cache_bandwidth: float
+    """Of its last cache, which all multiprocessors share."""
+    vram: int
+    multiprocessors: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel(Record):
+    """ktlab's own kernel, measured on this machine at one number of tokens."""
+
+    kind: str
+    """"experts" of a bank, or one "matrix"."""
+    format: str
+    tokens: int
+    """That each touched expert, or the matrix, gets."""
+    weights: int
+    """Of one expert (gate, up and down), or of the matrix."""
+    bits: float
+    """A weight, with its scales."""
+    operations_per_s: float
+    bytes_per_s: float
+    """Weights of touched experts over the same seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Machine(Record):
     """Host memory, and a GPU's where there is one. Sizes are those that a model may take."""
 
     name: str
     devices: tuple[Device, ...]
     numa_nodes: int = 1
+    about: str = ""
+    sockets: int = 1
+    processor: Processor | None = None
+    """What sits in each socket; None where only sizes are known."""
+    bandwidth: float | None = None
+    """Of one node's memory: listed, or as read by all cores where it was measured."""
+    gpus: tuple[Gpu, ...] = ()
+    links: Mapping[str, float] = field(default_factory=dict)
+    """{"pcie": bytes/s each way}."""
+    kernels: tuple[Kernel, ...] = ()
+    """Of ktlab's own, where they were measured."""
+    token_s: float | None = None
+    """What a token of decode costs ktlab beside its kernels, where it was measured."""
+    prompt_layer_s: float | None = None
+    """What a layer costs it beside its kernels for each token of a prompt."""
+    measured: bool = False
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """{what: where the values come from}."""
+
+    @classmethod
+    def measure(cls, *, again: bool = False) -> "Machine":
+        """The machine at hand, its ceilings and kernels measured in less than 20 s.
+
+        The result is kept under the user's cache folder for the same processor, cores and kernels;
+        `again` measures anyway. Memory that is free is asked anew each time.
+        """
+        from ktlab.placement.measuring import measure
+
+        return measure(again=again)
+
+    @property
+    def total_bandwidth(self) -> float | None:
+        """Of all nodes' memory together, each node reading its own."""
+        return None if self.bandwidth is None else self.bandwidth * self.sockets
 
     def __getitem__(self, name: str) -> Device:
         """The device of that name."""
@@ -50,11 +141,19 @@ class Machine(Record):
     def __str__(self) -> str:
         return f"{self.name}: {', '.join(map(str, self.devices))}"
 
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        from ktlab.placement import machine_view
+
+        return machine_view.bundle(self)
+
 
 def get_machine(
     machine: "str | Machine | None", *, ram: Size | None = None, vram: Size | None = None
 ) -> Machine:
-    """A machine from "this" (measured), or from sizes; sizes given beside "this" count.
+    """A machine by name, from a file, or from sizes; sizes given beside a name count.
+
+    "this" is the one at hand, as far as memory goes; names such as "2x6454s+4090d" are listed in
+    `data/machines`, a path that ends in .json is what `Machine.to_json` wrote.
 
     Without any of them, host memory of any size and no GPU: what would be needed?
     """
@@ -62,14 +161,10 @@ def get_machine(
         base = machine
     elif machine is None:
         base = Machine(name="any machine", devices=(Device(name=CPU, capacity=None),))
-    elif machine == "this":
+    elif machine == THIS:
         base = this_machine()
     else:
-        raise SettingError(
-            f"machine={machine!r}{nearest(str(machine), MACHINES)}: expected "
-            f'{", ".join(map(repr, MACHINES))}, a Machine, or sizes such as ram="382GB", '
-            'vram="14GB"'
-        )
+        base = listed_machine(str(machine))
     sizes = {CPU: ("ram", ram), GPU: ("vram", vram)}
     given = {
         name: Device(name=name, capacity=parse_size(word, size), about="as given")
@@ -79,11 +174,15 @@ def get_machine(
     if not given:
         return base
     kept = {device.name: device for device in base.devices} | given
-    return Machine(
-        name=base.name if base.name != "any machine" else "as given",
-        devices=tuple(kept.values()),
-        numa_nodes=base.numa_nodes,
-    )
+    name = base.name if base.name != "any machine" else "as given"
+    return replace(base, name=name, devices=tuple(kept.values()))
+
+
+def listed_machine(name: str) -> Machine:
+    """The machine of that name, or of that JSON file; SettingError with the nearest name."""
+    from ktlab.placement.listed import listed
+
+    return listed(name)
 
 
 def this_machine() -> Machine:

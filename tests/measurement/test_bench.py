@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ktlab import cli
+from ktlab import cli, hardware
 from ktlab.errors import SettingError
 from ktlab.kernels import native
-from ktlab.measurement import hardware, rounds
+from ktlab.measurement import rounds
 from ktlab.measurement.bench import KernelCase, bench_experts
 from ktlab.measurement.peers import client
 from ktlab.measurement.synthetic import (

@@ -7,10 +7,11 @@ import platform
 
 import pytest
 
-from ktlab.measurement import checks, hardware
+from ktlab import hardware
+from ktlab.hardware import Grant, Memory
+from ktlab.measurement import checks
 from ktlab.measurement.checks import Check
 from ktlab.measurement.doctor import Doctor, doctor
-from ktlab.measurement.hardware import Grant, Memory
 
 OLD = "fpu sse2 ssse3 avx f16c"
 ZEN = OLD + " avx2 fma avx512f avx512_vnni avx512_bf16"

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ktlab import hardware
 from ktlab.errors import SettingError, nearest
-from ktlab.measurement import hardware
 
 HERE = Path(__file__).resolve().parent
 FOLDER_VARIABLE = "KTLAB_PEERS"

@@ -1,0 +1,315 @@
+"""`ktlab.predict`: what speed to expect of a model on a machine, and what bounds it.
+
+>>> ktlab.predict("deepseek-v3", machine="2x6454s+4090d", engine="ktransformers-0.2", top_k=6)
+
+Seconds come from `stage_times`, what runs beside what from a `Timeline`, bytes from `ktlab.plan`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+from ktlab.checkpoint.facts import read_facts
+from ktlab.checkpoint.published import published_models
+from ktlab.errors import SettingError
+from ktlab.placement import prediction_view
+from ktlab.placement.engines import KTLAB, Efficiency, Engine, efficiencies
+from ktlab.placement.engines import engine as engine_of
+from ktlab.placement.machine import CPU, GPU, THIS, Machine, get_machine
+from ktlab.placement.own_times import own_stage_times
+from ktlab.placement.plan import Plan, plan
+from ktlab.placement.stage_times import Case, StageTime, stage_times
+from ktlab.placement.timeline import Task, Timeline, schedule
+from ktlab.placement.touched import Load
+from ktlab.record import Record, unsaved
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+PHASES = ("prefill", "decode")
+BEFORE_EXPERTS = ("launch", "attention", "scores", "router")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(Record):
+    """Speeds of one prompt and its answer, with where the time goes."""
+
+    model: str
+    machine: str
+    engine: str
+    format: str
+    top_k: int
+    prompt: int
+    generate: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    """At the mean context of the answer."""
+    memory: Mapping[str, int]
+    """{device: bytes}, as `ktlab.plan` counts them."""
+    fits: bool | None
+    """Whether every device has room; speeds are of a machine that has it."""
+    stages: Mapping[str, tuple[StageTime, ...]]
+    """{"prefill": of the whole prompt, "decode": of one token}: all layers of a stage together."""
+    efficiencies: Mapping[str, Efficiency]
+    notes: tuple[str, ...] = ()
+    plan: Plan = unsaved()
+    timelines: Mapping[str, Timeline] = unsaved()
+    """{"prefill", "decode"}: layer by layer, on CPU, GPU and link."""
+
+    @property
+    def times(self) -> dict[str, dict[str, float]]:
+        """{phase: {stage: seconds}}; stages on different lanes may overlap."""
+        return {
+            phase: {stage.stage: stage.seconds for stage in stages}
+            for phase, stages in self.stages.items()
+        }
+
+    def bound(self, phase: str) -> str:
+        """What the phase waits for most: its longest stage and that stage's bound."""
+        longest = max(self.stages[phase], key=lambda stage: stage.seconds)
+        return f"{longest.stage}, {longest.bound}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """With `times`, which `from_dict` finds again in `stages`."""
+        return {**super().to_dict(), "times": self.times}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Prediction":
+        """What `to_dict` wrote, without plan and timelines."""
+        return super().from_dict({k: v for k, v in data.items() if k != "times"})
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row for each stage of each phase."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {"phase": phase, **stage.to_dict()}
+                for phase, stages in self.stages.items()
+                for stage in stages
+            ]
+        ).drop(columns=["layer", "parts"])
+
+    def plot(self, phase: str = "decode") -> "Figure":
+        """The first layers' timeline of a phase."""
+        return prediction_view.figure(self, phase)
+
+    def __str__(self) -> str:
+        return prediction_view.text(self)
+
+    __repr__ = __str__
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        return prediction_view.bundle(self)
+
+
+def predict(
+    model: "str | PathLike[str]" = "deepseek-v3",
+    *,
+    machine: "str | Machine" = "this",
+    engine: str = KTLAB,
+    format: str | None = None,
+    top_k: int | None = None,
+    prompt: int = 512,
+    generate: int = 128,
+    loads: Mapping[int, Load] | None = None,
+    changes: Mapping[str, float] | None = None,
+) -> Prediction:
+    """What speed to expect of one prompt of `prompt` tokens and `generate` tokens of answer.
+
+    `model` and `format` are those of `ktlab.plan`; without a format a published model has the
+    engine's usual one. `machine` is a listed name ("2x6454s+4090d"), "this", or a `Machine`.
+    `engine` is "ktransformers-0.2", "ktransformers-0.2.0", "ktransformers-0.3", "llama.cpp" or
+    "ktlab". `loads` are {layer: each expert's share of choices}; layers that are missing are even.
+    `changes` gives efficiencies other values. Raises SettingError for what is unknown, with the
+    nearest name, and for an engine that cannot run on the machine; CheckpointError and FormatError
+    as `ktlab.plan` does.
+    """
+    case, planned = prepare(
+        model,
+        machine=machine,
+        engine=engine,
+        format=format,
+        top_k=top_k,
+        prompt=prompt,
+        generate=generate,
+        loads=loads,
+        changes=changes,
+    )
+    how, where = case.engine, case.machine
+    passes = {phase: stages_of(case, phase, prompt, generate) for phase in PHASES}
+    method = f"predicted for {how.name} on {where.name}"
+    timelines = {
+        phase: timeline(stages, title=f"{planned.model}, {phase}", method=method)
+        for phase, stages in passes.items()
+    }
+    return Prediction(
+        model=planned.model,
+        machine=where.name,
+        engine=how.name,
+        format=format or how.format,
+        top_k=case.top_k,
+        prompt=prompt,
+        generate=generate,
+        prefill_tokens_per_s=prompt / timelines["prefill"].seconds,
+        decode_tokens_per_s=1 / timelines["decode"].seconds,
+        memory={one.device: one.needed for one in planned.ledgers},
+        fits=planned.fits,
+        stages={phase: added(stages) for phase, stages in passes.items()},
+        efficiencies=case.shares,
+        notes=tuple(_notes(planned, how)),
+        plan=planned,
+        timelines=timelines,
+    )
+
+
+def prepare(
+    model: "str | PathLike[str]",
+    *,
+    machine: "str | Machine",
+    engine: str,
+    format: str | None = None,
+    top_k: int | None = None,
+    prompt: int,
+    generate: int,
+    loads: Mapping[int, Load] | None = None,
+    changes: Mapping[str, float] | None = None,
+) -> tuple[Case, Plan]:
+    """What `predict` computes on: checked, planned. Its arguments and errors."""
+    how = engine_of(engine)
+    where = Machine.measure() if machine == THIS else get_machine(machine)
+    _check(how, where, prompt, generate)
+    planned = _plan(fspath(model), how, where, format, prompt + generate)
+    config = read_facts(fspath(model)).config
+    k = config.top_k if top_k is None else top_k
+    if not 1 <= k <= config.selectable_experts:
+        raise SettingError(f"top_k={k}: {config.name} has 1 to {config.selectable_experts}")
+    case = Case(
+        config=config,
+        rows=planned.rows,
+        machine=where,
+        engine=how,
+        shares=efficiencies(changes),
+        top_k=k,
+        loads=loads or {},
+    )
+    return case, planned
+
+
+def stages_of(case: Case, phase: str, prompt: int, generate: int) -> list[StageTime]:
+    """Every stage of every layer of the whole prompt, or of one token at the mean context."""
+    tokens, context = (prompt, 0) if phase == "prefill" else (1, prompt + generate // 2)
+    if case.engine.name == KTLAB:
+        return list(own_stage_times(case, tokens, context))
+    return list(stage_times(case, tokens, context, prompt + generate))
+
+
+def timeline(stages: Iterable[StageTime], *, title: str = "", method: str = "") -> Timeline:
+    """What runs beside what; its `seconds` are those of the pass."""
+    return schedule(_tasks(stages), title=title, method=method)
+
+
+def _check(how: Engine, where: Machine, prompt: int, generate: int) -> None:
+    """All of what cannot be, together."""
+    problems = [
+        f"{word}={value!r}, expected a whole number from 1"
+        for word, value in (("prompt", prompt), ("generate", generate))
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1
+    ]
+    problems += how.problems(where)
+    if problems:
+        raise SettingError("predict: " + "; ".join(problems))
+
+
+def _plan(model: str, how: Engine, where: Machine, format: str | None, context: int) -> Plan:
+    """The engine's placement on that machine: what it lays where and in which format."""
+    kept = (CPU, GPU) if how.gpu else (CPU,)
+    there = replace(where, devices=tuple(d for d in where.devices if d.name in kept))
+    if how.experts is not None:  # the GPU's part has its 4 bits from any format
+        file_type: str | None = how.experts
+    else:
+        file_type = format or (how.format if model.lower() in published_models() else None)
+    copies = where.sockets if how.numa == "copies" else 1
+    return plan(model, format=file_type, machine=there, context=context, numa_copies=copies)
+
+
+def _tasks(stages: Iterable[StageTime]) -> list[Task]:
+    """A layer after another; the shared experts run beside the routed ones' way to the CPU."""
+    layers: dict[int | None, dict[str, StageTime]] = {}
+    for stage in stages:
+        layers.setdefault(stage.layer, {})[stage.stage] = stage
+    tasks: list[Task] = []
+    ends: tuple[str, ...] = ()
+    for index, found in layers.items():
+        where = "" if index is None else f"layer {index} "
+
+        def add(
+            stage: StageTime, after: tuple[str, ...], seconds: float | None = None,
+            more: str = "", where: str = where,
+        ) -> tuple[str, ...]:  # fmt: skip
+            name = f"{where}{stage.stage}{more}"
+            spent = stage.seconds if seconds is None else seconds
+            tasks.append(
+                Task(
+                    name=name,
+                    lane=stage.lane,
+                    label=name,
+                    seconds=spent,
+                    kind=stage.stage,
+                    after=after,
+                )  # fmt: skip
+            )
+            return (name,)
+
+        for name in (*BEFORE_EXPERTS, "dense", "output"):
+            if name in found:
+                ends = add(found[name], ends)
+        start = ends
+        if "experts" in found:
+            link = found.get("transfer")
+            half = None if link is None else link.seconds / 2
+            if link is not None:
+                ends = add(link, ends, half, " to the CPU")
+            ends = add(found["experts"], ends)
+            if link is not None:
+                ends = add(link, ends, half, " back")
+        if "shared" in found:
+            ends = (*ends, *add(found["shared"], start))
+    return tasks
+
+
+def added(stages: Iterable[StageTime]) -> tuple[StageTime, ...]:
+    """The layers of each stage added up, in the order in which a token meets them."""
+    found: dict[str, list[StageTime]] = {}
+    for stage in stages:
+        found.setdefault(stage.stage, []).append(stage)
+    added = []
+    for name, layers in found.items():
+        parts: dict[str, float] = {}
+        for layer in layers:
+            for bound, seconds in layer.parts.items():
+                parts[bound] = parts.get(bound, 0.0) + seconds
+        added.append(
+            StageTime(
+                layer=None,
+                stage=name,
+                lane=layers[0].lane,
+                seconds=sum(layer.seconds for layer in layers),
+                flop=sum(layer.flop for layer in layers),
+                bytes=sum(layer.bytes for layer in layers),
+                bound=max(parts, key=lambda bound: parts[bound]),
+                parts=parts,
+            )
+        )
+    return tuple(added)
+
+
+def _notes(planned: Plan, how: Engine) -> list[str]:
+    notes = []
+    if how.experts is not None:
+        notes.append(f"{how.name} makes {how.experts} of the experts, whatever the file has")
+    if planned.fits is False:
+        notes.append("does not fit: the speeds are those of the same machine with enough memory")
+    return notes

@@ -1,0 +1,105 @@
+"""How a prediction is shown: text, a card of HTML, a timeline."""
+
+from typing import TYPE_CHECKING, Any
+
+from ktlab import html
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from ktlab.placement.predict import Prediction
+
+SHOWN_LAYERS = 3
+"""Of a timeline: layers with experts look alike."""
+HEADERS = ("stage", "on", "time", "share", "work", "moved", "waits for")
+
+
+def title(of: "Prediction") -> str:
+    """One line: what runs where."""
+    return f"{of.model} in {of.format}, {of.top_k} experts, by {of.engine} on {of.machine}"
+
+
+def text(of: "Prediction") -> str:
+    """Speeds, then each phase's stages."""
+    lines = [
+        f"Prediction of {title(of)}",
+        f"  prefill {of.prefill_tokens_per_s:8.4g} tokens/s for {of.prompt:,} tokens: "
+        f"{of.prompt / of.prefill_tokens_per_s:.3g} s; mostly {of.bound('prefill')}",
+        f"  decode  {of.decode_tokens_per_s:8.4g} tokens/s over {of.generate:,} tokens: "
+        f"{1e3 / of.decode_tokens_per_s:.3g} ms a token; mostly {of.bound('decode')}",
+        "  memory  "
+        + ", ".join(f"{html.decimal_bytes(n)} of {name}" for name, n in of.memory.items()),
+    ]
+    for phase in of.stages:
+        lines += ["", f"  {phase:12}" + "".join(f"{head:>11}" for head in HEADERS[1:])]
+        lines += [
+            f"  {name:12}" + "".join(f"{value:>11}" for value in values)
+            for name, *values in rows(of, phase)
+        ]
+    return "\n".join([*lines, *of.notes])
+
+
+def rows(of: "Prediction", phase: str) -> list[tuple[str, ...]]:
+    """The stages of a phase as text, longest first."""
+    whole = sum(stage.seconds for stage in of.stages[phase])
+    return [
+        (
+            stage.stage,
+            stage.lane,
+            html.quantity(stage.seconds, "s"),
+            f"{100 * stage.seconds / whole:.1f} %",
+            html.quantity(stage.flop, "FLOP") if stage.flop else "",
+            html.decimal_bytes(int(stage.bytes)) if stage.bytes else "",
+            stage.bound,
+        )
+        for stage in sorted(of.stages[phase], key=lambda stage: -stage.seconds)
+    ]
+
+
+def bundle(of: "Prediction") -> dict[str, Any]:
+    """Text, and a card with a table for each phase."""
+    speeds = html.table(
+        [
+            (
+                "prefill",
+                f"{of.prefill_tokens_per_s:.4g} tokens/s",
+                f"{of.prompt:,} tokens in {of.prompt / of.prefill_tokens_per_s:.3g} s",
+                of.bound("prefill"),
+            ),
+            (
+                "decode",
+                f"{of.decode_tokens_per_s:.4g} tokens/s",
+                f"{1e3 / of.decode_tokens_per_s:.3g} ms a token",
+                of.bound("decode"),
+            ),
+        ],
+        ("predicted", "speed", "time", "waits most for"),
+    )
+    parts = [speeds, *(html.table(rows(of, phase), (phase, *HEADERS[1:])) for phase in of.stages)]
+    return html.mimebundle(text(of), html.card(title(of), *parts))
+
+
+def figure(of: "Prediction", phase: str) -> "Figure":
+    """The last layers of a pass on CPU, GPU and link: those have experts in every model."""
+    from ktlab.placement.timeline import Timeline
+
+    line = of.timelines[phase]
+    names = [span.label.split()[1] for span in line.spans if span.label.startswith("layer ")]
+    last = int(max(names, key=int))
+    first = max(0, last + 1 - SHOWN_LAYERS)
+    kept = [
+        span
+        for span in line.spans
+        if span.label.startswith("layer ") and int(span.label.split()[1]) >= first
+    ]
+    start = min(span.start_s for span in kept)
+    from dataclasses import replace
+
+    return Timeline(
+        spans=tuple(
+            replace(span, start_s=span.start_s - start, end_s=span.end_s - start, after=())
+            for span in kept
+        ),
+        title=f"{phase}: layers {first} to {last} of {of.model}",
+        method=line.method,
+    ).plot()
