@@ -141,6 +141,14 @@ def test_a_rule_that_is_not_recursive_keeps_what_lies_below(model: Model) -> Non
     assert "model.layers.1.mlp.experts.3 lies below what rule 1 takes" in unseen.rows[-1].note
 
 
+def test_rules_that_come_too_late(model: Model) -> None:
+    found = preview(model, one("o_proj$", "default") + one("self_attn\\.o_proj$", "default"))
+    assert found.late == (
+        2,
+    ) and "rule 2: comes too late, earlier ones take all of it" in "\n".join(found.summary)
+    assert not preview(model, GPU_AND_CPU).late
+
+
 def test_rules_that_match_nothing_say_why(model: Model) -> None:
     text = one("^model\\.layers\\.9\\.", "default") + one(
         "mlp$", "default", match=", class: torch.nn.Linear"
