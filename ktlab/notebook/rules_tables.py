@@ -22,26 +22,23 @@ _PLACE = re.compile(r"line (\d+), column (\d+): (.*)", re.S)
 
 def preview_html(preview: Preview) -> str:
     """The rules one after the other, with what each does to which modules; places below."""
+    groups: dict[tuple[int, str, str, str], list[str]] = {}
+    for row in preview.rows:
+        key = (row.rule, row.replacement, row.status, row.what)
+        groups.setdefault(key, []).append(row.modules)
     rows = [
         (
-            html.Raw(f"{row.rule}"),
+            html.Raw(f"{rule}"),
+            html.Raw(f"{html.text(becomes)}<br>{html.badge(status, TONES.get(status, ''))}"),
             html.Raw(
-                f"{html.text(row.replacement)}<br>"
-                f"{html.badge(row.status, TONES.get(row.status, ''))}"
-            ),
-            html.Raw(
-                f'<div style="overflow-wrap:anywhere">{html.text(row.modules)}</div>'
-                f'<div class="s">{html.text(row.what)}</div>'
+                f'<div style="overflow-wrap:anywhere">{html.text(", ".join(modules))}</div>'
+                f'<div class="s">{html.text(what)}</div>'
             ),
         )
-        for row in preview.rows
+        for (rule, becomes, status, what), modules in groups.items()
     ]
-    body: list[object] = [html.table(rows, ("", "becomes", "modules, and what is done to them"))]
-    where = [*preview.places, *preview.notes]
-    if where:
-        lines = "".join(f"<div>{html.text(line)}</div>" for line in where)
-        body.append(html.Raw(f'<div class="t">where the devices named put the model</div>{lines}'))
-    return html.card("", *body)
+    table = html.table(rows, ("", "becomes", "modules, and what is done to them"))
+    return html.card("", preview.where_html(), table)
 
 
 def problems_html(error: RuleError, text: str) -> str:

@@ -168,7 +168,8 @@ def test_collapsed_names() -> None:
 def test_the_preview_of_a_whole_file(model: Model) -> None:
     found = preview(model, GPU_AND_CPU)
     lines = repr(found).splitlines()
-    assert lines[0] == "rules: 8 rules on tiny-test" and len(lines) == 2 + len(found.rows)
+    assert lines[0] == "rules: 8 rules on tiny-test"
+    assert len(lines) == 2 + len(found.rows) + len(found.places) + len(found.notes)
     experts = next(row for row in found.rows if row.stage == "experts")
     assert experts.modules == "model.layers.1-2.mlp.experts" and experts.status == "changes"
     assert experts.before.startswith("q8_0, ") and experts.after.startswith("int8_channel, ")
