@@ -12,22 +12,31 @@ from ktlab.checkpoint.published import published_models
 from ktlab.notebook.css import style
 from ktlab.notebook.instrument import Instrument, Snapshot, live, numbers
 from ktlab.placement import prediction_view
-from ktlab.placement.engines import engines
+from ktlab.placement.engines import efficiencies, engines
 from ktlab.placement.listed import machine_names
 from ktlab.placement.machine import CPU, GPU, THIS, Machine, get_machine
 from ktlab.placement.predict import PHASES, Prediction, predict
 from ktlab.placement.published import Speed, published
+from ktlab.placement.timeline_view import seconds
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from ktlab.model.model import Model
 
-STAGES = (
-    "launch", "attention", "scores", "router", "dense", "transfer", "experts", "experts on the GPU",
-    "shared", "output",
-)  # fmt: skip
-"""In the order in which a token meets them; each keeps its colour and its pattern."""
+STAGES: Mapping[str, tuple[str, str]] = {
+    "launch": ("#8c8c8c", ""),
+    "attention": (figures.ORANGE, ""),
+    "scores": (figures.GREEN, ""),
+    "router": (figures.PURPLE, ""),
+    "dense": (figures.SKY, ""),
+    "transfer": (figures.VERMILION, ""),
+    "experts": (figures.BLUE, ""),
+    "experts on the GPU": (figures.BLUE, "/"),
+    "shared": (figures.SKY, "/"),
+    "output": (figures.ORANGE, "/"),
+}
+"""{stage: colour, stripes}, in the order in which a token meets them."""
 PROMPTS = (2, 32, 128, 500, 969, 1930, 3846, 7678, 16000, 32000)
 MOST_GPU_LAYERS = 8
 GENERATED = 300
@@ -57,7 +66,7 @@ class PredictView(Instrument):
         self.experts = widgets.IntSlider(value=8, min=1, max=16, description="experts")
         self.prompt = widgets.SelectionSlider(options=PROMPTS, value=500, description="prompt")
         self.gpu_layers = widgets.IntSlider(
-            value=0, min=0, max=MOST_GPU_LAYERS, description="on the GPU",
+            value=0, min=0, max=MOST_GPU_LAYERS, description="GPU layers",
             tooltip="layers whose routed experts lie on the GPU",
         )  # fmt: skip
         self._filling = False
@@ -162,7 +171,9 @@ class PredictView(Instrument):
             "waits for": found.bound("prefill"),
             "decode, predicted": f"{found.decode_tokens_per_s:.4g} tokens/s",
             "waits for ": found.bound("decode"),
-            **{f"of {name}": html.decimal_bytes(size) for name, size in found.memory.items()},
+            **{
+                f"memory of {name}": html.decimal_bytes(size) for name, size in found.memory.items()
+            },
         }
 
     def to_html(self) -> str:
@@ -199,8 +210,9 @@ def with_sockets(machine: Machine, sockets: int) -> Machine:
 
 def stage_bars(found: Prediction | None) -> "Figure":
     """Seconds of each stage over those of all, a bar for each phase."""
-    fig = figures.figure("where the time goes", x="share of all stages' seconds", height=210)
-    for number, name in enumerate(STAGES):
+    title = "where the time goes: shares of all stages' seconds"
+    fig = figures.figure(title, height=240)
+    for name in STAGES:
         x, hover = [], []
         for phase in PHASES:
             stages = [] if found is None else list(found.stages[phase])
@@ -208,18 +220,19 @@ def stage_bars(found: Prediction | None) -> "Figure":
             stage = next((one for one in stages if one.stage == name), None)
             x.append(stage.seconds / whole if stage else 0.0)
             hover.append(
-                f"{phase}: {name} on {stage.lane}<br>{html.quantity(stage.seconds, 's')}, "
+                f"{phase}: {name} on {stage.lane}<br>{seconds(stage.seconds)}, "
                 f"waits for {stage.bound}"
                 if stage
                 else ""
             )
         fig.add_bar(
             y=list(PHASES), x=x, name=name, orientation="h", showlegend=any(x),
-            marker=_marker(number), hovertext=hover, hovertemplate="%{hovertext}<extra></extra>",
+            marker=_marker(name), hovertext=hover, hovertemplate="%{hovertext}<extra></extra>",
         )  # fmt: skip
     fig.update_layout(barmode="stack", bargap=0.3)
     fig.update_xaxes(tickformat=".0%", range=[0, 1])
-    return _legend_below(fig)
+    below = {"y": -0.2, "yanchor": "top", "x": 0, "xanchor": "left", "traceorder": "normal"}
+    return fig.update_layout(legend=below)
 
 
 def lanes(found: Prediction | None) -> "Figure":
@@ -227,14 +240,14 @@ def lanes(found: Prediction | None) -> "Figure":
     spans = [] if found is None else prediction_view.last_layers(found, "decode")
     title = "one token through the last layers: who is busy"
     fig = figures.figure(title, x="time, µs", height=230)
-    for number, name in enumerate(STAGES):
+    for name in STAGES:
         mine = [span for span in spans if span.kind == name]
         fig.add_bar(
             y=[span.lane for span in mine],
             x=[1e6 * span.seconds for span in mine],
             base=[1e6 * span.start_s for span in mine],
-            name=name, orientation="h", width=0.7, showlegend=False, marker=_marker(number),
-            hovertext=[f"{s.label}<br>{html.quantity(s.seconds, 's')}" for s in mine],
+            name=name, orientation="h", width=0.7, showlegend=False, marker=_marker(name),
+            hovertext=[f"{s.label}<br>{seconds(s.seconds)}" for s in mine],
             hovertemplate="%{hovertext}<extra></extra>",
         )  # fmt: skip
     fig.update_layout(barmode="overlay")
@@ -242,19 +255,10 @@ def lanes(found: Prediction | None) -> "Figure":
     return fig
 
 
-def _marker(number: int) -> dict[str, Any]:
-    """Seven colours, then again with stripes."""
-    again = number >= len(figures.COLORS)
-    return {
-        "color": figures.COLORS[number % len(figures.COLORS)],
-        "line": {"color": figures.INK, "width": 0.5},
-        "pattern": {"shape": "/" if again else ""},
-    }
-
-
-def _legend_below(fig: "Figure") -> "Figure":
-    legend = {"orientation": "h", "y": -0.45, "yanchor": "top", "x": 0, "xanchor": "left"}
-    return fig.update_layout(legend=legend, height=260)
+def _marker(name: str) -> dict[str, Any]:
+    color, stripes = STAGES[name]
+    line = {"color": figures.INK, "width": 0.5}
+    return {"color": color, "line": line, "pattern": {"shape": stripes}}
 
 
 def _redraw(chart: Any, fig: "Figure") -> None:
@@ -282,9 +286,12 @@ def _line(engine: str) -> str:
 def beside_html(same: tuple[Speed, ...]) -> str:
     """What was published for exactly this."""
     if not same:
-        return '<div class="s">nobody published this setting in our table</div>'
-    said = "; ".join(f"{one.phase} {one.published:.4g} tokens/s by {one.engine}" for one in same)
-    return f'<div class="s">published for this setting: {html.text(said)}</div>'
+        return '<div class="s">our table has no published figure for this setting</div>'
+    said = []
+    for phase in PHASES:
+        found = [f"{one.published:.4g}" for one in same if one.phase == phase]
+        said += [f"{phase} {' and '.join(found)} tokens/s"] if found else []
+    return f'<div class="s">published for this setting: {html.text("; ".join(said))}</div>'
 
 
 def tables_html(found: Prediction) -> str:
@@ -305,3 +312,22 @@ def _choice(name: str, options: list[str], value: str, width: int) -> widgets.Dr
     found.layout.width = f"{width}px"
     found.style.description_width = "62px"
     return found
+
+
+def efficiency_table() -> Snapshot:
+    """Every efficiency with what it means and how it was found, the fitted ones first."""
+    found = sorted(efficiencies().items(), key=lambda item: not item[1].fitted)
+    rows = [
+        (
+            name,
+            f"{one.value:.4g}",
+            one.unit,
+            html.badge("fitted", "warn") if one.fitted else "",
+            one.meaning,
+            "" if one.fitted else one.how,
+        )
+        for name, one in found
+    ]
+    headers = ("efficiency", "value", "of", "", "what", "how it was found")
+    plain = "\n".join(f"{name} {one.value:.4g} {one.unit}: {one.meaning}" for name, one in found)
+    return Snapshot(html.card("", html.table(rows, headers)), plain=plain)

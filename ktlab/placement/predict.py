@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
@@ -75,7 +76,9 @@ class Prediction(Record):
     def bound(self, phase: str) -> str:
         """What the phase waits for most: its longest stage and that stage's bound."""
         longest = max(self.stages[phase], key=lambda stage: stage.seconds)
-        return f"{longest.stage}, {longest.bound}"
+        return (
+            longest.stage if longest.stage == longest.bound else f"{longest.stage}, {longest.bound}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """With `times`, which `from_dict` finds again in `stages`."""
@@ -158,7 +161,7 @@ def predict(
         model=planned.model,
         machine=where.name,
         engine=how.name,
-        format=format or how.format,
+        format=format or (how.format if _is_shape(str(model)) else "its own formats"),
         top_k=case.top_k,
         prompt=prompt,
         generate=generate,
@@ -249,6 +252,11 @@ def _tiny_loads() -> Mapping[int, Load]:
     return {int(layer): counts for layer, counts in said["counts"].items()}
 
 
+def _is_shape(model: str) -> bool:
+    """Whether it is a published shape, whose format is anybody's choice."""
+    return model.lower() in published_models() and not Path(model).exists()
+
+
 def _plan(
     model: str,
     how: Engine,
@@ -263,7 +271,7 @@ def _plan(
     if how.experts is not None:  # the GPU's part has its 4 bits from any format
         file_type: str | None = how.experts
     else:
-        file_type = format or (how.format if model.lower() in published_models() else None)
+        file_type = format or (how.format if _is_shape(model) else None)
     copies = where.sockets if how.numa == "copies" else 1
     return plan(
         model,

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ktlab import html
+from ktlab.placement.timeline_view import seconds
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -48,7 +49,7 @@ def rows(of: "Prediction", phase: str) -> list[tuple[str, ...]]:
         (
             stage.stage,
             stage.lane,
-            html.quantity(stage.seconds, "s"),
+            seconds(stage.seconds),
             f"{100 * stage.seconds / whole:.1f} %",
             html.quantity(stage.flop, "FLOP") if stage.flop else "",
             html.decimal_bytes(int(stage.bytes)) if stage.bytes else "",

@@ -82,7 +82,7 @@ def test_published_to_json_and_back(table: Published) -> None:
     text = str(table)
     assert "held out" in text
     assert table._repr_mimebundle_()["text/html"].count("<tr>") > 50
-    assert len(table.plot().data) == 5
+    assert len(table.plot().data) == 4
 
 
 # ------------------------------------------------------------------ physics
