@@ -17,7 +17,7 @@ from ktlab.attention.rope import Places, RoPE, softmax_scale
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.errors import SettingError, nearest
 from ktlab.kernels.linear import Linear
-from ktlab.kernels.seat import HOST, Seat
+from ktlab.kernels.seat import HOST, Near, Seat
 from ktlab.probe import NO_PROBE, Probe
 
 _Attention = TypeVar("_Attention", bound="Attention")
@@ -38,6 +38,7 @@ class Attention:
         """A frozen dataclass of `Linear` and norms."""
         self.seat: Seat = HOST
         """Where it is computed, and where its cache is."""
+        self.near = Near(HOST)
         self._form: Form = self.forms[0]
         self._rope = rope
         self._scale = softmax_scale(config)
@@ -139,7 +140,7 @@ class Attention:
         moved = self._with({name: move(linear) for name, linear in self.linears.items()})
         norms = {k: hold(v) for k, v in vars(self.weights).items() if isinstance(v, Tensor)}
         moved.weights = replace(moved.weights, **norms)
-        moved.seat = seat
+        moved.seat, moved.near = seat, Near(seat)
         moved.let_go()
         return moved
 

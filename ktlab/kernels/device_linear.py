@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ktlab.kernels.dispatch import Explanation
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.request import Kernel
-from ktlab.kernels.seat import DTYPES, TorchSeat
+from ktlab.kernels.seat import DTYPES, Near, TorchSeat
 
 
 class DeviceLinear(Linear):
@@ -21,7 +21,7 @@ class DeviceLinear(Linear):
 
     def __init__(self, linear: Linear, seat: TorchSeat, dtype: str | None = None) -> None:
         vars(self).update(vars(linear))
-        self.seat = seat
+        self.seat, self.near = seat, Near(seat)
         self._dtype = DTYPES[dtype or seat.format]
         self.values: Tensor = seat.load(self.stack.tensor, self._dtype)
         """W, (N, K) or with leading axes, on the device."""
@@ -56,7 +56,7 @@ class DeviceLinear(Linear):
         """The same matrix for the CPU's kernels again."""
         linear = Linear.__new__(Linear)
         vars(linear).update(
-            {k: v for k, v in vars(self).items() if k not in ("seat", "values", "_dtype")}
+            {k: v for k, v in vars(self).items() if k not in ("seat", "near", "values", "_dtype")}
         )
         return linear
 

@@ -218,6 +218,23 @@ class TorchSeat(Seat):
         return f"TorchSeat({self.word}: {self.format}{stands})"
 
 
+class Near:
+    """The host's norms beside a stage that is on a device: copied once, gone with the stage."""
+
+    def __init__(self, seat: Seat) -> None:
+        self._seat = seat
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """`values` of the host, where the stage is."""
+        if not isinstance(self._seat, TorchSeat):
+            return values
+        kept = self._kept.get(id(values))
+        if kept is None:
+            kept = self._kept[id(values)] = (values, self._seat.hold(values))
+        return kept[1]
+
+
 def synchronize(seats: Sequence[Any]) -> None:
     """Wait until the devices have nothing left to do: for a clock."""
     for seat in seats:

@@ -47,8 +47,6 @@ class Block:
         self.attention_norm_D = attention_norm_D
         self.mlp_norm_D = mlp_norm_D
         self._whole: WholeLayer | None = None
-        self.seats: BlockSeats | None = None
-        """Where its stages are; None: on the host, as loaded."""
         self.in_prefill = Twins()
         """Stages that are somewhere else while prompts are read."""
 
@@ -65,10 +63,9 @@ class Block:
         `later` brings what the layer before deferred and takes what this one does; without it
         nothing is deferred.
         """
-        if self.seats is not None:
-            at = self.seats.attention
-            given = (self, self.seats, hidden_BTD, HOST, cache, positions_BT, probe, later)
-            return move(placed_forward(*given), at, HOST)
+        if (seats := self.seats) is not None:
+            given = (self, seats, hidden_BTD, HOST, cache, positions_BT, probe, later)
+            return move(placed_forward(*given), seats.attention, HOST)
         left = None if later is None else later.take()
         defers = self.deferred > 0 and later is not None
         if hidden_BTD.shape[:2] == (1, 1) and type(self) in PLAIN and not (probe.inside or defers):
@@ -109,6 +106,11 @@ class Block:
                 setattr(block, name, copy.copy(stage))
         block.in_prefill = Twins({name: s.clone() for name, s in self.in_prefill.items()})
         return block
+
+    @property
+    def seats(self) -> BlockSeats | None:
+        """Where its stages are; None: all on the host, as loaded."""
+        return BlockSeats.of(self)
 
     def stages_in(self, phase: str) -> dict[str, Any]:
         """The stage objects by name, as they are in "decode" or "prefill"."""

@@ -243,13 +243,13 @@ class Model:
         later = Later()
         for index, block in enumerate(self.layers):
             cache.layers[index] = layer_cache = cache.layers[index].on(block.attention.seat)
-            if block.seats is None:
+            if (seats := block.seats) is None:
                 hidden_BTD = move(hidden_BTD, here, HOST)
                 hidden_BTD = block.forward(hidden_BTD, layer_cache, positions_BT, probe, later)
                 here = HOST
                 continue
-            given = (block, block.seats, hidden_BTD, here, layer_cache, positions_BT, probe, later)
-            hidden_BTD, here = placed_forward(*given), block.seats.attention
+            given = (block, seats, hidden_BTD, here, layer_cache, positions_BT, probe, later)
+            hidden_BTD, here = placed_forward(*given), seats.attention
         return move(hidden_BTD, here, HOST)
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
@@ -261,9 +261,12 @@ class Model:
         return torch.from_numpy(rows).view(*ids_BT.shape, -1)
 
     def _head(self, hidden: Tensor, probe: Probe) -> Tensor:
-        at = self.output.seat if isinstance(self.output, DeviceLinear) else HOST
+        at: Seat = HOST
+        norm_D = self.output_norm_D
+        if isinstance(self.output, DeviceLinear):
+            at, norm_D = self.output.seat, self.output.near(norm_D)
         with probe.stage("output"):
-            normed = rms_norm(at.take(hidden), self.output_norm_D, self.config.rms_eps)
+            normed = rms_norm(at.take(hidden), norm_D, self.config.rms_eps)
             logits = at.give(self.output(normed))()[0]
         on_seat(probe, at).record("norm", normed.flatten(0, -2))
         probe.record("logits", logits.flatten(0, -2))

@@ -17,7 +17,7 @@ from ktlab.attention.stage import Attention
 from ktlab.errors import PlacementError
 from ktlab.experts.bank import ExpertBank
 from ktlab.experts.mlp import MLP
-from ktlab.experts.nodes import bytes_on_nodes, check_nodes
+from ktlab.experts.nodes import check_nodes
 from ktlab.experts.placed_bank import PlacedBank
 from ktlab.html import decimal_bytes
 from ktlab.kernels.device_linear import DeviceLinear
@@ -25,8 +25,8 @@ from ktlab.kernels.linear import Linear
 from ktlab.kernels.seat import HOST, Seat, TorchSeat
 from ktlab.kernels.threads import numa_nodes
 from ktlab.model.block import Layer, MoEBlock
-from ktlab.model.copies import refuse
-from ktlab.model.placed_block import BlockSeats, Twins
+from ktlab.model.place_room import PHASES, check_room
+from ktlab.model.placed_block import Twins, seat_of
 from ktlab.model.settings import Change
 from ktlab.record import Record
 from ktlab.routing.router import Router
@@ -34,16 +34,15 @@ from ktlab.routing.router import Router
 if TYPE_CHECKING:
     from ktlab.model.model import Model
 
-PHASES = ("decode", "prefill")
 StandIn = Mapping[str, "str | TorchSeat"]
 
 
 class PlacementLike(Protocol):
-    """What is asked of a placement; `ktlab.Placement` and `ktlab.Plan` have it."""
+    """What is asked of a placement; `ktlab.Placement`, `Plan` and `RuleSet` have it."""
 
     @property
     def placement(self) -> Any:
-        """The placement: itself, or a plan's."""
+        """The placement: itself, a plan's, or a rule set's function of a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +104,13 @@ def apply_placement(
 ) -> int:
     """Make what is new and exchange it, recording each assignment; the number of new parts."""
     wanted = placement.placement
+    if callable(wanted):  # of a rule set: where it puts this model
+        wanted = wanted(model)
     seats = _seats(model, wanted, stand_in or {}, dtype)
     _check_runs(model, wanted)
     if nodes is not None:
         check_nodes(nodes)
+    check_room(model, wanted, seats, nodes)
     builder = _Builder(model, wanted, seats, nodes)
     try:
         builder.build()
@@ -197,7 +199,6 @@ class _Builder:
 
     def build(self) -> None:
         """Layer by layer, then what is outside of layers."""
-        self._check_nodes()
         for block in self.model.layers:
             self._layer(block)
         self._outside()
@@ -210,14 +211,13 @@ class _Builder:
             "cpu" if old is None else str(old.placement.device(component, layer=layer, phase=phase))
         )
 
-    def _changed(self, component: str, layer: int | None, phase: str = "decode") -> bool:
+    def _changed(
+        self, component: str, layer: int | None, here: Seat, phase: str = "decode"
+    ) -> bool:
+        """Whether a stage that is on `here` has to be made anew."""
         word = self.wanted.device(component, layer=layer, phase=phase)
-        return word != self._before(component, layer, phase) or self.model.seats.get(
-            word
-        ) is not self.seats.get(word)
-
-    def _seat(self, component: str, layer: int | None, phase: str = "decode") -> Seat:
-        return self.seats.get(self.wanted.device(component, layer=layer, phase=phase), HOST)
+        there = self.seats.get(word, HOST)
+        return here is not there or word != self._before(component, layer, phase)
 
     def _note(self, component: str, layer: int | None, word: str) -> None:
         self.at, self.parts = word, self.parts + 1
@@ -226,34 +226,15 @@ class _Builder:
     # What --------------------------------------------------------------------------------------
 
     def _layer(self, block: Layer) -> None:
-        index = block.index
-        if self._changed("attention", index):
+        if self._changed("attention", block.index, getattr(block.attention, "seat", HOST)):
             self._attention(block)
-        feed, name = ("shared", "shared") if isinstance(block, MoEBlock) else ("dense", "mlp")
-        if isinstance(block, MoEBlock):
-            self._router(block)
-            self._experts(block)
-        has_feed = not isinstance(block, MoEBlock) or block.shared is not None
-        if has_feed:
-            self._feed(block, feed, name)
-        where = {p: self._seat(feed, index, p) if has_feed else HOST for p in PHASES}
-        moe = isinstance(block, MoEBlock)
-        seats = BlockSeats(
-            attention=self._seat("attention", index),
-            router=self._seat("router", index) if moe else HOST,
-            feed=where,
-        )
-        divided = isinstance(self._new(block, "experts"), PlacedBank) if moe else False
-        twins = bool(self._new(block, "in_prefill"))
-        plain = seats.plain and not divided and not twins
-        self.assignments.append((block, "seats", None if plain else seats))
-
-    def _new(self, holder: Any, name: str) -> Any:
-        """An attribute as it will be."""
-        for known, attribute, value in reversed(self.assignments):
-            if known is holder and attribute == name:
-                return value
-        return getattr(holder, name)
+        if not isinstance(block, MoEBlock):
+            self._feed(block, "dense", "mlp")
+            return
+        self._router(block)
+        self._experts(block)
+        if block.shared is not None:
+            self._feed(block, "shared", "shared")
 
     def _attention(self, block: Layer) -> None:
         word = self.wanted.device("attention", layer=block.index)
@@ -262,19 +243,18 @@ class _Builder:
         seat, old = self.seats.get(word, HOST), stage.seat
         move = self._mover(word, self._before("attention", block.index))
         hold = _holder(old, seat)
-        self.assignments += [
-            (block, "attention", stage.on(seat, move, hold)),
-            (block, "attention_norm_D", hold(block.attention_norm_D)),
-            (block, "mlp_norm_D", hold(block.mlp_norm_D)),
-        ]
+        made = stage.on(seat, move, hold)
+        for norm_D in (block.attention_norm_D, block.mlp_norm_D):
+            made.near(norm_D)  # now, while there may still be no room
+        self.assignments.append((block, "attention", made))
 
     def _router(self, block: MoEBlock) -> None:
-        if not self._changed("router", block.index):
+        old = seat_of(getattr(block.router, "gate", None))
+        if not self._changed("router", block.index, old):
             return
         word = self.wanted.device("router", layer=block.index)
         self._note("router", block.index, word)
         router = copy.copy(_own(block.router, Router, f"layers.{block.index}.router"))
-        old = block.seats.router if block.seats is not None else HOST
         hold = _holder(old, self.seats.get(word, HOST))
         # A gate that is rounded chooses other experts: float32 everywhere.
         router.gate = self._mover(word, self._before("router", block.index), "f32")(router.gate)
@@ -283,7 +263,10 @@ class _Builder:
 
     def _feed(self, block: Layer, component: str, name: str) -> None:
         index = block.index
-        if not any(self._changed(component, index, phase) for phase in PHASES):
+        here = {
+            phase: seat_of(getattr(block.stages_in(phase)[name], "gate", None)) for phase in PHASES
+        }
+        if not any(self._changed(component, index, here[phase], phase) for phase in PHASES):
             return
         stage = _own(getattr(block, name), MLP, f"layers.{index}.{name}")
         words = [self.wanted.device(component, layer=index, phase=phase) for phase in PHASES]
@@ -297,12 +280,13 @@ class _Builder:
 
     def _experts(self, block: MoEBlock) -> None:
         where = {phase: self.wanted.experts_row(block.index, phase) for phase in PHASES}
-        old, bank = self.model.placement, block.experts
+        bank = block.experts
         before = {p: ("cpu",) * len(where[p]) for p in PHASES}
-        if old is not None:
-            before = {p: old.placement.experts_row(block.index, p) for p in PHASES}
+        if isinstance(bank, PlacedBank):
+            before = dict(bank.where)
         words = {word for row in where.values() for word in row}
-        same = all(self.model.seats.get(w) is self.seats.get(w) for w in words)
+        seats = bank.seats if isinstance(bank, PlacedBank) else {}
+        same = all(seats.get(word) is self.seats.get(word) for word in words)
         across = bank.across if isinstance(bank, PlacedBank) else None
         if where == before and same and across == self.nodes:
             return
@@ -314,15 +298,12 @@ class _Builder:
 
     def _outside(self) -> None:
         model, wanted = self.model, self.wanted
-        if self._changed("output", None):
+        if self._changed("output", None, seat_of(model.output)):
             word = wanted.device("output")
             self._note("output", None, word)
-            old = model.output.seat if isinstance(model.output, DeviceLinear) else HOST
             move = self._mover(word, self._before("output", None))
-            hold = _holder(old, self.seats.get(word, HOST))
             self.assignments.append((model, "output", move(model.output)))
-            self.assignments.append((model, "output_norm_D", hold(model.output_norm_D)))
-        if self._changed("embedding", None):
+        if self._changed("embedding", None, seat_of(model.embedding_table)):
             word = wanted.device("embedding")
             self._note("embedding", None, word)
             seat = self.seats.get(word)
@@ -344,23 +325,6 @@ class _Builder:
             return host.use(numa=None) if before.startswith("numa:") else host
 
         return move
-
-    def _check_nodes(self) -> None:
-        """Copies of experts for NUMA nodes are made in host memory: there must be room."""
-        needed = 0
-        for block in self.model.moe_blocks:
-            rows = [self.wanted.experts_row(block.index, phase) for phase in PHASES]
-            there = block.experts.nodes if isinstance(block.experts, PlacedBank) else {}
-            for word in dict.fromkeys(w for row in rows for w in row if w.startswith("numa:")):
-                ids = {e for row in rows for e, found in enumerate(row) if found == word}
-                if word not in there or set(there[word].ids) != ids:
-                    needed += block.experts.expert_bytes * len(ids)
-            here = {e for row in rows for e, found in enumerate(row) if found == "cpu"}
-            across = block.experts.across if isinstance(block.experts, PlacedBank) else None
-            if self.nodes is not None and across != self.nodes:
-                needed += bytes_on_nodes(block.experts, self.nodes, len(here))
-        if needed:
-            refuse(self.model, needed, "this placement", "copies of experts on NUMA nodes")
 
 
 def _own(stage: Any, expected: type, name: str) -> Any:

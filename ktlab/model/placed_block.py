@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ktlab.attention.cache import LayerCache
-from ktlab.experts.placed_bank import Running, start_experts
+from ktlab.experts.placed_bank import PlacedBank, Running, start_experts
+from ktlab.kernels.device_linear import DeviceLinear
 from ktlab.kernels.norm import rms_norm
 from ktlab.kernels.seat import HOST, Seat, TorchSeat, synchronize
 from ktlab.model.deferral import Later, split
@@ -33,10 +34,29 @@ class BlockSeats:
     feed: Mapping[str, Seat]
     """Of the shared expert, or of a dense layer's network, by phase."""
 
-    @property
-    def plain(self) -> bool:
-        """Whether all of it is on the host."""
-        return self.attention.host and self.router.host and all(s.host for s in self.feed.values())
+    @staticmethod
+    def of(block: "Block") -> "BlockSeats | None":
+        """Read off the stages; None where all of the layer is on the host, undivided."""
+        stages = block.stages()
+        attention = getattr(block.attention, "seat", HOST)
+        router = seat_of(getattr(stages.get("router"), "gate", None))
+        feed = _feed_seat(stages)
+        later = _feed_seat(block.stages_in("prefill")) if block.in_prefill else feed
+        divided = isinstance(stages.get("experts"), PlacedBank) or block.in_prefill
+        if not divided and attention.host and router.host and feed.host:
+            return None
+        return BlockSeats(
+            attention=attention, router=router, feed={"decode": feed, "prefill": later}
+        )
+
+
+def seat_of(linear: Any) -> Seat:
+    """Where a matrix is."""
+    return linear.seat if isinstance(linear, DeviceLinear) else HOST
+
+
+def _feed_seat(stages: Mapping[str, Any]) -> Seat:
+    return seat_of(getattr(stages.get("shared", stages.get("mlp")), "gate", None))
 
 
 def phase_of(hidden_BTD: Tensor) -> str:
@@ -103,13 +123,13 @@ def placed_forward(
 ) -> Tensor:
     """(B, T, D) on `here` to (B, T, D) on attention's seat; writes the layer's cache."""
     at, eps, name = seats.attention, block.config.rms_eps, f"layers.{block.index}"
-    watched = on_seat(probe, at)
+    watched, near = on_seat(probe, at), block.attention.near
     left = None if later is None else later.take()
     hidden_BTD = move(hidden_BTD, here, at)
     with watched.stage(f"{name}.attention"):
-        normed = rms_norm(hidden_BTD, block.attention_norm_D, eps)
+        normed = rms_norm(hidden_BTD, near(block.attention_norm_D), eps)
         hidden_BTD = hidden_BTD + block.attention.forward(normed, cache, positions_BT, watched)
-    normed_TD = rms_norm(hidden_BTD, block.mlp_norm_D, eps).flatten(0, 1)
+    normed_TD = rms_norm(hidden_BTD, near(block.mlp_norm_D), eps).flatten(0, 1)
     given = later if block.deferred > 0 else None
     mixed_TD = _feed(block, seats, normed_TD, phase_of(hidden_BTD), probe, given)
     hidden_BTD = hidden_BTD + mixed_TD.view_as(hidden_BTD)

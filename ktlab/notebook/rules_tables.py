@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktlab import html
 from ktlab.errors import RuleError
+from ktlab.notebook.pace import pace
 from ktlab.placement.rules import Preview, RuleSet
 from ktlab.placement.rules.preview import TONES
 
@@ -17,31 +18,30 @@ if TYPE_CHECKING:
 
     from ktlab.model.model import Model
 
+READ_S, LEAST_TOKENS = 4.0, 96
+"""Read for each bonus: as many tokens as this model reads in so many seconds."""
 _PLACE = re.compile(r"line (\d+), column (\d+): (.*)", re.S)
 
 
 def preview_html(preview: Preview) -> str:
     """The rules one after the other, with what each does to which modules; places below."""
+    groups: dict[tuple[int, str, str, str], list[str]] = {}
+    for row in preview.rows:
+        key = (row.rule, row.replacement, row.status, row.what)
+        groups.setdefault(key, []).append(row.modules)
     rows = [
         (
-            html.Raw(f"{row.rule}"),
+            html.Raw(f"{rule}"),
+            html.Raw(f"{html.text(becomes)}<br>{html.badge(status, TONES.get(status, ''))}"),
             html.Raw(
-                f"{html.text(row.replacement)}<br>"
-                f"{html.badge(row.status, TONES.get(row.status, ''))}"
-            ),
-            html.Raw(
-                f'<div style="overflow-wrap:anywhere">{html.text(row.modules)}</div>'
-                f'<div class="s">{html.text(row.what)}</div>'
+                f'<div style="overflow-wrap:anywhere">{html.text(", ".join(modules))}</div>'
+                f'<div class="s">{html.text(what)}</div>'
             ),
         )
-        for row in preview.rows
+        for (rule, becomes, status, what), modules in groups.items()
     ]
-    body: list[object] = [html.table(rows, ("", "becomes", "modules, and what is done to them"))]
-    where = [*preview.places, *preview.notes]
-    if where:
-        lines = "".join(f"<div>{html.text(line)}</div>" for line in where)
-        body.append(html.Raw(f'<div class="t">where the devices named put the model</div>{lines}'))
-    return html.card("", *body)
+    table = html.table(rows, ("", "becomes", "modules, and what is done to them"))
+    return html.card("", preview.where_html(), table)
 
 
 def problems_html(error: RuleError, text: str) -> str:
@@ -78,7 +78,8 @@ def near_frame(
 
     from ktlab.measurement.quality import measure_quality
 
-    ids = model.tokenizer.encode(text)[: max_tokens + 1]
+    most = pace(model).read(READ_S, max_tokens, least=LEAST_TOKENS)
+    ids = model.tokenizer.encode(text)[: most + 1]
     rows: list[Mapping[str, Any]] = []
     for bonus in bonuses:
         change = {"rules": rules(bonus)} if bonus else {}

@@ -1,5 +1,6 @@
 """The live view of notebook 07: rules as text, what they would do, what they cost once applied."""
 
+import re
 import threading
 from collections.abc import Mapping
 from functools import partial
@@ -7,6 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
+import torch
 
 from ktlab import html
 from ktlab.checkpoint.embedded import data_path
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 MOST_TOKENS, LEAST_TOKENS, READ_S = 1024, 96, 8.0
 """Read under applied rules: as many tokens as this model reads in so many seconds."""
 OWN_TEXT = "your own rules"
+_CODE = re.compile(r"#[0-9a-f]{4}\b")
+"""Tells two definitions of a class apart; here one would only wonder."""
 
 
 class Replaced(Exception):
@@ -78,16 +82,20 @@ class RulesView(Instrument):
         for button in (self.apply_button, self.undo_button):
             button.layout.width = "90px"
         self.state, self.summary, self.table = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.stand_in_box = widgets.Checkbox(
+            value=False, indent=False, description="the CPU stands in for GPUs"
+        )
+        self.stand_in_box.observe(lambda _: self.refresh(), "value")
         self.start_choice.observe(self._picked, "value")
         self.area.observe(self._edited, "value")
         self.text_choice.observe(lambda _: self.applied and self.apply(), "value")
         self.apply_button.on_click(lambda _: self.apply())
         self.undo_button.on_click(lambda _: self.undo())
         above = widgets.HBox([self.start_choice, self.text_choice])
-        below = widgets.HBox([self.apply_button, self.undo_button, self.state])
+        below = widgets.HBox([self.apply_button, self.undo_button, self.stand_in_box])
         for row in (above, below):
             row.add_class("kt-controls")
-        self.body.children = [above, self.area, below, self.summary, self.table]
+        self.body.children = [above, self.area, below, self.state, self.summary, self.table]
         self.refresh()
 
     # What the reader does --------------------------------------------------------------------
@@ -133,9 +141,18 @@ class RulesView(Instrument):
         name = str(self.start_choice.value)
         return RuleSet.parse(str(self.area.value), name, classes=self.classes)
 
+    def _stand_in(self, rules: RuleSet) -> dict[str, str] | None:
+        """For the GPUs that the rules name and this machine does not have."""
+        if not self.stand_in_box.value:
+            return None
+        named = rules.placement(self._plain).devices
+        there = {f"cuda:{number}" for number in range(torch.cuda.device_count())}
+        return {name: "cpu" for name in named if name not in ("cpu", *there)}
+
     def _look(self, cancel: threading.Event) -> None:
         try:
-            preview = self._rules().preview(self._plain)
+            rules = self._rules()
+            preview = rules.preview(self._plain, stand_in=self._stand_in(rules))
         except RuleError as error:
             self.publish(cancel, partial(self._show_problems, error))
         else:
@@ -144,6 +161,7 @@ class RulesView(Instrument):
     def _apply(self, cancel: threading.Event) -> None:
         self._look(cancel)
         rules = self._rules()
+        stand_in = self._stand_in(rules)
         if self._change is not None:
             self._change.undo()
             self._change = None
@@ -152,14 +170,14 @@ class RulesView(Instrument):
             if cancel.is_set():
                 raise Replaced
 
-        self._change = rules.apply(self.model, progress=progress)
+        self._change = rules.apply(self.model, stand_in=stand_in, progress=progress)
         if not self.publish(cancel, partial(self._show_applied, rules)):
             return
         most = pace(self.model).read(READ_S, MOST_TOKENS, least=LEAST_TOKENS)
         ids = self.model.tokenizer.encode(self._texts[str(self.text_choice.value)])[: most + 1]
         evaluation = stream_quality(
-            self._plain, ids, a={}, b={"rules": rules}, cancel=cancel, baseline=self._baseline,
-            first=48,
+            self._plain, ids, a={}, b={"rules": rules, "stand_in": stand_in}, cancel=cancel,
+            baseline=self._baseline, first=48,
         )  # fmt: skip
         for quality in evaluation:
             if not self.publish(cancel, partial(self._show_quality, quality)):
@@ -193,9 +211,8 @@ class RulesView(Instrument):
         self.applied, self.quality = rules, None
         self.undo_button.disabled = rules is None
         self.summary.value = ""
-        self.state.value = "" if rules is None else (
-            f"applied: {escape(rules.source)} · model: {escape(str(self.model.settings))}"
-        )  # fmt: skip
+        said = escape(_CODE.sub("", str(self.model.settings)))
+        self.state.value = f"applied: {escape(rules.source)} · model: {said}" if rules else ""
 
     def _show_quality(self, quality: Quality) -> None:
         self.quality = quality

@@ -10,6 +10,7 @@ from ktlab.errors import PlacementError, SettingError
 from ktlab.experts.placed_bank import PlacedBank
 from ktlab.kernels.device_linear import DeviceLinear
 from ktlab.model.model import Model
+from ktlab.model.place_room import needed_bytes
 from ktlab.placement import Placement
 from tests.model.strict_seat import StrictSeat
 
@@ -264,3 +265,32 @@ def test_explain_says_who_computes(model: Model, usual: Placement) -> None:
     assert "placed on cuda:0, computed on the cpu in its stead" in repr(model.experts.explain())
     linear = model.layers[1].attention.linears["output"]
     assert linear.explain().chosen.backend == "torch"
+
+
+class Full(StrictSeat):
+    free_bytes = 1_000_000
+
+
+def test_too_little_room_is_said_before_anything_is_moved(model: Model, usual: Placement) -> None:
+    seat = Full("cuda:0")
+    with pytest.raises(PlacementError, match=r"cuda:0 would get .* free: .* too little; nothing"):
+        model.place(usual, stand_in={"cuda:0": seat})
+    assert not seat.here_bytes and model.placement is None
+    roomy = StrictSeat("cuda:0")
+    counted = needed_bytes(model, usual, {"cuda:0": roomy})["cuda:0"]
+    moved = model.place(usual, stand_in={"cuda:0": roomy})
+    assert moved.loaded_bytes["cuda:0"] == pytest.approx(counted, rel=0.01)
+    assert needed_bytes(model, usual, {"cuda:0": roomy})["cuda:0"] == 0
+
+
+def test_undoing_an_older_switch_leaves_stages_where_they_fit(
+    model: Model, usual: Placement
+) -> None:
+    expected = floats(model)
+    with model.override(quantize={"experts": "q4_0", "attention": "q4_0"}):
+        model.place(usual, stand_in={"cuda:0": StrictSeat("cuda:0")})
+    with model.override(backend="torch"):  # experts and attention are back on the host
+        for a, b in zip(run(model), expected, strict=True):
+            assert error(a, b) < 1e-5
+    model.place(usual)
+    assert placed_bank(model, 2).residents and not model.layers[1].attention.seat.host

@@ -53,7 +53,15 @@ def test_a_preview_at_once_and_nothing_changed(view: RulesView, model: Model) ->
     view.start_choice.value = "gpu-attention"
     view.wait(60)
     assert view.preview.source == "gpu-attention"
-    assert "cuda:0: attention 0-2" in view.table.value and "cpu: embedding" in view.table.value
+    assert "layer 1, attention: cuda:0" in view.table.value, "in the grid"
+    assert "asks for cuda:0" in view.table.value and "4 modules" not in view.note
+    view.stand_in_box.value = True
+    view.wait(60)
+    assert "asks for" not in view.table.value and "cpu -&gt; cuda:0" in view.table.value
+    view.apply()
+    view.wait(60)
+    assert view.error == "" and view.model.placement is not None and "placed on" in view.state.value
+    assert view.quality is not None and not view.quality.identical
 
 
 def test_applied_and_undone(view: RulesView, model: Model) -> None:

@@ -194,6 +194,21 @@ def test_what_can_be_wrong(text: str, where: int, expected: str) -> None:
     assert f"line {where}, column " in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("written", "offset"),
+    [
+        ("'(a'", 1), ("a(b", 1), ("'ab[c'", 3), (r'"\\.(b"', 4), (r"'it''s ('", 7),
+        (r'"\x41(b"', 5), ('"(?P<n>a)(?P<n>b)"', 13),
+    ],
+)  # fmt: skip
+def test_where_a_regular_expression_breaks(written: str, offset: int) -> None:
+    """The column of the character itself, behind quotes and escapes."""
+    text = f"- match:\n    name: {written}\n  replace: {{class: default}}\n"
+    column = len("    name: ") + offset + 1
+    with pytest.raises(RuleError, match=f"line 2, column {column}: .* no regular expression: "):
+        RuleSet.parse(text)
+
+
 def test_everything_wrong_is_said_at_once() -> None:
     texts = [rule(match="name: '(a'"), rule(replace="device: gpu"), "- 17\n", rule(match="")]
     with pytest.raises(RuleError) as caught:

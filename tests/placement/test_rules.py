@@ -141,6 +141,14 @@ def test_a_rule_that_is_not_recursive_keeps_what_lies_below(model: Model) -> Non
     assert "model.layers.1.mlp.experts.3 lies below what rule 1 takes" in unseen.rows[-1].note
 
 
+def test_rules_that_come_too_late(model: Model) -> None:
+    found = preview(model, one("o_proj$", "default") + one("self_attn\\.o_proj$", "default"))
+    assert found.late == (
+        2,
+    ) and "rule 2: comes too late, earlier ones take all of it" in "\n".join(found.summary)
+    assert not preview(model, GPU_AND_CPU).late
+
+
 def test_rules_that_match_nothing_say_why(model: Model) -> None:
     text = one("^model\\.layers\\.9\\.", "default") + one(
         "mlp$", "default", match=", class: torch.nn.Linear"
@@ -168,7 +176,8 @@ def test_collapsed_names() -> None:
 def test_the_preview_of_a_whole_file(model: Model) -> None:
     found = preview(model, GPU_AND_CPU)
     lines = repr(found).splitlines()
-    assert lines[0] == "rules: 8 rules on tiny-test" and len(lines) == 2 + len(found.rows)
+    assert lines[0] == "rules: 8 rules on tiny-test"
+    assert len(lines) == 2 + len(found.rows) + len(found.places) + len(found.notes)
     experts = next(row for row in found.rows if row.stage == "experts")
     assert experts.modules == "model.layers.1-2.mlp.experts" and experts.status == "changes"
     assert experts.before.startswith("q8_0, ") and experts.after.startswith("int8_channel, ")

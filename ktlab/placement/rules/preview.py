@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktlab import html
 from ktlab.experts.banks import layers
+from ktlab.placement.grid import cells_of, placement_grid
 from ktlab.placement.placement import PHASES, Placement
 from ktlab.record import Record
 
@@ -91,6 +92,12 @@ class Preview(Record):
         return tuple(dict.fromkeys(row.rule for row in self.rows if row.status == status))
 
     @property
+    def late(self) -> tuple[int, ...]:
+        """Numbers of the rules all of whose modules an earlier one takes."""
+        others = {row.rule for row in self.rows if row.status != SHADOWED}
+        return tuple(rule for rule in self.idle(SHADOWED) if rule not in others)
+
+    @property
     def summary(self) -> list[str]:
         """Some lines: each kind of change, what is not done, which rules do nothing."""
         lines = [self._title()]
@@ -110,6 +117,9 @@ class Preview(Record):
             lines.append(
                 f"{counted('rule', idle)}: {'match' if len(idle) > 1 else 'matches'} nothing"
             )
+        if late := self.late:
+            come = "come" if len(late) > 1 else "comes"
+            lines.append(f"{counted('rule', late)}: {come} too late, earlier ones take all of it")
         return lines
 
     @property
@@ -148,6 +158,7 @@ class Preview(Record):
             "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
             for row in rows
         ]
+        lines += [*self.places, *self.notes]
         return "\n".join([self._title(), *("  " + line for line in lines)])
 
     def _repr_html_(self) -> str:
@@ -161,11 +172,18 @@ class Preview(Record):
             )
             for rule, names, stage, status, what in self._cells()
         ]
-        body: list[object] = [html.table(rows, HEADERS)]
+        body: list[object] = [html.table(rows, HEADERS), self.where_html()]
         if missing := self.missing:
             listed = html.table((counted("rule", at), what) for what, at in missing.items())
             body.append(html.details(f"asked for and not done: {len(missing)}", listed))
         return html.card(self._title(), *body)
+
+    def where_html(self) -> html.Raw:
+        """The grid of the placement, where it isn't all on the CPU, and what it cannot say."""
+        lines = "".join(f'<div class="s">{html.text(note)}</div>' for note in self.notes)
+        if not self.places or self.placement is None:
+            return html.Raw(lines)
+        return html.Raw(placement_grid(cells_of(self.placement)) + lines)
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         return html.mimebundle(repr(self), self._repr_html_())

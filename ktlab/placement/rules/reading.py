@@ -247,7 +247,14 @@ class _Reader:
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            self.say(match["name"][1], f"{short(pattern)} is no regular expression: {error}")
+            what = getattr(error, "msg", error)
+            node, position = match["name"][1], getattr(error, "pos", None)
+            mark = node.start_mark
+            column = mark.column + 1 + _written_before(node, position or 0)
+            said = f"{short(pattern)} is no regular expression: {what}"
+            if position is not None:
+                said += f", at character {position + 1}"
+            self.problems.append((mark.line + 1, column, said))
         return pattern
 
     def nearest_replacement(self, name: str) -> str:
@@ -306,6 +313,26 @@ class _Reader:
         except ValueError:  # such as 0x_, which YAML's pattern for numbers lets through
             self.say(node, f"expected a number, found {_kind(node)}")
             return None
+
+
+def _written_before(node: yaml.Node, position: int) -> int:
+    """Characters of the file before one of a text's, as it is written on one line: with its quote
+    and its escapes; 0, the beginning, where it runs over lines."""
+    start, end = node.start_mark, node.end_mark
+    written = (start.buffer or "")[start.pointer : end.pointer]
+    quote = written[:1]
+    if start.line != end.line or start.buffer is None:
+        return 0
+    if quote not in ("'", '"'):
+        return position
+    at = 1
+    for _ in range(position):
+        pair = written[at : at + 2]
+        if quote == '"' and pair[:1] == "\\":
+            at += 2 + {"x": 2, "u": 4, "U": 8}.get(pair[1:], 0)
+        else:
+            at += 2 if pair == "''" else 1
+    return at
 
 
 def _keys(node: yaml.Node) -> tuple[str, ...]:
