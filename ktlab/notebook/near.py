@@ -86,6 +86,13 @@ class Routes:
         asked_B = np.sum([asked_BE.sum(1) for asked_BE in self._asked], axis=0)
         return intervals.ratio(found_B, asked_B)
 
+    def shares(self, near_LE: NDArray[np.bool_]) -> dict[int, float]:
+        """{layer: share of held-out lookups whose expert is near}."""
+        return {
+            layer: float(asked_BE[:, near_E].sum() / max(1.0, asked_BE.sum()))
+            for layer, asked_BE, near_E in zip(self.layers, self._asked, near_LE, strict=True)
+        }
+
     @property
     def lookups_per_token(self) -> float:
         """Experts that a token asks for, over all layers."""

@@ -98,6 +98,21 @@ def test_bytes_of_the_plan_follow(view: PlacementView) -> None:
     assert "cuda:0" in view.ledger_html.value and "converted" in view.ledger_html.value
 
 
+def test_the_predicted_speed_follows_as_long_as_only_experts_move(view: PlacementView) -> None:
+    view.set("uniform", 0)
+    view.wait(60)
+    assert view.predicted is not None
+    none = view.predicted.seconds
+    assert "decode, predicted on 2x6454s+4090d" in view.figures()
+    view.set("uniform", 384)
+    view.wait(60)
+    assert view.predicted is not None and view.predicted.seconds < none
+    assert view.predicted.by_kind("CPU") == {"experts": 0.0}
+    view.move_part("attention", 1)
+    view.wait(60)
+    assert view.predicted is None, "the engine has attention on the GPU"
+
+
 def test_a_picture_and_what_it_says_without_a_gpu(view: PlacementView) -> None:
     shot = view.snapshot()
     assert "96 of 384 experts" in shot.html and "<script" not in shot.html
