@@ -143,14 +143,12 @@ def part_cells(shape: ModelShape) -> list[list[Cell | None]]:
     ]
 
 
-def part_shades(shape: ModelShape, far: Collection[Cell]) -> NDArray[np.float64]:
-    """What `part_map` colours by; nan where a part is not."""
-    return np.array(
-        [
-            [np.nan if cell is None else 0.9 if cell in far else 1.9 for cell in row]
-            for row in part_cells(shape)
-        ]
-    )
+def part_shades(shape: ModelShape, far: Collection[Cell]) -> list[list[float | None]]:
+    """What `part_map` colours by; None where a part is not (JSON has no nan)."""
+    return [
+        [None if cell is None else 0.9 if cell in far else 1.9 for cell in row]
+        for row in part_cells(shape)
+    ]
 
 
 def part_map(shape: ModelShape, far: Collection[Cell]) -> "Figure":
