@@ -18,6 +18,7 @@ from tests.placement.test_own import rules as own
 from tests.placement.test_rule_files import EXPERTS, FIRST_RELEASE, GPU_AND_CPU, LINEAR, MODEL
 from tests.placement.test_rules import BANKS, FAMILIES, IDS, checkpoint, one
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
 DENSE_PART = ("attention", "router", "norms")
 GPU = "generate_device: 'cuda:0', prefill_device: 'cuda:0'"
 
@@ -174,7 +175,9 @@ def test_a_whole_file_on_stand_ins(model: Model) -> None:
     rules = RuleSet.parse(GPU_AND_CPU)
     with model.override(rules=rules, stand_in=STAND_IN):
         assert devices(model) == ("cpu", "cuda:0", "cuda:1")
-    assert not [what for what in rules.preview(model, stand_in=STAND_IN).missing if "cuda" in what]
+    missing = rules.preview(model, stand_in=STAND_IN).missing
+    assert not [what for what in missing if "cuda" in what]
+    assert missing["KLinearMarlin's 4 bits: bf16 on a GPU here"] == (2,)
     with rules.applied(model, stand_in=STAND_IN):
         assert devices(model) == ("cpu", "cuda:0", "cuda:1")
         assert model.experts[0].format == "int8_channel" and model.forward(IDS).isfinite().all()

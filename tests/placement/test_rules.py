@@ -26,6 +26,7 @@ from ktlab.placement.rules.modules import Module, modules
 from ktlab.placement.rules.preview import collapsed
 from tests.placement.test_rule_files import EXPERTS, FIRST_RELEASE, GPU_AND_CPU, LINEAR
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
 IDS = torch.randint(0, 256, (40,), generator=torch.manual_seed(7))
 FAMILIES = [TINY_TEST_CONFIG, TINY_V2_CONFIG, TINY_QWEN3MOE_CONFIG, TINY_OLMOE_CONFIG]
 BANKS = "^model\\.layers\\.[0-9]+\\.mlp\\.experts$"
