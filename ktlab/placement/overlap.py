@@ -252,11 +252,12 @@ def predicted_times(
     for stage in stages:
         spent[stage.layer, stage.stage] = spent.get((stage.layer, stage.stage), 0) + stage.seconds
     found = []
-    for index, rows in enumerate(case.layers):
+    for index, rows in enumerate(case.layers("decode")):
         share, near_s, count = shares.get(index, 0.0), 0.0, 0
         if "experts" in rows:
             count = case.top_k
-            size = rows["experts"].part.parameters / case.config.num_experts * bits
+            numbers = sum(row.part.parameters for row in rows["experts"])
+            size = numbers / case.config.num_experts * bits
             near_s = share * count * size / reads
         found.append(
             LayerTimes(
