@@ -37,6 +37,14 @@ def _private_jupyter(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a GPU: rules that name one are told, not done."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
 @pytest.fixture(scope="session")
 def notebook_seconds(request: pytest.FixtureRequest) -> dict[str, float]:
     """Filled by test_notebooks.py, printed at the end of the run."""

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from ktlab.model.model import Model
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, more: str = "") -> None:
     """The model, and how to load it."""
-    parser.add_argument("model", help='"tiny", a GGUF file (any shard), or a folder')
+    known = ", ".join(filter(None, ('"tiny", a GGUF file (any shard), or a folder', more)))
+    parser.add_argument("model", help=known)
     parser.add_argument(
         "--quantize", nargs="+", default=[], metavar="FORMAT", help="floats while loading: "
         'int8_channel, q8_0, q4_k; or by name: "*_exps*=int4_group128" "*=q8_0"',

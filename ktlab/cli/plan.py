@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", help='a .gguf file, any shard, a folder, "tiny", or a shape such as deepseek-v3')
     add("--format", metavar="NAME", help="such as q4_k_m; of a shape, or as if made anew")
     add("--placement", metavar="FILE", help="what goes where, as YAML or JSON")
+    add("--rules", metavar="FILE", help="what goes where, as the devices of a rule file say")
     add("--ram", metavar="SIZE", help="such as 382GB or 128GiB")
     add("--vram", metavar="SIZE", help="such as 14GB; routed experts then stay on the CPU")
     add("--machine", metavar="NAME", help='"this": what is available here, now')
@@ -78,22 +79,36 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _placement(options: argparse.Namespace) -> "Placement | None":
-    from ktlab.checkpoint.facts import read_facts
-    from ktlab.placement.flags import LlamaCpp
-
-    if options.placement and options.llama_cpp:
-        raise SettingError(
-            f"--placement and {options.llama_cpp[0]} both say what goes where; give one of them"
-        )
+    given = {
+        "--placement": options.placement,
+        "--rules": options.rules,
+        (options.llama_cpp or ("",))[0]: options.llama_cpp,
+    }
+    said = [name for name, value in given.items() if value]
+    if len(said) > 1:
+        raise SettingError(f"{' and '.join(said)} both say what goes where; give one of them")
     if options.placement:
         return ktlab.Placement.read(options.placement)
-    if not options.llama_cpp:
+    if not said:
         return None
-    words = LlamaCpp.parse(options.llama_cpp)
-    config = read_facts(options.model, format=options.format).config
-    for note in words.notes(config):
+    from ktlab.checkpoint.facts import read_facts
+
+    facts = read_facts(options.model, format=options.format)
+    if options.rules:
+        from ktlab.model.shape_alone import shape_alone
+
+        preview = ktlab.RuleSet.read(options.rules).preview(shape_alone(facts))
+        notes, placement = preview.notes, preview.placement
+    else:
+        from ktlab.placement.flags import LlamaCpp
+
+        words = LlamaCpp.parse(options.llama_cpp)
+        notes, placement = words.notes(facts.config), words.placement(facts.config)
+    if placement is None:
+        raise SettingError(f"{options.rules}: {'; '.join(notes)}")
+    for note in notes:
         print(f"ktlab: {note}", file=sys.stderr)
-    return words.placement(config)
+    return placement
 
 
 def _print(placement: "Placement", words: str) -> None:

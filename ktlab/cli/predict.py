@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, metavar="K", help="routed experts a token")
     add("--prompt", type=int, default=512, metavar="N", help="tokens; default: 512")
     add("--generate", type=int, default=128, metavar="N", help="tokens; default: 128")
+    add("--placement", metavar="FILE", help="what goes where, as YAML or JSON")
     add("--published", action="store_true", help="every published speed beside ours, with errors")
     add("--fit", action="store_true", help="find the free efficiencies anew from published speeds")
     add("--check", action="store_true", help="measure the model here, too; ktlab on this machine")
@@ -48,6 +49,7 @@ def run(options: argparse.Namespace) -> int:
         top_k=options.top_k,
         prompt=options.prompt,
         generate=options.generate,
+        placement=ktlab.Placement.read(options.placement) if options.placement else None,
     )
     print(prediction.to_json() if options.json else prediction)
     return 0

@@ -4,7 +4,7 @@ Letters: T tokens, K selected, E experts, P foreseen, L layers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,7 @@ class Halves:
     """Unit of resampling of each scored token."""
     num_experts: int
     method: str
+    _foreseen: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -84,19 +85,23 @@ class Halves:
 
         Learnt on the profile, as `RoutingStatistics.next_layer_predictability` says.
         """
-        at = self.layers.index(layer)
+        if layer not in self._foreseen:
+            self._foreseen[layer] = self._foresee(layer)
+        return self._foreseen[layer]
+
+    def _foresee(self, layer: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        at, learnt = self.layers.index(layer), len(self.profile[layer])
         if not at:
-            first, second = (np.full((len(x[layer]), 0), -1) for x in (self.profile, self.scored))
-            return first, second
+            return np.full((learnt, 0), -1), np.full((self.tokens, 0), -1)
         before = self.layers[at - 1]
-        seen_TE = hot(self.profile[before], self.num_experts)
-        wanted_TE = hot(self.profile[layer], self.num_experts)
+        seen_TE, known_TE, wanted_TE = (
+            hot(ids_TK, self.num_experts)
+            for ids_TK in (self.profile[before], self.scored[before], self.profile[layer])
+        )
+        score_TE = log_odds(seen_TE, wanted_TE, np.concatenate([seen_TE, known_TE]))
         count = self.scored[layer].shape[1]
-        found = []
-        for known_TE in (seen_TE, hot(self.scored[before], self.num_experts)):
-            score_TE = log_odds(seen_TE, wanted_TE, known_TE)
-            found.append(np.argsort(-score_TE, axis=1, kind="stable")[:, :count])
-        return found[0], found[1]
+        guess_TP = np.argsort(-score_TE, axis=1, kind="stable")[:, :count]
+        return guess_TP[:learnt], guess_TP[learnt:]
 
     @cached_property
     def together(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -18,13 +18,14 @@ from torch import Tensor
 from ktlab.experts.bank import ExpertBank
 from ktlab.experts.nodes import NodePart, Team
 from ktlab.kernels import dispatch, packing, products
+from ktlab.kernels.int4 import Values
 from ktlab.kernels.request import BLOCKS
 from ktlab.kernels.seat import HOST, Seat, TorchSeat
 from ktlab.kernels.torch_moe import some_experts
 
 Where = Mapping[str, tuple[str, ...]]
 """Phase to the device word of each expert."""
-Matrices = tuple[Tensor, Tensor, Tensor]
+Matrices = tuple[Values, Values, Values]
 
 
 @dataclass(kw_only=True)
@@ -122,7 +123,7 @@ class PlacedBank(ExpertBank):
         return found
 
     def _load(self, seat: TorchSeat, expert: int) -> Matrices:
-        gate, up, down = (seat.load(stack.tensor[expert]) for stack in self.stacks)
+        gate, up, down = (seat.load_matrix(stack.tensor[expert]) for stack in self.stacks)
         return gate, up, down
 
     @property

@@ -7,9 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ktlab.kernels.dispatch import Explanation
+from ktlab.kernels.int4 import Values, dense
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.request import Kernel
 from ktlab.kernels.seat import DTYPES, Near, TorchSeat
+
+_OWN = frozenset(("seat", "near", "values", "_dtype", "_format"))
 
 
 class DeviceLinear(Linear):
@@ -21,10 +24,14 @@ class DeviceLinear(Linear):
 
     def __init__(self, linear: Linear, seat: TorchSeat, dtype: str | None = None) -> None:
         vars(self).update(vars(linear))
-        self.seat, self.near = seat, Near(seat)
-        self._dtype = DTYPES[dtype or seat.format]
-        self.values: Tensor = seat.load(self.stack.tensor, self._dtype)
+        self.seat, self.near, self._dtype = seat, Near(seat), dtype
+        self._format = dtype or seat.format_of(self.stack.shape)
+        self.values: Values
         """W, (N, K) or with leading axes, on the device."""
+        if dtype is None:
+            self.values = seat.load_matrix(self.stack.tensor)
+        else:
+            self.values = seat.load(self.stack.tensor, DTYPES[dtype])
 
     @property
     def kernel(self) -> Kernel:
@@ -38,31 +45,27 @@ class DeviceLinear(Linear):
     @property
     def weight_OI(self) -> Tensor:
         """W as float32, on the device."""
-        return self.values.float()
+        return dense(self.values).float()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self._dtype), self.values).float()
+        weight_NK = dense(self.values)
+        return F.linear(x.to(weight_NK.dtype), weight_NK).float()
 
     def by_head(self, x_THK: Tensor) -> Tensor:
         """See `Linear.by_head`."""
-        x_HTK = x_THK.transpose(0, 1).to(self._dtype)
-        return (x_HTK @ self.values.transpose(1, 2)).transpose(0, 1).float()
+        weight_HNK = dense(self.values)
+        x_HTK = x_THK.transpose(0, 1).to(weight_HNK.dtype)
+        return (x_HTK @ weight_HNK.transpose(1, 2)).transpose(0, 1).float()
 
     def quantized(self, format: str) -> "DeviceLinear":
         """The values of the matrix in another format, on the same device."""
-        return DeviceLinear(self.on_host().quantized(format), self.seat, self._format)
+        return DeviceLinear(self.on_host().quantized(format), self.seat, self._dtype)
 
     def on_host(self) -> Linear:
         """The same matrix for the CPU's kernels again."""
         linear = Linear.__new__(Linear)
-        vars(linear).update(
-            {k: v for k, v in vars(self).items() if k not in ("seat", "near", "values", "_dtype")}
-        )
+        vars(linear).update({k: v for k, v in vars(self).items() if k not in _OWN})
         return linear
-
-    @property
-    def _format(self) -> str:
-        return next(name for name, dtype in DTYPES.items() if dtype == self._dtype)
 
     @property
     def device_bytes(self) -> int:

@@ -5,6 +5,7 @@ their own, so that they pass beside the products. A stand-in is another torch de
 answers to a GPU's name, so that what runs on a GPU can be run, and tested, without one.
 """
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,12 +18,16 @@ import torch
 from torch import Tensor
 
 from ktlab.errors import SettingError
+from ktlab.kernels import packing
 from ktlab.kernels.dispatch import Verdict
+from ktlab.kernels.int4 import GROUPED, Int4, Values, parts
 from ktlab.kernels.request import Kernel
-from ktlab.quantization import QTensor
+from ktlab.quantization import QTensor, fallback_format
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-"""What matrices can be on a device."""
+INT4 = "int4"
+FORMATS = (*DTYPES, INT4)
+"""What matrices can be on a device; "int4" is kept as such and multiplied as bf16."""
 LOADED_AT_ONCE = 1 << 24
 """Weights that are decoded to float32 at a time on their way to a device."""
 
@@ -61,12 +66,13 @@ class TorchSeat(Seat):
     host = False
 
     def __init__(self, word: str, device: "str | torch.device", dtype: str = "bf16") -> None:
-        if dtype not in DTYPES:
-            raise SettingError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        if dtype not in FORMATS:
+            raise SettingError(f"dtype {dtype!r}: expected one of {', '.join(FORMATS)}")
         self.word, self.format = word, dtype
         self.device = torch.device(device)
         self.stand_in = self.device.type != word.partition(":")[0]
-        self.dtype = DTYPES[dtype]
+        self.dtype = DTYPES.get(dtype, torch.bfloat16)
+        """Of caches and products."""
         self.taken_bytes = self.given_bytes = 0
         """Copied to the device and back since this was made, weights not counted."""
         self._here: dict[int, tuple[str, int]] = {}
@@ -157,6 +163,28 @@ class TorchSeat(Seat):
             values = np.require(some.dequantize(), requirements="W")
             flat[first : first + step] = torch.from_numpy(values).to(flat.dtype)
         return self._keep(there, "weights")
+
+    def load_matrix(self, tensor: QTensor) -> Values:
+        """A matrix in the seat's format; one a head, and rows that no group divides, as bf16."""
+        if self.format_of(tensor.shape) != INT4:
+            return self.load(tensor)
+        made = packing.convert(tensor, fallback_format(GROUPED[0], tensor.shape[-1]))
+        codes, scales = (self.hold(part) for part in parts(made))
+        return Int4(codes=codes, scales=scales, dtype=self.dtype)
+
+    def format_of(self, shape: tuple[int, ...]) -> str:
+        """In which format a matrix of this shape is here."""
+        if self.format != INT4:
+            return self.format
+        fits = len(shape) == 2 and fallback_format(GROUPED[0], shape[-1]).name in GROUPED
+        return INT4 if fits else "bf16"
+
+    def bytes_of(self, shape: tuple[int, ...]) -> int:
+        """What `load_matrix` will take."""
+        size = math.prod(shape)
+        if self.format_of(shape) == INT4:
+            return size // shape[-1] * fallback_format(GROUPED[0], shape[-1]).row_bytes(shape[-1])
+        return size * self.dtype.itemsize
 
     def hold(self, values: Tensor) -> Tensor:
         """A small host tensor (a norm, a bias) that stays on the device, as it is."""

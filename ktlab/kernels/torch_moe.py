@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ktlab.kernels.int4 import Values, dense
 from ktlab.quantization.qtensor import QTensor
 
 
@@ -19,7 +20,7 @@ def float_tensor(weight: QTensor) -> Tensor:
     return torch.from_numpy(np.require(weight.dequantize(), requirements="W"))
 
 
-Experts = Mapping[int, tuple[Tensor, Tensor, Tensor]]
+Experts = Mapping[int, tuple[Values, Values, Values]]
 """Expert to gate (F, D), up (F, D) and down (D, F)."""
 
 
@@ -58,7 +59,7 @@ def some_experts(
     for expert, count in enumerate(counts[1:]):
         if not count:
             continue
-        gate_FD, up_FD, down_DF = experts[expert]
+        gate_FD, up_FD, down_DF = (dense(matrix) for matrix in experts[expert])
         rows = slice(start, start + count)
         rows_nD = rows_PD[rows].to(gate_FD.dtype)
         inner = F.silu(F.linear(rows_nD, gate_FD))

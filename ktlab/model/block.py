@@ -47,6 +47,8 @@ class Block:
         self.attention_norm_D = attention_norm_D
         self.mlp_norm_D = mlp_norm_D
         self._whole: WholeLayer | None = None
+        self.moved = False
+        """Whether a placement has put a stage elsewhere: else nobody has to look."""
         self.in_prefill = Twins()
         """Stages that are somewhere else while prompts are read."""
 
@@ -110,7 +112,7 @@ class Block:
     @property
     def seats(self) -> BlockSeats | None:
         """Where its stages are; None: all on the host, as loaded."""
-        return BlockSeats.of(self)
+        return BlockSeats.of(self) if self.moved else None
 
     def stages_in(self, phase: str) -> dict[str, Any]:
         """The stage objects by name, as they are in "decode" or "prefill"."""

@@ -22,7 +22,7 @@ from ktlab.experts.placed_bank import PlacedBank
 from ktlab.html import decimal_bytes
 from ktlab.kernels.device_linear import DeviceLinear
 from ktlab.kernels.linear import Linear
-from ktlab.kernels.seat import HOST, Seat, TorchSeat
+from ktlab.kernels.seat import HOST, INT4, Seat, TorchSeat
 from ktlab.kernels.threads import numa_nodes
 from ktlab.model.block import Layer, MoEBlock
 from ktlab.model.place_room import PHASES, check_room
@@ -200,7 +200,10 @@ class _Builder:
     def build(self) -> None:
         """Layer by layer, then what is outside of layers."""
         for block in self.model.layers:
+            before = len(self.assignments)
             self._layer(block)
+            if len(self.assignments) > before and not block.moved:
+                self.assignments.append((block, "moved", True))
         self._outside()
 
     # Where -------------------------------------------------------------------------------------
@@ -307,7 +310,10 @@ class _Builder:
             word = wanted.device("embedding")
             self._note("embedding", None, word)
             seat = self.seats.get(word)
-            table = None if seat is None else DeviceLinear(Linear(model.embedding), seat)
+            table = None
+            if seat is not None:  # rows are looked up, which groups of 4 bits are not made for
+                dtype = "bf16" if seat.format == INT4 else seat.format
+                table = DeviceLinear(Linear(model.embedding), seat, dtype)
             self.assignments.append((model, "embedding_table", table))
 
     def _mover(

@@ -1,7 +1,7 @@
 """Whether what a placement moves has room where it goes: counted before the first byte is moved."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ktlab.errors import PlacementError
@@ -45,14 +45,14 @@ def needed_bytes(model: "Model", wanted: Any, seats: Mapping[str, TorchSeat]) ->
     """Bytes of matrices that will be loaded, by device; what is there already is not counted."""
     found = dict.fromkeys(seats, 0)
 
-    def add(word: str, here: Seat, weights: int) -> None:
+    def add(word: str, here: Seat, shapes: Iterable[tuple[int, ...]]) -> None:
         if word in seats and here is not seats[word]:
-            found[word] += weights * seats[word].dtype.itemsize
+            found[word] += sum(map(seats[word].bytes_of, shapes))
 
     for block in model.layers:
         linears = getattr(block.attention, "linears", {})
         here = getattr(block.attention, "seat", HOST)
-        add(wanted.device("attention", layer=block.index), here, _weights(linears))
+        add(wanted.device("attention", layer=block.index), here, _shapes(linears))
         dense = isinstance(block, DenseBlock)
         name, component = ("mlp", "dense") if dense else ("shared", "shared")
         if not hasattr(block.stages().get(name), "linears"):
@@ -61,21 +61,22 @@ def needed_bytes(model: "Model", wanted: Any, seats: Mapping[str, TorchSeat]) ->
         for phase, word in words.items():
             if phase == "decode" or word != words["decode"]:
                 linears = block.stages_in(phase)[name].linears
-                add(word, seat_of(linears["gate"]), _weights(linears))
+                add(word, seat_of(linears["gate"]), _shapes(linears))
     for block in model.moe_blocks:
         bank = block.experts
-        one = sum(stack.size for stack in bank.stacks) // bank.num_experts
+        one = [stack.shape[1:] for stack in bank.stacks]
         for word in seats:
             there = bank.residents.get(word, {}) if isinstance(bank, PlacedBank) else {}
             add(word, HOST, one * len(_ids(wanted, block.index, word) - set(there)))
-    add(wanted.device("output"), seat_of(model.output), model.output.stack.size)
+    add(wanted.device("output"), seat_of(model.output), [model.output.stack.shape])
     table = seat_of(model.embedding_table)
-    add(wanted.device("embedding"), table, math.prod(model.embedding.shape))
+    if (word := wanted.device("embedding")) in seats and table is not seats[word]:
+        found[word] += seats[word].dtype.itemsize * math.prod(model.embedding.shape)
     return found
 
 
-def _weights(linears: Mapping[str, Any]) -> int:
-    return sum(linear.stack.size for linear in linears.values())
+def _shapes(linears: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    return [linear.stack.shape for linear in linears.values()]
 
 
 def _ids(wanted: Any, layer: int, word: str) -> set[int]:

@@ -9,6 +9,7 @@ from ktlab.errors import ContextError, SettingError, nearest
 from ktlab.kernels.dispatch import choose
 from ktlab.kernels.request import AUTO
 from ktlab.notebook.control_room_kernels import STORED, WORDS, all_formats, request_of
+from ktlab.placement.presets import Preset, stand_ins
 from ktlab.quantization import FORMATS, get_format
 from ktlab.routing.rules import CumulativeProbability, FixedK, RelativeThreshold, SelectionRule
 
@@ -45,8 +46,11 @@ class Choice:
     layout: str = AUTO
     backend: str = AUTO
     isa: str = AUTO
+    placement: str = "cpu"
+    """A name of `ktlab.placement.presets`; without a GPU another device stands in for it."""
 
     def __post_init__(self) -> None:
+        Preset(self.placement)
         if self.rule not in RULES:
             raise SettingError(
                 f"rule = {self.rule!r}: expected one of {', '.join(RULES)}"
@@ -84,6 +88,8 @@ class Choice:
             "attention": self.attention,
             **{word: getattr(self, word) for word in WORDS},
         }
+        if self.placement != "cpu":
+            changes |= {"placement": Preset(self.placement), "stand_in": stand_ins()}
         return changes if self.experts == STORED else {**changes, "quantize": self.experts}
 
     @property
@@ -97,6 +103,9 @@ class Choice:
         parts += [f"{w}={v!r}" for w in WORDS if (v := getattr(self, w)) != AUTO]
         if self.experts != STORED:
             parts.append(f"quantize={self.experts!r}")
+        if self.placement != "cpu":
+            parts.append(f"placement=ktlab.placement.{Preset(self.placement)!r}")
+            parts += [f"stand_in={stand_ins()}"] if stand_ins() else []
         return f"dict({', '.join(parts)})"
 
     @property
@@ -113,6 +122,7 @@ class Choice:
             for value, usual in (
                 (self.experts, (STORED,)),
                 (self.attention, USUAL_FORMS),
+                (self.placement, ("cpu",)),
                 *((getattr(self, word), (AUTO,)) for word in WORDS),
             )
             if value not in usual

@@ -10,7 +10,9 @@ import ipywidgets as widgets
 from ktlab.kernels.request import AUTO
 from ktlab.model.model import Model
 from ktlab.notebook.control_room_choice import OWN, RULES, Choice, Library, formats
+from ktlab.notebook.control_room_elsewhere import MACHINES
 from ktlab.notebook.control_room_kernels import OFF, WORDS, offers, tooltip, twin_names
+from ktlab.placement.presets import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,8 @@ class State:
     """Which speed the plane of settings shows."""
     twin: str = OFF
     """Whose widths the true-size twin has."""
+    machine: str = OFF
+    """Another machine, for which speeds are predicted."""
 
 
 class Controls:
@@ -62,6 +66,9 @@ class Controls:
             ),
             "experts": widgets.Dropdown(options=formats(model)),
             **{word: widgets.Dropdown(options=[AUTO]) for word in WORDS},
+            "placement": widgets.Dropdown(
+                options=list(PRESETS), tooltip="; ".join(f"{k}: {v}" for k, v in PRESETS.items())
+            ),
             "text": widgets.Dropdown(options=list(library)),
             "baseline": widgets.Dropdown(options=[(state.baseline.label, state.baseline)]),
             "own_text": widgets.Textarea(
@@ -72,6 +79,9 @@ class Controls:
             "phase": widgets.ToggleButtons(options=["decode", "prefill"]),
             "twin": widgets.Dropdown(
                 options=twin_names(), tooltip="measure a layer of a real model's widths as well"
+            ),
+            "machine": widgets.Dropdown(
+                options=list(MACHINES), tooltip="predict speeds on a machine that is not here"
             ),
         }  # fmt: skip
         self.all = make
@@ -93,7 +103,7 @@ class Controls:
             "quick_k": "experts", "top_k": "", "rule": "rule", "threshold": "", "text": "text",
             "attention": "attention", "experts": "experts as", "layout": "layout",
             "backend": "backend",
-            "isa": "instruction set", "baseline": "against",
+            "isa": "instruction set", "placement": "placement", "baseline": "against",
         }  # fmt: skip
         cells = [
             widgets.HBox(([widgets.Label(label)] if label else []) + [self.all[name]])
@@ -122,14 +132,14 @@ class Controls:
                 if list(controls[word].options) != usable:
                     controls[word].options = usable
                 controls[word].tooltip = tooltip(word, rejected)
-            for name in ("top_k", "rule", "attention", "experts", *WORDS):
+            for name in ("top_k", "rule", "attention", "experts", "placement", *WORDS):
                 controls[name].value = getattr(choice, name)
             fixed = choice.rule == "fixed k"
             controls["threshold"].layout.display = "none" if fixed else None
             if not fixed:
                 controls["threshold"].value = choice.threshold
             texts = () if keep_text else ("text", "own_text")
-            for name in (*texts, "layer", "phase", "twin"):
+            for name in (*texts, "layer", "phase", "twin", "machine"):
                 controls[name].value = getattr(state, name)
             if not keep_text:
                 self.show_own(state.text == OWN)

@@ -21,6 +21,7 @@ from ktlab.measurement.synthetic import MIXES, shapes
 from ktlab.measurement.twin import Side
 from ktlab.model.copies import products_of
 from ktlab.model.settings import component_stages
+from ktlab.placement.presets import PRESETS, stand_ins
 from ktlab.quantization import fallback_format
 
 if TYPE_CHECKING:
@@ -112,10 +113,21 @@ def kernel_line(model: "Model", choice: "Choice") -> str:
     return (
         f'<div class="cr-kernel" data-kernel="{text(name)}" data-layout="{text(chosen.layout)}">'
         f"experts in <b>{text(formats)}</b> run on <b>{text(name)}</b>, {text(chosen.layout)}: "
-        f"<span>{text(chosen.reason)}</span>"
+        f"<span>{text(chosen.reason)}</span>{_placed(choice)}"
         f'<details class="cr-explain"><summary>{counts["usable"]} more usable, '
         f"{counts['rejected']} rejected: why</summary>{table}</details></div>"
     )
+
+
+def _placed(choice: "Choice") -> str:
+    """Where the setting puts the rest, and whose speed is measured then."""
+    if choice.placement == "cpu":
+        return ""
+    real = "" if not stand_ins() else (
+        "; torch on this CPU stands in for the GPU, so the quality is a GPU's in bf16, the speed "
+        "is not"
+    )  # fmt: skip
+    return f'<div class="cr-placed">placed: {text(PRESETS[choice.placement])}{real}</div>'
 
 
 def twin_sides(model: "Model", baseline: "Choice", choice: "Choice") -> tuple[Side, Side]:

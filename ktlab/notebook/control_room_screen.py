@@ -19,6 +19,7 @@ from ktlab.notebook import control_room_router as router
 from ktlab.notebook import control_room_speed as speed
 from ktlab.notebook import control_room_twin as twins
 from ktlab.notebook.control_room_controls import Controls, State
+from ktlab.notebook.control_room_elsewhere import elsewhere, elsewhere_title
 from ktlab.notebook.control_room_html import header, panel_title
 from ktlab.notebook.control_room_kernels import kernel_line
 from ktlab.notebook.control_room_quality import quality
@@ -28,8 +29,8 @@ from ktlab.notebook.css import style
 from ktlab.notebook.live_figure import LiveFigure
 
 PANELS = (
-    "kernel", "quality", "speed", "stages", "twin_title", "twin", "router_title", "router", "text",
-    "plane_title",
+    "kernel", "quality", "speed", "stages", "twin_title", "twin", "elsewhere_title", "elsewhere",
+    "router_title", "router", "text", "plane_title",
 )  # fmt: skip
 PHASES = {
     "first answer": "first answer from a few tokens",
@@ -64,13 +65,21 @@ class Screen:
         self.status_html = widgets.HTML()
         self._experts = model.config.num_experts
         self.live = {name: _live(fig) for name, fig in self.figures(None, (), None).items()}
-        layer, phase, shape = (controls.all[name] for name in ("layer", "phase", "twin"))
+        layer, phase, shape, machine = (
+            controls.all[name] for name in ("layer", "phase", "twin", "machine")
+        )
         self.grid = widgets.VBox(
             [
                 _panel(self.html["quality"], name="quality"),
                 _panel(self.html["speed"], self.html["stages"], name="speed"),
                 _panel(
                     _head(self.html["twin_title"], shape), self.html["twin"], name="twin", wide=True
+                ),
+                _panel(
+                    _head(self.html["elsewhere_title"], machine),
+                    self.html["elsewhere"],
+                    name="elsewhere",
+                    wide=True,
                 ),
                 _panel(
                     _head(self.html["router_title"], layer),
@@ -146,6 +155,8 @@ class Screen:
         return {
             "twin_title": twins.twin_title(twin, state.twin),
             "twin": twins.twin(twin, state.twin, doing),
+            "elsewhere_title": elsewhere_title(state.machine),
+            "elsewhere": elsewhere(self._model, results, state.choice, state.machine, state.twin),
             "quality": quality(results),
             "speed": speed.speed(results),
             "stages": panel_title("where the time goes", "by stage") + speed.stage_bars(results),
@@ -212,11 +223,12 @@ class Screen:
             found["quality"],
             found["speed"] + found["stages"],
             found["twin_title"] + found["twin"],
+            found["elsewhere_title"] + found["elsewhere"],
             found["router_title"] + router.bars(histogram, state.layer) + found["router"],
             found["plane_title"] + plane.plane(points, state.phase),
             found["text"],
         )
-        wide = ("", "", " cr-wide", "", "", " cr-wide")
+        wide = ("", "", " cr-wide", " cr-wide", "", "", " cr-wide")
         inner = "".join(
             f'<div class="cr-panel{width}">{body}</div>'
             for body, width in zip(bodies, wide, strict=True)

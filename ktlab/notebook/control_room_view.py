@@ -17,11 +17,13 @@ from ktlab.measurement.twin import Twin
 from ktlab.model.model import Model
 from ktlab.notebook.control_room_choice import OWN, Choice, Library
 from ktlab.notebook.control_room_controls import Controls, State
+from ktlab.notebook.control_room_elsewhere import MACHINES, prediction
 from ktlab.notebook.control_room_engine import Engine, Options, Request
 from ktlab.notebook.control_room_html import Snapshot
-from ktlab.notebook.control_room_kernels import TWINS, explained
+from ktlab.notebook.control_room_kernels import OFF, TWINS, explained
 from ktlab.notebook.control_room_results import Point, Results, points
 from ktlab.notebook.control_room_screen import Screen
+from ktlab.placement.predict import Prediction
 
 CHOICE_FIELDS = tuple(Choice.__dataclass_fields__)
 
@@ -125,6 +127,14 @@ class ControlRoom:
         return found if isinstance(found, Twin) else None
 
     @property
+    def prediction(self) -> Prediction | None:
+        """What is predicted for the chosen machine; None while that is off."""
+        state = self.state
+        if state.machine == OFF:
+            return None
+        return prediction(self.model, state.choice, state.machine, state.twin)
+
+    @property
     def kernels(self) -> Explanation:
         """What computes the experts under the present setting, and why nothing else does."""
         return explained(self.model, self.state.choice)
@@ -148,10 +158,10 @@ class ControlRoom:
     def set(self, **changes: Any) -> "ControlRoom":
         """Change what is chosen, as the buttons do.
 
-        Fields of `Choice` (top_k, rule, threshold, attention, experts, layout, backend, isa), text
-        (a name on offer), own_text, baseline (a Choice, or "now"), layer, phase, twin (a real
-        model's name, or "off"). SettingError or ContextError if it cannot be; then nothing has
-        changed.
+        Fields of `Choice` (top_k, rule, threshold, attention, experts, layout, backend, isa,
+        placement), text (a name on offer), own_text, baseline (a Choice, or "now"), layer, phase,
+        twin (a real model's name, or "off"), machine (another one's name, or "off"). SettingError
+        or ContextError if it cannot be; then nothing has changed.
         """
         with self._lock:
             if self._closed:
@@ -169,7 +179,16 @@ class ControlRoom:
         return self
 
     def _checked(self, changes: Mapping[str, Any]) -> State:
-        known = (*CHOICE_FIELDS, "text", "own_text", "baseline", "layer", "phase", "twin")
+        known = (
+            *CHOICE_FIELDS,
+            "text",
+            "own_text",
+            "baseline",
+            "layer",
+            "phase",
+            "twin",
+            "machine",
+        )
         unknown = [name for name in changes if name not in known]
         if unknown:
             raise SettingError(f"unknown {unknown}; the room can set {', '.join(known)}")
@@ -190,6 +209,11 @@ class ControlRoom:
             raise SettingError(
                 f"twin = {rest['twin']!r}: expected one of {', '.join(TWINS)}"
                 f"{nearest(str(rest['twin']), TWINS)}"
+            )
+        if rest.get("machine", self.state.machine) not in MACHINES:
+            raise SettingError(
+                f"machine = {rest['machine']!r}: expected one of {', '.join(MACHINES)}"
+                f"{nearest(str(rest['machine']), MACHINES)}"
             )
         state = replace(self.state, **rest)
         if "text" in rest or "own_text" in rest:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ktlab import html
 from ktlab.notebook.passages import experts_touched
+from ktlab.placement.strategy_placement import intensities
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,6 +69,23 @@ def static_set_frame(trace: "Trace", layer: int, share: float) -> "pd.DataFrame"
             }
         )
     return pd.DataFrame(rows).set_index("used on")
+
+
+def intensity_frame(name: str, format: str) -> "pd.DataFrame":
+    """What a token of decode does with each component of a published model, the most used first."""
+    import pandas as pd
+
+    rows = [
+        {
+            "component": component,
+            "stored": html.decimal_bytes(row["bytes"]),
+            "work of a token": html.quantity(row["flop"], "FLOP"),
+            "FLOP per number stored": f"{row['use']:.3g}",
+            "FLOP per byte read": f"{row['flop_per_byte']:.3g}",
+        }
+        for component, row in intensities(name, format=format).iterrows()
+    ]
+    return pd.DataFrame(rows).set_index("component")
 
 
 def link_frame(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktlab import html
 from ktlab.errors import RuleError
+from ktlab.notebook.pace import pace
 from ktlab.placement.rules import Preview, RuleSet
 from ktlab.placement.rules.preview import TONES
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from ktlab.model.model import Model
 
+READ_S, LEAST_TOKENS = 4.0, 96
+"""Read for each bonus: as many tokens as this model reads in so many seconds."""
 _PLACE = re.compile(r"line (\d+), column (\d+): (.*)", re.S)
 
 
@@ -75,7 +78,8 @@ def near_frame(
 
     from ktlab.measurement.quality import measure_quality
 
-    ids = model.tokenizer.encode(text)[: max_tokens + 1]
+    most = pace(model).read(READ_S, max_tokens, least=LEAST_TOKENS)
+    ids = model.tokenizer.encode(text)[: most + 1]
     rows: list[Mapping[str, Any]] = []
     for bonus in bonuses:
         change = {"rules": rules(bonus)} if bonus else {}

@@ -25,22 +25,22 @@ VECTORS = ("avx512_vnni", "avx2")
 """Of those the first that a processor has."""
 
 
-def own_stage_times(case: Case, tokens: int, context: int) -> Iterator[StageTime]:
+def own_stage_times(case: Case, phase: str, tokens: int, context: int) -> Iterator[StageTime]:
     """Every stage of a pass of T tokens onto S cached positions."""
-    decode = tokens == 1 and context > 0
-    for index, rows in enumerate(case.layers):
-        for component, row in rows.items():
-            if component == "experts":
-                yield _experts(case, index, row, tokens)
-            elif component == "attention":
-                yield _attention(case, index, row, tokens, context, decode)
-            elif component in ("router", "shared", "dense"):
-                yield _matrices(case, index, component, row, tokens)
+    decode = phase == "decode"
+    for index, rows in enumerate(case.layers(phase)):
+        for component, placed in rows.items():
+            for row in placed:
+                if component == "experts":
+                    yield _experts(case, index, row, tokens)
+                elif component == "attention":
+                    yield _attention(case, index, row, tokens, context, decode)
+                elif component in ("router", "shared", "dense"):
+                    yield _matrices(case, index, component, row, tokens)
         if not decode:
             yield _glue(case, index, tokens)
-    for row in case.rows:
-        if row.part.component == "output":
-            yield _matrices(case, None, "output", row, 1)  # of the last token alone
+    for row in case.output(phase):
+        yield _matrices(case, None, "output", row, 1)
     if decode:
         yield _glue(case, None, 1)
 
@@ -108,18 +108,20 @@ def _matrices(case: Case, layer: int | None, name: str, row: Placed, tokens: int
 def _experts(case: Case, layer: int, row: Placed, tokens: int) -> StageTime:
     experts, k = case.config.num_experts, case.top_k
     load = case.loads.get(layer)
-    each = row.part.parameters / experts
-    flop = 2.0 * tokens * k * each
+    each = row.part.parameters / (experts * row.share)
+    flop = 2.0 * tokens * k * row.share * each
+    one = row.part.bytes / (experts * row.share)
     if tokens == 1:
-        nbytes = k * row.part.bytes / experts
         parts = {"memory": flop / _rate(case, row, each, 1, EXPERTS)}
+        nbytes = k * row.share * one
         return stage(layer, "experts", CPU_LANE, flop=flop, nbytes=nbytes, parts=parts)
     seconds = nbytes = 0.0
     for start in range(0, tokens, CHUNK):
         chunk = min(CHUNK, tokens - start)
         used = touched(chunk, experts, k, load)
-        nbytes += used * row.part.bytes / experts
-        seconds += 2.0 * chunk * k * each / _rate(case, row, each, chunk * k / used, EXPERTS)
+        nbytes += used * row.share * one
+        rate = _rate(case, row, each, chunk * k / used, EXPERTS)
+        seconds += 2.0 * chunk * k * row.share * each / rate
     parts = {"compute": seconds}
     return stage(layer, "experts", CPU_LANE, flop=flop, nbytes=nbytes, parts=parts)
 

@@ -5,11 +5,15 @@
 Seconds come from `stage_times`, what runs beside what from a `Timeline`, bytes from `ktlab.plan`.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
 from ktlab.checkpoint.facts import read_facts
 from ktlab.checkpoint.published import published_models
 from ktlab.errors import SettingError
@@ -27,6 +31,9 @@ from ktlab.record import Record, unsaved
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
+
+    from ktlab.model.trace import Trace
+    from ktlab.placement.placement import Placement
 
 PHASES = ("prefill", "decode")
 BEFORE_EXPERTS = ("launch", "attention", "scores", "router")
@@ -69,7 +76,9 @@ class Prediction(Record):
     def bound(self, phase: str) -> str:
         """What the phase waits for most: its longest stage and that stage's bound."""
         longest = max(self.stages[phase], key=lambda stage: stage.seconds)
-        return f"{longest.stage}, {longest.bound}"
+        return (
+            longest.stage if longest.stage == longest.bound else f"{longest.stage}, {longest.bound}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """With `times`, which `from_dict` finds again in `stages`."""
@@ -114,7 +123,8 @@ def predict(
     top_k: int | None = None,
     prompt: int = 512,
     generate: int = 128,
-    loads: Mapping[int, Load] | None = None,
+    placement: "Placement | Plan | None" = None,
+    loads: "Mapping[int, Load] | Trace | None" = None,
     changes: Mapping[str, float] | None = None,
 ) -> Prediction:
     """What speed to expect of one prompt of `prompt` tokens and `generate` tokens of answer.
@@ -122,7 +132,8 @@ def predict(
     `model` and `format` are those of `ktlab.plan`; without a format a published model has the
     engine's usual one. `machine` is a listed name ("2x6454s+4090d"), "this", or a `Machine`.
     `engine` is "ktransformers-0.2", "ktransformers-0.2.0", "ktransformers-0.3", "llama.cpp" or
-    "ktlab". `loads` are {layer: each expert's share of choices}; layers that are missing are even.
+    "ktlab". `placement` says what lies where, by default the engine's own rule. `loads` are
+    {layer: each expert's share of choices} or a trace; layers that are missing are even.
     `changes` gives efficiencies other values. Raises SettingError for what is unknown, with the
     nearest name, and for an engine that cannot run on the machine; CheckpointError and FormatError
     as `ktlab.plan` does.
@@ -135,6 +146,7 @@ def predict(
         top_k=top_k,
         prompt=prompt,
         generate=generate,
+        placement=placement,
         loads=loads,
         changes=changes,
     )
@@ -149,7 +161,7 @@ def predict(
         model=planned.model,
         machine=where.name,
         engine=how.name,
-        format=format or how.format,
+        format=format or (how.format if _is_shape(str(model)) else "its own formats"),
         top_k=case.top_k,
         prompt=prompt,
         generate=generate,
@@ -174,14 +186,15 @@ def prepare(
     top_k: int | None = None,
     prompt: int,
     generate: int,
-    loads: Mapping[int, Load] | None = None,
+    placement: "Placement | Plan | None" = None,
+    loads: "Mapping[int, Load] | Trace | None" = None,
     changes: Mapping[str, float] | None = None,
 ) -> tuple[Case, Plan]:
     """What `predict` computes on: checked, planned. Its arguments and errors."""
     how = engine_of(engine)
     where = Machine.measure() if machine == THIS else get_machine(machine)
     _check(how, where, prompt, generate)
-    planned = _plan(fspath(model), how, where, format, prompt + generate)
+    planned = _plan(fspath(model), how, where, format, prompt + generate, placement)
     config = read_facts(fspath(model)).config
     k = config.top_k if top_k is None else top_k
     if not 1 <= k <= config.selectable_experts:
@@ -193,7 +206,7 @@ def prepare(
         engine=how,
         shares=efficiencies(changes),
         top_k=k,
-        loads=loads or {},
+        loads=_loads(loads, str(model)),
     )
     return case, planned
 
@@ -202,8 +215,8 @@ def stages_of(case: Case, phase: str, prompt: int, generate: int) -> list[StageT
     """Every stage of every layer of the whole prompt, or of one token at the mean context."""
     tokens, context = (prompt, 0) if phase == "prefill" else (1, prompt + generate // 2)
     if case.engine.name == KTLAB:
-        return list(own_stage_times(case, tokens, context))
-    return list(stage_times(case, tokens, context, prompt + generate))
+        return list(own_stage_times(case, phase, tokens, context))
+    return list(stage_times(case, phase, tokens, context, prompt + generate))
 
 
 def timeline(stages: Iterable[StageTime], *, title: str = "", method: str = "") -> Timeline:
@@ -223,23 +236,60 @@ def _check(how: Engine, where: Machine, prompt: int, generate: int) -> None:
         raise SettingError("predict: " + "; ".join(problems))
 
 
-def _plan(model: str, how: Engine, where: Machine, format: str | None, context: int) -> Plan:
+def _loads(loads: "Mapping[int, Load] | Trace | None", model: str) -> Mapping[int, Load]:
+    """Each expert's share of choices, by layer: as given, out of a trace, or as measured for the
+    embedded model on its held-out texts."""
+    if loads is None:
+        return _tiny_loads() if model in EMBEDDED_MODELS else {}
+    if isinstance(loads, Mapping):
+        return loads
+    return {layer: loads.routing.load(layer) for layer in loads.routing.layers}
+
+
+@lru_cache(maxsize=1)
+def _tiny_loads() -> Mapping[int, Load]:
+    said = json.loads(data_path("measurements", "tiny_load.json").read_text(encoding="utf-8"))
+    return {int(layer): counts for layer, counts in said["counts"].items()}
+
+
+def _is_shape(model: str) -> bool:
+    """Whether it is a published shape, whose format is anybody's choice."""
+    return model.lower() in published_models() and not Path(model).exists()
+
+
+def _plan(
+    model: str,
+    how: Engine,
+    where: Machine,
+    format: str | None,
+    context: int,
+    placement: "Placement | Plan | None",
+) -> Plan:
     """The engine's placement on that machine: what it lays where and in which format."""
     kept = (CPU, GPU) if how.gpu else (CPU,)
     there = replace(where, devices=tuple(d for d in where.devices if d.name in kept))
     if how.experts is not None:  # the GPU's part has its 4 bits from any format
         file_type: str | None = how.experts
     else:
-        file_type = format or (how.format if model.lower() in published_models() else None)
+        file_type = format or (how.format if _is_shape(model) else None)
     copies = where.sockets if how.numa == "copies" else 1
-    return plan(model, format=file_type, machine=there, context=context, numa_copies=copies)
+    return plan(
+        model,
+        format=file_type,
+        machine=there,
+        context=context,
+        numa_copies=copies,
+        placement=placement,
+    )
 
 
 def _tasks(stages: Iterable[StageTime]) -> list[Task]:
     """A layer after another; the shared experts run beside the routed ones' way to the CPU."""
     layers: dict[int | None, dict[str, StageTime]] = {}
     for stage in stages:
-        layers.setdefault(stage.layer, {})[stage.stage] = stage
+        found = layers.setdefault(stage.layer, {})
+        before = found.get(stage.stage)  # of other experts in another node's memory
+        found[stage.stage] = stage if before is None else added((before, stage))[0]
     tasks: list[Task] = []
     ends: tuple[str, ...] = ()
     for index, found in layers.items():
@@ -275,8 +325,9 @@ def _tasks(stages: Iterable[StageTime]) -> list[Task]:
             ends = add(found["experts"], ends)
             if link is not None:
                 ends = add(link, ends, half, " back")
-        if "shared" in found:
-            ends = (*ends, *add(found["shared"], start))
+        beside = [found[name] for name in ("shared", "experts on the GPU") if name in found]
+        for one in beside:
+            ends = (*ends, *add(one, start))
     return tasks
 
 

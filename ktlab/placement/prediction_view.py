@@ -1,13 +1,16 @@
 """How a prediction is shown: text, a card of HTML, a timeline."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ktlab import html
+from ktlab.placement.timeline_view import seconds
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from ktlab.placement.predict import Prediction
+    from ktlab.placement.timeline import Span
 
 SHOWN_LAYERS = 3
 """Of a timeline: layers with experts look alike."""
@@ -46,7 +49,7 @@ def rows(of: "Prediction", phase: str) -> list[tuple[str, ...]]:
         (
             stage.stage,
             stage.lane,
-            html.quantity(stage.seconds, "s"),
+            seconds(stage.seconds),
             f"{100 * stage.seconds / whole:.1f} %",
             html.quantity(stage.flop, "FLOP") if stage.flop else "",
             html.decimal_bytes(int(stage.bytes)) if stage.bytes else "",
@@ -79,27 +82,21 @@ def bundle(of: "Prediction") -> dict[str, Any]:
     return html.mimebundle(text(of), html.card(title(of), *parts))
 
 
+def last_layers(of: "Prediction", phase: str) -> list["Span"]:
+    """The spans of a pass' last layers, from second 0: those have experts in every model."""
+    spans = [span for span in of.timelines[phase].spans if span.label.startswith("layer ")]
+    last = max(int(span.label.split()[1]) for span in spans)
+    kept = [span for span in spans if int(span.label.split()[1]) > last - SHOWN_LAYERS]
+    start = min(span.start_s for span in kept)
+    return [
+        replace(span, start_s=span.start_s - start, end_s=span.end_s - start, after=())
+        for span in kept
+    ]
+
+
 def figure(of: "Prediction", phase: str) -> "Figure":
-    """The last layers of a pass on CPU, GPU and link: those have experts in every model."""
+    """The last layers of a pass on CPU, GPU and link."""
     from ktlab.placement.timeline import Timeline
 
-    line = of.timelines[phase]
-    names = [span.label.split()[1] for span in line.spans if span.label.startswith("layer ")]
-    last = int(max(names, key=int))
-    first = max(0, last + 1 - SHOWN_LAYERS)
-    kept = [
-        span
-        for span in line.spans
-        if span.label.startswith("layer ") and int(span.label.split()[1]) >= first
-    ]
-    start = min(span.start_s for span in kept)
-    from dataclasses import replace
-
-    return Timeline(
-        spans=tuple(
-            replace(span, start_s=span.start_s - start, end_s=span.end_s - start, after=())
-            for span in kept
-        ),
-        title=f"{phase}: layers {first} to {last} of {of.model}",
-        method=line.method,
-    ).plot()
+    title = f"{phase}: the last {SHOWN_LAYERS} layers of {of.model}"
+    return Timeline(spans=tuple(last_layers(of, phase)), title=title).plot()

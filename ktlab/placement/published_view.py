@@ -72,37 +72,40 @@ def text(of: "Published") -> str:
 
 
 def bundle(of: "Published") -> dict[str, Any]:
-    """Text, and a card with a table for each kind."""
-    parts = [
-        html.details(summary(of, kind), html.table(rows(of, kind), HEADERS))
-        for kind in ("fitted", "held_out")
-    ]
+    """Text, and a card: what was fitted, and behind a click what was held out and memory."""
     headers = ("who", "model", "device", "published", "planned", "error")
-    parts.append(html.details("memory", html.table(memory_rows(of), headers)))
+    parts = [
+        html.Raw(f"<b>{summary(of, 'fitted')}</b>"),
+        html.table(rows(of, "fitted"), HEADERS),
+        html.details(summary(of, "held_out"), html.table(rows(of, "held_out"), HEADERS)),
+        html.details("memory", html.table(memory_rows(of), headers)),
+    ]
     return html.mimebundle(text(of), html.card("predicted beside published", *parts))
 
 
 def figure(of: "Published") -> "Figure":
-    """Predicted over published, logarithmic; on the line they are equal."""
-    fig = figures.figure("", x="published, tokens/s", y="predicted, tokens/s", height=380)
-    ends = [4, 320]
-    fig.add_scatter(
-        x=ends, y=ends, mode="lines", name="equal", hoverinfo="skip",
-        line={"color": figures.INK, "width": 1, "dash": "dot"},
+    """The error of each speed, over the published one."""
+    fig = figures.figure("", x="published, tokens/s", y="predicted over published", height=380)
+    fig.add_hrect(
+        y0=-0.1, y1=0.1, fillcolor=figures.FAINT, line_width=0, layer="below",
+        annotation_text="within 10 %", annotation_position="bottom right",
+        annotation_font_color=figures.INK,
     )  # fmt: skip
+    fig.add_hline(y=0, line={"color": figures.INK, "width": 1, "dash": "dot"})
     groups: dict[tuple[str, str], list[Any]] = {}
     for kind in ("fitted", "held_out"):
         for one in getattr(of, kind):
             groups.setdefault((kind, one.phase), []).append(one)
     for (kind, phase), found in groups.items():
+        shape = "circle" if phase == "prefill" else "diamond"
         fig.add_scatter(
             x=[one.published for one in found],
-            y=[one.predicted for one in found],
+            y=[one.error for one in found],
             mode="markers",
             name=f"{phase}, {kind.replace('_', ' ')}",
             marker={
                 "color": figures.COLORS[0 if phase == "prefill" else 1],
-                "symbol": "circle" if kind == "fitted" else "circle-open",
+                "symbol": shape if kind == "fitted" else f"{shape}-open",
                 "size": 9,
             },
             hovertext=[
@@ -113,6 +116,6 @@ def figure(of: "Published") -> "Figure":
             ],
             hovertemplate="%{hovertext}<extra></extra>",
         )
-    fig.update_xaxes(type="log")
-    fig.update_yaxes(type="log")
+    fig.update_xaxes(type="log", tickvals=[5, 10, 20, 50, 100, 200, 300])
+    fig.update_yaxes(tickformat="+.0%", range=[-0.3, 0.3])
     return fig

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from ktlab.checkpoint.config import MLASizes, ModelConfig
 from ktlab.placement.engines import Efficiency, Engine
-from ktlab.placement.machine import CPU, Machine
+from ktlab.placement.machine import Machine
 from ktlab.placement.placed import Placed
+from ktlab.placement.placement import kind_of
 from ktlab.placement.touched import Load, padded, touched
 from ktlab.record import Record
 
@@ -52,14 +53,18 @@ class Case:
     def share(self, name: str) -> float:
         return self.shares[name].value
 
-    @property
-    def layers(self) -> list[dict[str, Placed]]:
-        """{component: row} of each layer."""
-        found: list[dict[str, Placed]] = [{} for _ in range(self.config.num_layers)]
+    def layers(self, phase: str) -> list[dict[str, list[Placed]]]:
+        """{component: rows} of each layer: several where its experts are apart."""
+        found: list[dict[str, list[Placed]]] = [{} for _ in range(self.config.num_layers)]
         for row in self.rows:
-            if row.part.layer is not None and row.part.layer < self.config.num_layers:
-                found[row.part.layer][row.part.component] = row
+            layer = row.part.layer
+            if layer is not None and layer < len(found) and phase in row.phases:
+                found[layer].setdefault(row.part.component, []).append(row)
         return found
+
+    def output(self, phase: str) -> list[Placed]:
+        """The matrix that gives the logits, of the last token alone."""
+        return [r for r in self.rows if r.part.component == "output" and phase in r.phases]
 
     @property
     def memory(self) -> float:
@@ -85,25 +90,31 @@ class Case:
         return self.share(self.engine.rate) * peak * across
 
 
-def stage_times(case: Case, tokens: int, context: int, room: int) -> Iterator[StageTime]:
+def stage_times(
+    case: Case, phase: str, tokens: int, context: int, room: int
+) -> Iterator[StageTime]:
     """Every stage of a pass of T tokens onto S cached positions; `room` positions are allocated."""
-    decode = tokens == 1 and context > 0
-    for index, rows in enumerate(case.layers):
-        for component, row in rows.items():
-            if component in ("norms", "nextn", "embedding"):
-                continue  # counted in the launches; rows that are looked up
-            if component == "experts":
-                yield _experts(case, index, row, tokens)
-            elif component == "cache":
-                yield _scores(case, index, tokens, context, room, decode)
-            elif component in ("attention", "router", "shared", "dense"):
-                yield _matrices(case, index, component, row, tokens)
+    decode = phase == "decode"
+    for index, rows in enumerate(case.layers(phase)):
+        for component, placed in rows.items():
+            for row in placed:
+                if component == "experts" and _on_gpu(row):
+                    yield _gpu_experts(case, index, row, tokens)
+                elif component == "experts":
+                    yield _experts(case, index, row, tokens)
+                elif component == "cache":
+                    yield _scores(case, index, row, tokens, context, room, decode)
+                elif component in ("attention", "router", "shared", "dense"):
+                    yield _matrices(case, index, component, row, tokens)
         yield _launch(case, index, decode)
-        if case.engine.gpu and "experts" in rows:
+        if case.engine.gpu and any(not _on_gpu(row) for row in rows.get("experts", ())):
             yield _link(case, index, tokens)
-    for row in case.rows:
-        if row.part.component == "output":
-            yield _matrices(case, None, "output", row, 1)  # of the last token alone
+    for row in case.output(phase):
+        yield _matrices(case, None, "output", row, 1)
+
+
+def _on_gpu(row: Placed) -> bool:
+    return kind_of(row.device) == "cuda"
 
 
 def stage(
@@ -120,15 +131,12 @@ def stage(
 def _matrices(case: Case, layer: int | None, name: str, row: Placed, tokens: int) -> StageTime:
     """Matrices that every token goes through."""
     flop = row.part.flop_per_token * tokens
-    if row.device == CPU:
+    if not _on_gpu(row):
         reads = row.part.bytes * -(-tokens // case.engine.group)
         compute = flop / case.compute if tokens > 1 else 0.0
         parts = _beside(compute, reads / case.memory)
         return stage(layer, name, CPU_LANE, flop=flop, nbytes=reads, parts=parts)
-    gpu = case.machine.gpus[0]
-    memory = row.bytes / (case.share("gpu_bytes_share") * gpu.bandwidth)
-    compute = flop / (case.share("gpu_flop_share") * gpu.flop_per_s)
-    bound = {"memory": memory} if memory > compute else {"compute": compute}
+    bound = _gpu_bound(case, flop, float(row.bytes))
     return stage(layer, name, GPU_LANE, flop=flop, nbytes=row.bytes, parts=bound)
 
 
@@ -136,36 +144,46 @@ def _experts(case: Case, layer: int, row: Placed, tokens: int) -> StageTime:
     """Routed experts: weights of the touched ones once a group, products of padded rows."""
     experts, k = case.config.num_experts, case.top_k
     load = case.loads.get(layer)
-    each = (row.part.bytes if case.engine.experts is None else row.bytes) / experts
-    flop_each = 2.0 * row.part.parameters / experts
+    here = experts * row.share
+    each = (row.part.bytes if case.engine.experts is None else row.bytes) / here
+    flop_each = 2.0 * row.part.parameters / here
+    chosen = tokens * k * row.share
+    flop = chosen * flop_each
     if tokens < max(case.engine.singly_below, 2):
-        reads = tokens * k * each
-        flop = tokens * k * flop_each
-        return stage(layer, "experts", CPU_LANE, flop=flop, nbytes=reads,
-            parts={"memory": reads / case.memory},
-        )  # fmt: skip
+        reads = chosen * each
+        parts = {"memory": reads / case.memory}
+        return stage(layer, "experts", CPU_LANE, flop=flop, nbytes=reads, parts=parts)
     reads, products = 0.0, 0.0
     for start in range(0, tokens, case.engine.group):
         group = min(case.engine.group, tokens - start)
-        reads += touched(group, experts, k, load) * each
-        products += padded(group, experts, k, load, case.engine.pad) * flop_each
+        reads += touched(group, experts, k, load) * row.share * each
+        products += padded(group, experts, k, load, case.engine.pad) * row.share * flop_each
     memory = case.memory
     if case.machine.sockets > 1 and case.engine.numa == "split":
         memory *= case.share("cross_socket")  # threads take one another's tasks, and their weights
-    rows_bytes = tokens * k * _row_bytes(case.config)
+    rows_bytes = chosen * _row_bytes(case.config)
     parts = _beside(products / case.compute, reads / memory)
     parts["memory"] += rows_bytes / case.one_node
-    flop = tokens * k * flop_each
     moved = reads + rows_bytes
     return stage(layer, "experts", CPU_LANE, flop=flop, nbytes=moved, parts=parts)
 
 
-def _beside(compute: float, memory: float) -> dict[str, float]:
-    """Seconds of computing and reading that hide part of each other, each by its weight."""
-    squares = compute**2 + memory**2
-    if not squares:
-        return {"compute": 0.0, "memory": 0.0}
-    return {"compute": compute**2 / squares**0.5, "memory": memory**2 / squares**0.5}
+def _gpu_experts(case: Case, layer: int, row: Placed, tokens: int) -> StageTime:
+    """Experts that lie on the GPU: read once a pass, and computed there."""
+    experts, k = case.config.num_experts, case.top_k
+    each = row.bytes / (experts * row.share)
+    reads = touched(tokens, experts, k, case.loads.get(layer)) * row.share * each
+    flop = 2.0 * tokens * k * row.part.parameters / experts
+    parts = _gpu_bound(case, flop, reads)
+    return stage(layer, "experts on the GPU", GPU_LANE, flop=flop, nbytes=reads, parts=parts)
+
+
+def _gpu_bound(case: Case, flop: float, nbytes: float) -> dict[str, float]:
+    """The longer of reading and computing: a GPU does both at a time."""
+    gpu = case.machine.gpus[0]
+    memory = nbytes / (case.share("gpu_bytes_share") * gpu.bandwidth)
+    compute = flop / (case.share("gpu_flop_share") * gpu.flop_per_s)
+    return {"memory": memory} if memory > compute else {"compute": compute}
 
 
 def _row_bytes(config: ModelConfig) -> float:
@@ -176,13 +194,21 @@ def _row_bytes(config: ModelConfig) -> float:
     return 2.0 * (2 * wide + (2 + 1) * 4 * inner + inner + 4 * wide)
 
 
+def _beside(compute: float, memory: float) -> dict[str, float]:
+    """Seconds of computing and reading that hide part of each other, each by its weight."""
+    squares = compute**2 + memory**2
+    if not squares:
+        return {"compute": 0.0, "memory": 0.0}
+    return {"compute": compute**2 / squares**0.5, "memory": memory**2 / squares**0.5}
+
+
 def _scores(
-    case: Case, layer: int, tokens: int, context: int, room: int, decode: bool
+    case: Case, layer: int, row: Placed, tokens: int, context: int, room: int, decode: bool
 ) -> StageTime:
     """Queries against the cache, and the mixing of what it holds."""
     sizes = case.config.attention
     pairs = tokens * (context + tokens / 2)
-    if not case.engine.gpu:
+    if not _on_gpu(row):
         form = "naive" if isinstance(sizes, MLASizes) else "grouped"
         nbytes = BFLOAT16 * sizes.cache_elements[form] * (context + tokens)
         flop = sizes.flop_per_pair[form] * pairs

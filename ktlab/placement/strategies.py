@@ -231,12 +231,12 @@ STRATEGIES: Mapping[str, Strategy] = {
         Frequency(),
         Hottest(),
         LayerBudget(),
-        Cache("lru", "a cache in each layer: those used most recently"),
-        Cache("lru+next", "the same, the next layer's experts foreseen and fetched"),
-        Cache("lfu", "a cache in each layer: those used most often"),
-        Cache("lfu+next", "the same, the next layer's experts foreseen and fetched"),
+        Cache("lru", "a cache in each layer, of those used most recently"),
+        Cache("lru+next", "such caches, and the next layer's experts foreseen and fetched"),
+        Cache("lfu", "a cache in each layer, of those used most often"),
+        Cache("lfu+next", "such caches, and the next layer's experts foreseen and fetched"),
         Cache("least-stale", "one cache: what this token has not used goes first (SpecMD)"),
-        Cache("oracle", "the bound in each layer: those needed again soonest"),
+        Cache("oracle", "the bound of a cache in each layer: those needed again soonest"),
         Cache("oracle-shared", "the bound of one cache for all layers"),
     )
 }

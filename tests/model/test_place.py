@@ -9,6 +9,7 @@ import ktlab
 from ktlab.errors import PlacementError, SettingError
 from ktlab.experts.placed_bank import PlacedBank
 from ktlab.kernels.device_linear import DeviceLinear
+from ktlab.kernels.int4 import dense
 from ktlab.model.model import Model
 from ktlab.model.place_room import needed_bytes
 from ktlab.placement import Placement
@@ -294,3 +295,24 @@ def test_undoing_an_older_switch_leaves_stages_where_they_fit(
             assert error(a, b) < 1e-5
     model.place(usual)
     assert placed_bank(model, 2).residents and not model.layers[1].attention.seat.host
+
+
+def test_four_bits(model: Model, usual: Placement) -> None:
+    components = ("attention", "dense", "shared", "output", "experts")
+    wanted = usual.put("experts", "cuda:0")
+    seat = StrictSeat("cuda:0", "int4")
+    with model.override(backend="torch", quantize=dict.fromkeys(components, "int4_group128")):
+        expected = run(model)
+    model.place(wanted, stand_in={"cuda:0": seat})
+    for a, b in zip(run(model), expected, strict=True):
+        assert error(a, b) < 0.1  # one matrix a head has 16 bits here
+    linear = model.layers[1].attention.linears["output"]
+    assert isinstance(linear, DeviceLinear)
+    alone = linear.on_host().quantized("int4_group128").weight_OI
+    there = dense(linear.values).as_subclass(torch.Tensor).float()
+    assert float((there - alone).abs().max()) < 0.005 * float(alone.abs().max())
+    plan = ktlab.plan("tiny", placement=wanted)
+    planned = sum(
+        r.bytes for r in plan.rows if r.device == "cuda:0" and r.part.component != "cache"
+    )
+    assert seat.here_bytes["weights"] == pytest.approx(planned, rel=0.02)

@@ -11,6 +11,7 @@ from ktlab.errors import ContextError, SettingError
 from ktlab.model.model import Model
 from ktlab.notebook import control_room, control_room_controls
 from ktlab.notebook.control_room_choice import ALL, OWN, Choice, Library
+from ktlab.notebook.control_room_elsewhere import elsewhere, prediction
 
 TEXTS = {
     "prose": "The cat sat on the mat, and the dog looked on. " * 20,
@@ -260,3 +261,24 @@ def test_library_names_its_texts():
 def test_unknown_options_are_named(model):
     with pytest.raises(TypeError, match="max_token"):
         control_room(model, texts=TEXTS, max_token=3)
+
+
+def test_placement_and_another_machine(room, model):
+    assert "placed" not in room.snapshot().html
+    room.set(placement="gpu + experts", machine="2x6454s+4090d", twin="off")
+    assert room.wait(WAIT_S) and room.phase == "done" and room.message == ""
+    assert room.results.choice.label == "k=4 · gpu + experts"
+    assert 0 < room.results.quality.kl_mean.value < 0.05 and not room.results.quality.identical
+    assert "Preset(name='gpu + experts')" in room.state.choice.expression
+    page = room.snapshot().html
+    assert "one in 4 of each layer&#x27;s routed experts" in page
+    assert "is in no file; choose a true-size twin" in page, "this model has no file"
+    shown = elsewhere(model, room.results, room.state.choice, "2x6454s+4090d", "deepseek-v3")
+    assert "predicted there" in shown and "measured here" in shown and "waits for" in shown
+    found = prediction(model, room.state.choice, "2x6454s+4090d", "deepseek-v3")
+    assert f"{found.decode_tokens_per_s:.3g}" in shown and found.top_k == 4
+    with pytest.raises(SettingError, match="no placement is called 'gpus'; did you mean"):
+        room.set(placement="gpus")
+    with pytest.raises(SettingError, match="machine = '2x6454s'"):
+        room.set(machine="2x6454s")
+    assert model.placement is None

@@ -25,6 +25,8 @@ from ktlab.notebook import (
     offload_view,
     passages,
     quantization_view,
+    rules_tables,
+    rules_view,
 )
 from ktlab.notebook.instrument import Instrument
 from ktlab.notebook.mla_tables import cache_frame
@@ -33,7 +35,8 @@ from ktlab.notebook.pace import Pace
 from ktlab.notebook.roofline_view import kernel_frame
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-PACED = (control_room_engine, mla_view, offload_view, passages, quantization_view)
+PACED = (control_room_engine, mla_view, offload_view, passages, quantization_view,
+         rules_tables, rules_view)  # fmt: skip
 CLOCK = re.compile(r"\b(roofline|curve)\b|RooflineView\(|doctor\(")
 """Cells that time the machine, not the model: 45 s in all."""
 

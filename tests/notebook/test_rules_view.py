@@ -11,6 +11,7 @@ from ktlab.notebook.rules_view import OWN_TEXT, RulesView
 from ktlab.placement.rules import RuleSet
 from ktlab.routing import Router
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
 TEXTS = {"one": "It was the best of times,\nit was the worst of times,\n" * 8}
 
 

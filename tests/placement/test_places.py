@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ktlab.checkpoint.facts import read_facts
 from ktlab.checkpoint.synthesis import TINY_QWEN3MOE_CONFIG, TINY_TEST_CONFIG
-from ktlab.errors import PlacementError, RuleError
+from ktlab.errors import CheckpointError, PlacementError, RuleError
+from ktlab.model.load import load
 from ktlab.model.model import Model
+from ktlab.model.shape_alone import shape_alone
 from ktlab.placement.placement import Placement
 from ktlab.placement.rules import Preview, RuleSet
 from tests.placement.test_own import GATES, ByHand, Deaf, Near
@@ -15,6 +18,7 @@ from tests.placement.test_own import rules as own
 from tests.placement.test_rule_files import EXPERTS, FIRST_RELEASE, GPU_AND_CPU, LINEAR, MODEL
 from tests.placement.test_rules import BANKS, FAMILIES, IDS, checkpoint, one
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
 DENSE_PART = ("attention", "router", "norms")
 GPU = "generate_device: 'cuda:0', prefill_device: 'cuda:0'"
 
@@ -171,7 +175,9 @@ def test_a_whole_file_on_stand_ins(model: Model) -> None:
     rules = RuleSet.parse(GPU_AND_CPU)
     with model.override(rules=rules, stand_in=STAND_IN):
         assert devices(model) == ("cpu", "cuda:0", "cuda:1")
-    assert not [what for what in rules.preview(model, stand_in=STAND_IN).missing if "cuda" in what]
+    missing = rules.preview(model, stand_in=STAND_IN).missing
+    assert not [what for what in missing if "cuda" in what]
+    assert missing["KLinearMarlin's 4 bits: bf16 on a GPU here"] == (2,)
     with rules.applied(model, stand_in=STAND_IN):
         assert devices(model) == ("cpu", "cuda:0", "cuda:1")
         assert model.experts[0].format == "int8_channel" and model.forward(IDS).isfinite().all()
@@ -209,3 +215,26 @@ def test_a_class_of_the_users_on_devices(model: Model) -> None:
         with pytest.raises(RuleError, match="the experts here are on cuda:0 8, cpu 8, a class of"):
             hand.apply(model)
     assert torch.equal(model.forward(IDS), before)
+
+
+def test_a_shape_without_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    from ktlab.cli import main
+
+    v3 = shape_alone(read_facts("deepseek-v3", format="q4_k_m"))
+    assert v3.nbytes > 400e9 and "q4_k" in v3.layers[3].experts.format
+    with pytest.raises(CheckpointError, match="only its header was read, there are no weights"):
+        v3.forward([1, 2])
+    found = RuleSet.read("two-gpus").placement(v3)
+    assert found.device("attention", layer=29) == "cuda:0" != found.device("attention", layer=30)
+    tiny = read_facts("tiny")
+    assert shape_alone(tiny).nbytes == load("tiny").nbytes
+    assert main(["rules", "preview", "two-gpus", "deepseek-v3", "--format", "q4_k_m"]) == 0
+    assert "cuda:1: attention 30-60" in capsys.readouterr().out
+    plan = ["plan", "deepseek-v3", "--format", "q4_k_m", "--rules"]
+    assert main([*plan, "two-gpus", "--as", "llama.cpp"]) == 0
+    written = capsys.readouterr().out
+    assert written.startswith("-ngl 999 -ts 30,32 --cpu-moe"), written
+    assert main([*plan, "two-gpus", "-ngl", "3"]) == 2
+    assert "--rules and -ngl both say what goes where" in capsys.readouterr().err
+    assert main(["rules", "preview", "two-gpus", "tiny", "--format", "q4_0"]) == 2
+    assert "--format is of a shape" in capsys.readouterr().err

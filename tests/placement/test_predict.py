@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import ktlab
+from ktlab.checkpoint.facts import read_facts
 from ktlab.cli import main
 from ktlab.errors import CheckpointError, SettingError
 from ktlab.placement.engines import efficiencies, engines
@@ -81,7 +82,7 @@ def test_published_to_json_and_back(table: Published) -> None:
     text = str(table)
     assert "held out" in text
     assert table._repr_mimebundle_()["text/html"].count("<tr>") > 50
-    assert len(table.plot().data) == 5
+    assert len(table.plot().data) == 4
 
 
 # ------------------------------------------------------------------ physics
@@ -225,3 +226,42 @@ def test_predict_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(capsys.readouterr().out)["errors"]["fitted"]["count"] == 18
     assert main(["predict"]) == 2
     assert "name a model" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ placements and loads
+
+
+def test_experts_on_the_gpu_and_apart() -> None:
+    """A layer's experts on the GPU leave the CPU; half of them, half; nodes add up."""
+    config = read_facts("deepseek-v2-lite", format="q4_k_m").config
+    here: dict[str, Any] = {"machine": "2x6454s+4090d", "engine": "ktransformers-0.2"}
+    base = ktlab.predict("deepseek-v2-lite", **here)
+    usual = base.plan.placement
+    moved = ktlab.predict(
+        "deepseek-v2-lite", **here, placement=usual.put("experts", "cuda:0", layers=[3, 4, 5])
+    )
+    assert moved.decode_tokens_per_s > base.decode_tokens_per_s
+    assert moved.memory["cuda:0"] > base.memory["cuda:0"]
+    share = (config.num_layers - 1 - 3) / (config.num_layers - 1)
+    cpu, before = moved.times["decode"]["experts"], base.times["decode"]["experts"]
+    assert cpu == pytest.approx(share * before, rel=0.1)
+    assert moved.times["decode"]["experts on the GPU"] > 0
+    half = usual.put("experts", "cuda:0", experts=range(config.num_experts // 2), phase="decode")
+    apart = ktlab.predict("deepseek-v2-lite", **here, placement=half)
+    assert apart.times["decode"]["experts"] == pytest.approx(before / 2, rel=0.01)
+    assert "experts on the GPU" not in apart.times["prefill"]
+    nodes = usual.put("experts", "numa:0", experts=range(32)).put(
+        "experts", "numa:1", experts=range(32, 64)
+    )
+    split = ktlab.predict("deepseek-v2-lite", **here, placement=nodes)
+    assert split.decode_tokens_per_s == pytest.approx(base.decode_tokens_per_s, rel=0.01)
+
+
+def test_the_embedded_models_load_is_measured() -> None:
+    """Its routers are not even: a short prompt touches fewer experts than even ones would."""
+    here: dict[str, Any] = {"machine": "epyc-9654+4090", "engine": "ktlab", "prompt": 16}
+    even = {layer: [1.0] * 64 for layer in range(8)}
+    measured = ktlab.predict("tiny", **here)
+    assert measured.times["prefill"] != ktlab.predict("tiny", **here, loads=even).times["prefill"]
+    trace = ktlab.load("tiny").trace("def quicksort(items):")
+    assert ktlab.predict("tiny", **here, loads=trace).prefill_tokens_per_s > 0

@@ -26,6 +26,7 @@ from ktlab.placement.rules.modules import Module, modules
 from ktlab.placement.rules.preview import collapsed
 from tests.placement.test_rule_files import EXPERTS, FIRST_RELEASE, GPU_AND_CPU, LINEAR
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
 IDS = torch.randint(0, 256, (40,), generator=torch.manual_seed(7))
 FAMILIES = [TINY_TEST_CONFIG, TINY_V2_CONFIG, TINY_QWEN3MOE_CONFIG, TINY_OLMOE_CONFIG]
 BANKS = "^model\\.layers\\.[0-9]+\\.mlp\\.experts$"
@@ -139,6 +140,14 @@ def test_a_rule_that_is_not_recursive_keeps_what_lies_below(model: Model) -> Non
     unseen = preview(model, bank + "  recursive: False\n" + one("experts\\.3", "default"))
     assert unseen.rows[-1].status == "matches nothing"
     assert "model.layers.1.mlp.experts.3 lies below what rule 1 takes" in unseen.rows[-1].note
+
+
+def test_rules_that_come_too_late(model: Model) -> None:
+    found = preview(model, one("o_proj$", "default") + one("self_attn\\.o_proj$", "default"))
+    assert found.late == (
+        2,
+    ) and "rule 2: comes too late, earlier ones take all of it" in "\n".join(found.summary)
+    assert not preview(model, GPU_AND_CPU).late
 
 
 def test_rules_that_match_nothing_say_why(model: Model) -> None:

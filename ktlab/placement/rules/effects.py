@@ -24,6 +24,7 @@ from ktlab.placement.rules.vocabulary import (
     CPU_KERNEL,
     DEFAULT,
     EXPERT_BACKENDS,
+    GPU_FORMATS,
     GPU_KERNEL,
     LLAMAFILE,
     OPERATORS,
@@ -114,6 +115,14 @@ def elsewhere(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
         if not is_cpu(place)
     ]
     return tuple(told)
+
+
+def on_gpu(rule: Rule, module: Module) -> tuple[str, ...]:
+    """What of a rule's words is not done to a module that goes to a GPU."""
+    usual = "KLinearMarlin" if rule.kind == "matrix" and module.kind == "matrix" else ""
+    operator = rule.kwargs.get("generate_op", usual)
+    found = GPU_FORMATS.get(operator or "", "")
+    return (f"{operator}'s {found}: bf16 on a GPU here",) if found else ()
 
 
 def _own(rule: Rule, cls: type, module: Module) -> Effect:

@@ -92,6 +92,12 @@ class Preview(Record):
         return tuple(dict.fromkeys(row.rule for row in self.rows if row.status == status))
 
     @property
+    def late(self) -> tuple[int, ...]:
+        """Numbers of the rules all of whose modules an earlier one takes."""
+        others = {row.rule for row in self.rows if row.status != SHADOWED}
+        return tuple(rule for rule in self.idle(SHADOWED) if rule not in others)
+
+    @property
     def summary(self) -> list[str]:
         """Some lines: each kind of change, what is not done, which rules do nothing."""
         lines = [self._title()]
@@ -111,6 +117,9 @@ class Preview(Record):
             lines.append(
                 f"{counted('rule', idle)}: {'match' if len(idle) > 1 else 'matches'} nothing"
             )
+        if late := self.late:
+            come = "come" if len(late) > 1 else "comes"
+            lines.append(f"{counted('rule', late)}: {come} too late, earlier ones take all of it")
         return lines
 
     @property

@@ -93,6 +93,13 @@ OPERATORS: Mapping[str, Mapping[str, str]] = {
 }  # fmt: skip
 """What computes, by kind: their compiled CPU code, torch, or code for a GPU alone."""
 
+GPU_FORMATS: Mapping[str, str] = {
+    "KLinearMarlin": "4 bits", "VLinearMarlin": "4 bits", "QuantizedLinearMarlin": "4 bits",
+    "KExpertsMarlin": "4 bits", "MLPExpertsMarlin": "4 bits", "KLinearFP8": "8 bits",
+    "KLinearIPEXLLM": "4 bits",
+}  # fmt: skip
+"""What they compute with on a GPU."""
+
 LLAMAFILE = "llamafile"
 EXPERT_BACKENDS: Mapping[str, tuple[str, str]] = {
     LLAMAFILE: ("", ""),

@@ -7,7 +7,7 @@ from typing import Any
 
 from ktlab.model.model import Model
 from ktlab.placement.rules import own
-from ktlab.placement.rules.effects import Effect, effect
+from ktlab.placement.rules.effects import Effect, effect, on_gpu
 from ktlab.placement.rules.modules import Module
 from ktlab.placement.rules.preview import (
     CHANGES,
@@ -72,6 +72,8 @@ class Walk:
             taken = self.taken.get(rule.number, [])
             for at, (module, found) in enumerate(taken):
                 new = replace(found, away=())
+                if after.get(module.name, "cpu").startswith("cuda:"):
+                    new = replace(new, missing=(*new.missing, *on_gpu(rule, module)))
                 if module.name in after and before[module.name] != after[module.name]:
                     was, will = before[module.name], after[module.name]
                     new = replace(

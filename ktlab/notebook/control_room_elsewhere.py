@@ -1,0 +1,119 @@
+"""The panel of another machine: measured here, predicted there, side by side and never mixed."""
+
+from functools import lru_cache
+
+from ktlab.errors import KtlabError, SettingError
+from ktlab.html import Raw, quantity, text
+from ktlab.measurement.synthetic import shapes
+from ktlab.model.model import Model
+from ktlab.notebook.control_room_choice import Choice
+from ktlab.notebook.control_room_html import EMPTY, number, panel_title, tile
+from ktlab.notebook.control_room_kernels import OFF
+from ktlab.notebook.control_room_results import Results
+from ktlab.placement.listed import machine_names
+from ktlab.placement.machine import THIS
+from ktlab.placement.predict import PHASES, Prediction, predict
+
+MACHINES = (OFF, *(name for name in machine_names() if name != THIS))
+"""Another than this one: here it is measured."""
+WHY = (
+    "Choose a machine that you do not have: a model of it, checked against published measurements, "
+    "says what to expect. With a true-size twin chosen, of that model; else of this one."
+)
+PROMPT, GENERATE = 512, 128
+
+
+def subject(model: Model, shape: str) -> str:
+    """What the prediction is of: the twin's model, or the room's own."""
+    if shape != OFF and shape in shapes():
+        return shape
+    if model.checkpoint.path is None:
+        raise SettingError(f"{model.name} is in no file; choose a true-size twin to predict that")
+    return str(model.checkpoint.path)
+
+
+def prediction(model: Model, choice: Choice, machine: str, shape: str) -> Prediction:
+    """What the panel shows; the experts a token takes are the setting's, as far as a rule has
+    them. Raises as `ktlab.predict` does."""
+    return _predicted(subject(model, shape), machine, choice.top_k)
+
+
+@lru_cache(maxsize=64)
+def _predicted(name: str, machine: str, top_k: int) -> Prediction:
+    return predict(name, machine=machine, top_k=top_k, prompt=PROMPT, generate=GENERATE)
+
+
+def elsewhere_title(machine: str) -> str:
+    """Says which number is none of this machine's."""
+    badge = "" if machine == OFF else "predicted, not measured"
+    return panel_title("another machine", machine if machine != OFF else "off", badge)
+
+
+def elsewhere(
+    model: Model, results: Results | None, choice: Choice, machine: str, shape: str
+) -> str:
+    """Two groups of tiles: this machine's measurement, the other one's prediction."""
+    if machine == OFF:
+        return f'<div class="cr-twin cr-grey">{WHY}</div>'
+    try:
+        found = prediction(model, choice, machine, shape)
+    except KtlabError as error:
+        return f'<div class="cr-twin cr-error" role="alert">no prediction: {text(error)}</div>'
+    return (
+        f'<div class="cr-twin" data-machine="{text(machine)}">'
+        f'<div class="cr-grey"><b>measured here</b>, {text(model.name)}, '
+        f"{text(choice.label)}</div>{_here(results)}"
+        f'<div class="cr-grey"><b>predicted there</b>, {text(found.model)}'
+        f"{f' in {text(found.format)}' if shape != OFF else ' as stored'}, {found.top_k} experts "
+        f"a token, {text(machine)}, engine "
+        f"{text(found.engine)}</div>{_there(found)}{_notes(found)}</div>"
+    )
+
+
+def _here(results: Results | None) -> str:
+    speed = results.speed if results else None
+    rows = []
+    for phase in PHASES:
+        body: object = EMPTY
+        title = "measured after the quality"
+        if speed is not None:
+            now = speed.speeds.get("now", speed.speeds["baseline"])
+            measured = getattr(now, phase).tokens_per_s
+            body, title = Raw(number(measured)), f"{measured.method}. Here: room.results.speed"
+        rows.append(tile(f"here_{phase}", f"{phase}, measured", body, title))
+    return f'<div class="cr-tiles">{"".join(rows)}</div>'
+
+
+def _there(found: Prediction) -> str:
+    rows = []
+    for phase in PHASES:
+        value = getattr(found, f"{phase}_tokens_per_s")
+        tokens = f"{PROMPT} tokens" if phase == "prefill" else f"after {PROMPT} tokens"
+        body = Raw(
+            f'<span class="cr-value">{_speed(value)}</span> '
+            f'<span class="cr-spread">tokens/s</span><div class="cr-grey">waits for '
+            f"{text(_once(found.bound(phase)))}</div>"
+        )
+        title = f"A model of the machine, {tokens}. Here: room.prediction.times[{phase!r}]"
+        rows.append(tile(f"there_{phase}", f"{phase}, predicted", body, title))
+    return f'<div class="cr-tiles">{"".join(rows)}</div>'
+
+
+def _speed(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _once(bound: str) -> str:
+    """ "experts, memory"; "launch" where stage and bound have one name."""
+    return ", ".join(dict.fromkeys(bound.split(", ")))
+
+
+def _notes(found: Prediction) -> str:
+    sizes = ", ".join(f"{device} {quantity(n, 'B')}" for device, n in found.memory.items())
+    fits = {True: "fits", False: "does not fit there; speeds of a machine with room", None: ""}
+    call = f"ktlab.predict({found.model!r}, machine={found.machine!r}, top_k={found.top_k})"
+    return (
+        f'<div class="cr-grey">{text(sizes)}: {fits[found.fits]}. {text(call)}; how well it agrees '
+        "with what was published: ktlab predict --published. Two machines, two numbers: their "
+        "ratio says nothing about either.</div>"
+    )
