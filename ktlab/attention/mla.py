@@ -180,10 +180,11 @@ class MLA(Attention):
         """The naive form's products over the absorbed form's cache, a few heads at a time."""
         sizes, k_b, v_b = self.sizes, self.weights.k_b, self.weights.v_b
         out_BTHV = new.q_nope_BTHN.new_empty((*new.q_nope_BTHN.shape[:3], sizes.v_dim))
-        if products.attends_many(k_b.kernel) and products.attends_many(v_b.kernel):
+        kernel = products.many_kernel(k_b, v_b)
+        if kernel is not None:
             for b, start in enumerate(new.places.starts):
                 products.attend_many(
-                    k_b.kernel,
+                    kernel,
                     (new.q_nope_BTHN[b], new.q_rope_BTHR[b]),
                     keys_BSc[b, : start + out_BTHV.shape[1]],
                     (k_b.stack, v_b.stack),

@@ -72,6 +72,11 @@ class ExpertBank(Computed):
         return "+".join(dict.fromkeys(self.formats))
 
     @property
+    def computed_by(self) -> str:
+        """The kernel, or the class of the user's that stands here."""
+        return f"{type(self).__name__}, your own" if self.own else str(self.kernel)
+
+    @property
     def num_experts(self) -> int:
         return self.stacks[0].shape[0]
 

@@ -485,7 +485,7 @@ class Model:
         return (
             f"{attention}, {bank.num_experts} experts {bank.format} on {bank.placement}, "
             f"{block.router.rule}{f', {block.deferred} deferred' * (block.deferred > 0)}, "
-            f"{bank.kernel}, {html.byte_size(block.nbytes)}"
+            f"{bank.computed_by}, {html.byte_size(block.nbytes)}"
         )
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
@@ -507,7 +507,7 @@ class Model:
             if isinstance(block, MoEBlock):
                 bank = block.experts
                 row += [f"{bank.num_experts} experts {bank.format}", str(block.router.rule)]
-                row += [str(bank.kernel)]
+                row += [bank.computed_by]
             else:
                 row += ["dense", "", ""]
             rows.append([*row, html.byte_size(block.nbytes)])

@@ -1,7 +1,8 @@
 """The panel of another machine: measured here, predicted there, side by side and never mixed."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
+from ktlab.checkpoint.facts import read_facts
 from ktlab.errors import KtlabError, SettingError
 from ktlab.html import Raw, quantity, text
 from ktlab.measurement.synthetic import shapes
@@ -13,6 +14,7 @@ from ktlab.notebook.control_room_results import Results
 from ktlab.placement.listed import machine_names
 from ktlab.placement.machine import THIS
 from ktlab.placement.predict import PHASES, Prediction, predict
+from ktlab.placement.presets import Preset
 
 MACHINES = (OFF, *(name for name in machine_names() if name != THIS))
 """Another than this one: here it is measured."""
@@ -21,6 +23,7 @@ WHY = (
     "says what to expect. With a true-size twin chosen, of that model; else of this one."
 )
 PROMPT, GENERATE = 512, 128
+WITH_GPU = "ktransformers-0.2"
 
 
 def subject(model: Model, shape: str) -> str:
@@ -35,12 +38,16 @@ def subject(model: Model, shape: str) -> str:
 def prediction(model: Model, choice: Choice, machine: str, shape: str) -> Prediction:
     """What the panel shows; the experts a token takes are the setting's, as far as a rule has
     them. Raises as `ktlab.predict` does."""
-    return _predicted(subject(model, shape), machine, choice.top_k)
+    return _predicted(subject(model, shape), machine, choice.top_k, choice.placement)
 
 
 @lru_cache(maxsize=64)
-def _predicted(name: str, machine: str, top_k: int) -> Prediction:
-    return predict(name, machine=machine, top_k=top_k, prompt=PROMPT, generate=GENERATE)
+def _predicted(name: str, machine: str, top_k: int, preset: str) -> Prediction:
+    """With parts on a GPU of KTransformers, whose speeds there were published; else of this kit."""
+    asked = partial(predict, name, machine=machine, top_k=top_k, prompt=PROMPT, generate=GENERATE)
+    if preset == "cpu":
+        return asked()
+    return asked(engine=WITH_GPU, placement=Preset(preset).of(read_facts(name).config))
 
 
 def elsewhere_title(machine: str) -> str:
@@ -64,8 +71,7 @@ def elsewhere(
         f'<div class="cr-grey"><b>measured here</b>, {text(model.name)}, '
         f"{text(choice.label)}</div>{_here(results)}"
         f'<div class="cr-grey"><b>predicted there</b>, {text(found.model)}'
-        f"{f' in {text(found.format)}' if shape != OFF else ' as stored'}, {found.top_k} experts "
-        f"a token, {text(machine)}, engine "
+        f" in {text(found.format)}, {found.top_k} experts a token, {text(machine)}, engine "
         f"{text(found.engine)}</div>{_there(found)}{_notes(found)}</div>"
     )
 
@@ -111,7 +117,8 @@ def _once(bound: str) -> str:
 def _notes(found: Prediction) -> str:
     sizes = ", ".join(f"{device} {quantity(n, 'B')}" for device, n in found.memory.items())
     fits = {True: "fits", False: "does not fit there; speeds of a machine with room", None: ""}
-    call = f"ktlab.predict({found.model!r}, machine={found.machine!r}, top_k={found.top_k})"
+    call = f"ktlab.predict({found.model!r}, machine={found.machine!r}, engine={found.engine!r}"
+    call += f", top_k={found.top_k}, prompt={PROMPT}, generate={GENERATE})"
     return (
         f'<div class="cr-grey">{text(sizes)}: {fits[found.fits]}. {text(call)}; how well it agrees '
         "with what was published: ktlab predict --published. Two machines, two numbers: their "

@@ -86,6 +86,13 @@ class Routes:
         asked_B = np.sum([asked_BE.sum(1) for asked_BE in self._asked], axis=0)
         return intervals.ratio(found_B, asked_B)
 
+    def shares(self, near_LE: NDArray[np.bool_]) -> dict[int, float]:
+        """{layer: share of held-out lookups whose expert is near}."""
+        return {
+            layer: float(asked_BE[:, near_E].sum() / max(1.0, asked_BE.sum()))
+            for layer, asked_BE, near_E in zip(self.layers, self._asked, near_LE, strict=True)
+        }
+
     @property
     def lookups_per_token(self) -> float:
         """Experts that a token asks for, over all layers."""
@@ -136,14 +143,12 @@ def part_cells(shape: ModelShape) -> list[list[Cell | None]]:
     ]
 
 
-def part_shades(shape: ModelShape, far: Collection[Cell]) -> NDArray[np.float64]:
-    """What `part_map` colours by; nan where a part is not."""
-    return np.array(
-        [
-            [np.nan if cell is None else 0.9 if cell in far else 1.9 for cell in row]
-            for row in part_cells(shape)
-        ]
-    )
+def part_shades(shape: ModelShape, far: Collection[Cell]) -> list[list[float | None]]:
+    """What `part_map` colours by; None where a part is not (JSON has no nan)."""
+    return [
+        [None if cell is None else 0.9 if cell in far else 1.9 for cell in row]
+        for row in part_cells(shape)
+    ]
 
 
 def part_map(shape: ModelShape, far: Collection[Cell]) -> "Figure":

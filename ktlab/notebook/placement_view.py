@@ -21,11 +21,13 @@ from ktlab.notebook.css import style
 from ktlab.notebook.instrument import Instrument, Snapshot, live, numbers
 from ktlab.notebook.near import Cell, Routes, expert_map, part_cells, part_map, part_shades
 from ktlab.placement.machine import GPU
+from ktlab.placement.overlap import predicted_times, timeline
 from ktlab.placement.placement import Placement
 from ktlab.placement.plan import Plan, plan
 from ktlab.placement.strategies import STRATEGIES, Fixed
 from ktlab.placement.strategy_placement import path_of
 from ktlab.placement.strategy_scores import curves
+from ktlab.placement.timeline import Timeline
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -38,6 +40,8 @@ SHOWN = ("static", "lru", "lru+next", "least-stale", "oracle")
 LINK_BYTES_PER_S = 25e9
 """PCIe 4.0 x16, about what is reached of 31.5e9: an assumption, as in the notebook."""
 PROMPT, STEPS = 32, 12
+AS_USUAL: frozenset[Cell] = frozenset({("embedding", None)})
+"""What is on the CPU beside experts where nobody has moved it."""
 COLOURS = "orange: on the GPU; blue: on the CPU, the stronger the more used; click to move"
 
 
@@ -46,7 +50,9 @@ class PlacementView(Instrument):
     can be measured.
 
     `trace` is the model's own: one half is what strategies learn from, on the other hits are
-    counted. `stand_in` is that of `Model.place`, for a machine without a GPU.
+    counted. `stand_in` is that of `Model.place`, for a machine without a GPU. `predicted` is a
+    decoded token's timeline on the listed `machine` with `engine`'s rates, as long as all but
+    experts and embedding are on the GPU.
     """
 
     title = "What is near? A map of the experts"
@@ -59,8 +65,11 @@ class PlacementView(Instrument):
         context: int | None = None,
         link_bytes_per_s: float = LINK_BYTES_PER_S,
         stand_in: Mapping[str, str] | None = None,
+        machine: str = "2x6454s+4090d",
+        engine: str = "ktransformers-0.2",
     ) -> None:
         super().__init__(model)
+        self.machine, self.engine = machine, engine
         self.routes = Routes.of(model, trace)
         self.trace = trace
         self.context, self.link_bytes_per_s = context, link_bytes_per_s
@@ -70,6 +79,7 @@ class PlacementView(Instrument):
         self.curves: CacheReplay | None = None
         self.plan: Plan | None = None
         self.speed: SpeedComparison | None = None
+        self.predicted: Timeline | None = None
         self._why_no_plan = ""
         self._filling = False
         fixed = [name for name, found in STRATEGIES.items() if isinstance(found, Fixed)]
@@ -89,7 +99,7 @@ class PlacementView(Instrument):
         self.budget_slider.observe(lambda _: self._changed(slid=True), "value")
         self.map = live(expert_map(self.routes, self.near_LE))
         self.map.data[0].on_click(self._expert_clicked)
-        self.far: frozenset[Cell] = frozenset({("embedding", None)})
+        self.far: frozenset[Cell] = AS_USUAL
         self.parts = live(part_map(self.routes.shape, self.far))
         self.parts.data[0].on_click(self._part_clicked)
         blank = [0.0] * (experts + 1)
@@ -190,7 +200,7 @@ class PlacementView(Instrument):
         placement = self.routes.placement(near_LE, far)
 
         def show_map() -> None:
-            self.plan, self.speed = None, None
+            self.plan, self.speed, self.predicted = None, None, None
             with self.map.batch_update():
                 self.map.data[0].z = self.routes.shades(near_LE)
                 self.map.layout.title.text = COLOURS
@@ -209,7 +219,8 @@ class PlacementView(Instrument):
         except PlacementError as error:  # a model without a file
             self._why_no_plan = str(error)
         else:
-            if not self.publish(cancel, lambda: self._show_plan(counted)):
+            told = self._predict(near_LE) if far == AS_USUAL else None
+            if not self.publish(cancel, lambda: self._show_plan(counted, told)):
                 return
         if not self._can_run():
             return
@@ -219,6 +230,16 @@ class PlacementView(Instrument):
         )
         if speed is not None:
             self.publish(cancel, lambda: self._show_speed(speed))
+
+    def _predict(self, near_LE: NDArray[np.bool_]) -> Timeline:
+        layers, output_s = predicted_times(
+            path_of(self.model),
+            machine=self.machine,
+            engine=self.engine,
+            near=self.routes.shares(near_LE),
+            context=min(512, self.model.config.context_length // 2),
+        )
+        return timeline(layers, after_s=output_s, title="a decoded token", method="predicted")
 
     def _can_run(self) -> bool:
         import torch
@@ -246,8 +267,8 @@ class PlacementView(Instrument):
                 band.y = np.r_[curve.high_C, curve.low_C[::-1]]
                 line.y = curve.rate_C
 
-    def _show_plan(self, counted: Plan) -> None:
-        self.plan = counted
+    def _show_plan(self, counted: Plan, told: Timeline | None) -> None:
+        self.plan, self.predicted = counted, told
         self.summary.value = numbers(self.figures())
         self.ledger_html.value = self._ledger()
 
@@ -272,6 +293,9 @@ class PlacementView(Instrument):
         if missed:
             bound = html.quantity(self.link_bytes_per_s / moved)
             found["if fetched instead"] = f"{html.decimal_bytes(moved)} a token, ≤ {bound} tokens/s"
+        if self.predicted is not None:
+            rate = html.quantity(1 / self.predicted.seconds)
+            found[f"decode, predicted on {self.machine}"] = f"{rate} tokens/s"
         if self.speed is not None:
             where = "stand-in" if GPU in self.stand_in else "measured here"
             found[f"decode, {where}"] = self.speed.speeds["placed"].decode.tokens_per_s

@@ -13,9 +13,10 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
 from ktlab.checkpoint.facts import read_facts
-from ktlab.checkpoint.published import published_models
+from ktlab.checkpoint.published import published_model, published_models
 from ktlab.errors import SettingError
 from ktlab.placement import prediction_view
 from ktlab.placement.engines import KTLAB, Efficiency, Engine, efficiencies
@@ -195,7 +196,7 @@ def prepare(
     where = Machine.measure() if machine == THIS else get_machine(machine)
     _check(how, where, prompt, generate)
     planned = _plan(fspath(model), how, where, format, prompt + generate, placement)
-    config = read_facts(fspath(model)).config
+    config = _config(fspath(model))
     k = config.top_k if top_k is None else top_k
     if not 1 <= k <= config.selectable_experts:
         raise SettingError(f"top_k={k}: {config.name} has 1 to {config.selectable_experts}")
@@ -252,6 +253,10 @@ def _tiny_loads() -> Mapping[int, Load]:
     return {int(layer): counts for layer, counts in said["counts"].items()}
 
 
+def _config(model: str) -> ModelConfig:
+    return published_model(model).config if _is_shape(model) else read_facts(model).config
+
+
 def _is_shape(model: str) -> bool:
     """Whether it is a published shape, whose format is anybody's choice."""
     return model.lower() in published_models() and not Path(model).exists()
@@ -273,6 +278,12 @@ def _plan(
     else:
         file_type = format or (how.format if _is_shape(model) else None)
     copies = where.sockets if how.numa == "copies" else 1
+    if placement is None and _is_shape(model):
+        # A shape is a value: the same plan serves every number of experts, and a fit.
+        bare = Machine(name=there.name, devices=there.devices, numa_nodes=there.numa_nodes)
+        return replace(
+            _shape_plan(model, file_type, bare.to_json(), context, copies), machine=there
+        )
     return plan(
         model,
         format=file_type,
@@ -281,6 +292,12 @@ def _plan(
         numa_copies=copies,
         placement=placement,
     )
+
+
+@lru_cache(maxsize=64)
+def _shape_plan(model: str, format: str | None, machine: str, context: int, copies: int) -> Plan:
+    there = Machine.from_json(machine)
+    return plan(model, format=format, machine=there, context=context, numa_copies=copies)
 
 
 def _tasks(stages: Iterable[StageTime]) -> list[Task]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ktlab.checkpoint.config import ModelConfig
 from ktlab.errors import PlacementError, nearest
 from ktlab.placement.machine import CPU, GPU
 from ktlab.placement.placed import ON_CPU
@@ -34,7 +35,11 @@ class Preset:
 
     def placement(self, model: "Model") -> Placement:
         """Of this model."""
-        found = Placement.everywhere(model.config, CPU)
+        return self.of(model.config)
+
+    def of(self, config: ModelConfig) -> Placement:
+        """Of a model of this shape."""
+        found = Placement.everywhere(config, CPU)
         if self.name == "cpu":
             return found
         for component in PLACEABLE:

@@ -37,7 +37,7 @@ from ktlab.notebook.roofline_view import kernel_frame
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 PACED = (control_room_engine, mla_view, offload_view, passages, quantization_view,
          rules_tables, rules_view)  # fmt: skip
-CLOCK = re.compile(r"\b(roofline|curve)\b|RooflineView\(|doctor\(")
+CLOCK = re.compile(r"\b(roofline|curve)\b|RooflineView\(|doctor\(|\.measure\(")
 """Cells that time the machine, not the model: 45 s in all."""
 
 

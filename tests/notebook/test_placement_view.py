@@ -1,5 +1,6 @@
 """The map of notebook 03 without a browser: strategies fill it, clicks change it, all follows."""
 
+import json
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -76,7 +77,8 @@ def test_a_click_moves_one_expert_or_one_part(view: PlacementView) -> None:
     assert placement.device("embedding") == "cuda:0"
     assert view.plan is not None and plan_before is not None
     assert view.plan["cuda:0"].cache == plan_before["cuda:0"].cache * 6 // 7
-    assert np.array(view.parts.data[0].z)[1][3] == pytest.approx(0.9)
+    assert view.parts.data[0].z[1][3] == 0.9
+    json.dumps([view.parts.data[0].to_plotly_json()["z"]], default=list, allow_nan=False)
     view.budget_slider.value = 12
     view.wait(60)
     assert view.strategy_choice.value == "static", "dragged: the last strategy again"
@@ -96,6 +98,21 @@ def test_bytes_of_the_plan_follow(view: PlacementView) -> None:
     view.wait(60)
     assert view.plan is not None and view.plan["cuda:0"].needed - none > 384 * 3 * 96 * 256 * 4 / 8
     assert "cuda:0" in view.ledger_html.value and "converted" in view.ledger_html.value
+
+
+def test_the_predicted_speed_follows_as_long_as_only_experts_move(view: PlacementView) -> None:
+    view.set("uniform", 0)
+    view.wait(60)
+    assert view.predicted is not None
+    none = view.predicted.seconds
+    assert "decode, predicted on 2x6454s+4090d" in view.figures()
+    view.set("uniform", 384)
+    view.wait(60)
+    assert view.predicted is not None and view.predicted.seconds < none
+    assert view.predicted.by_kind("CPU") == {"experts": 0.0}
+    view.move_part("attention", 1)
+    view.wait(60)
+    assert view.predicted is None, "the engine has attention on the GPU"
 
 
 def test_a_picture_and_what_it_says_without_a_gpu(view: PlacementView) -> None:

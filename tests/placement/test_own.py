@@ -13,6 +13,8 @@ from ktlab.checkpoint.synthesis import TINY_QWEN3MOE_CONFIG, TINY_TEST_CONFIG
 from ktlab.errors import RuleError, SettingError
 from ktlab.experts import ExpertBank
 from ktlab.model.model import Model
+from ktlab.notebook.generation_view import GenerationView
+from ktlab.notebook.offload_view import OffloadView
 from ktlab.notebook.router_view import RouterView
 from ktlab.placement.rules import RuleSet
 from ktlab.routing import Router
@@ -97,9 +99,11 @@ def test_a_router_of_ten_lines_and_every_instrument(model: Model) -> None:
     assert len(model.experts.explain()) and model.cost().flop > 0
     generated = model.generate(IDS[:8], max_new_tokens=4)
     assert generated.ids == model.generate(IDS[:8], max_new_tokens=4).ids
-    view = RouterView(model, {"text": "def f(x): return x\n" * 8})
-    assert view.wait(60).error == "" and "layer" in view.snapshot().html
-    view.close()
+    for instrument in (RouterView, OffloadView, GenerationView):
+        view = instrument(model, {"text": "def f(x): return x\n" * 8})
+        assert view.wait(60).error == "" and view.snapshot().html
+        assert view.model.settings.own == model.settings.own
+        view.close()
     change.undo()
     assert type(model.layers[1].router) is Router and model.settings == settings
     assert torch.equal(model.forward(IDS), before)
@@ -128,6 +132,7 @@ def test_experts_by_hand_are_the_kernels(model: Model) -> None:
         assert not torch.equal(model.forward(IDS), before)
         bank = model.experts[0]
         assert "ByHand(layer 1: 16 experts" in repr(bank) and len(model.experts.explain())
+        assert "k = 4, ByHand, your own" in repr(model)
         with model.override(format="q4_0"):  # still the user's class, on other weights
             assert isinstance(model.experts[0], ByHand) and model.experts[0].format == "q4_0"
         cache = model.new_cache(context=len(IDS))

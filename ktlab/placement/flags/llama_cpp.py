@@ -41,6 +41,8 @@ ALL_LAYERS = 1 << 16
 EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 """What --cpu-moe looks for."""
 LIMIT_PATTERN = 2000
+LIMIT_MOE = 1000
+"""Layers of --n-cpu-moe: 999 means all."""
 _BUFFER = re.compile(r"CPU|CUDA_Host|CUDA(\d{1,3})")
 _BUFFERS = ("CPU", "CUDA_Host", *(f"CUDA{number}" for number in range(8)))
 _OTHERS = re.compile(r"(Vulkan|ROCm|HIP|SYCL|MUSA|CANN|Metal|OpenCL|BLAS|RPC|CPU_).*")
@@ -110,9 +112,14 @@ class LlamaCpp(Record):
         sizes: dict[tuple[int | None, str], dict[str, int]] = {}
         names: dict[tuple[int | None, str], dict[str, list[str]]] = {}
         used = [0] * len(self.overrides)
+        # Compiled once: --n-cpu-moe 999 is more than `re` keeps.
+        patterns = [re.compile(override.pattern) for override in self.overrides]
         for name, shape in expected_tensors(config).items():
             layer, component = component_of(name, config)
-            device = self._device(name, layer, config, used)
+            at = next((n for n, each in enumerate(patterns) if each.search(name)), None)
+            if at is not None:
+                used[at] += 1
+            device = self._device(name, layer, config) if at is None else self.overrides[at].device
             seat = (layer, component)
             sizes.setdefault(seat, {}).setdefault(device, 0)
             sizes[seat][device] += prod(shape)
@@ -131,11 +138,8 @@ class LlamaCpp(Record):
             notes.append("no -ngl: all layers on the GPU, of which llama.cpp takes what fits")
         return _placed(where, config), notes
 
-    def _device(self, name: str, layer: int | None, config: ModelConfig, used: list[int]) -> str:
-        for number, override in enumerate(self.overrides):
-            if re.search(override.pattern, name):
-                used[number] += 1
-                return override.device
+    def _device(self, name: str, layer: int | None, config: ModelConfig) -> str:
+        """Of a tensor that no pattern names."""
         if name.startswith("token_embd"):
             return "cpu"
         return self._by_layer(config.num_layers if layer is None else layer, config)
@@ -274,7 +278,9 @@ class _Reader:
             elif option == "-ts":
                 split = self.split(given)
             elif option == "-ncmoe":
-                overrides += [of_first(layer) for layer in range(self.number(name, given))]
+                overrides += [
+                    of_first(layer) for layer in range(min(LIMIT_MOE, self.number(name, given)))
+                ]
             else:
                 overrides += self.overrides(given)
         return LlamaCpp(gpu_layers=layers, overrides=tuple(overrides), split=split)
