@@ -26,6 +26,7 @@ from ktlab.kernels.linear import Linear
 from ktlab.kernels.threads import default_threads
 from ktlab.model.load import load
 from ktlab.model.model import Model
+from ktlab.placement.gpu_rates import measured_gpus
 from ktlab.placement.machine import Kernel, Machine, Processor, this_machine
 from ktlab.placement.touched import touched
 from ktlab.probe import Recorder
@@ -56,7 +57,8 @@ def measure(*, again: bool = False, folder: Path | None = None) -> Machine:
     kept = (folder or _cache_folder()) / f"machine-{_fingerprint()}.json"
     found = None if again else _read(kept)
     if found is None:
-        found = measured(Probes())
+        gpus, links = measured_gpus()
+        found = replace(measured(Probes()), gpus=gpus, links=links)
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(found.to_json(), encoding="utf-8")
@@ -73,7 +75,8 @@ def _cache_folder() -> Path:
 
 def _fingerprint() -> str:
     usable = sorted(isa for isa, why in native.isas().items() if not why)
-    parts = (RECIPE, hardware.cpu_name(), hardware.cores(), default_threads(), usable)
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+    parts = (RECIPE, hardware.cpu_name(), hardware.cores(), default_threads(), usable, gpu)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import ktlab
 from ktlab.checkpoint.embedded import data_path
@@ -17,7 +18,7 @@ from ktlab.errors import SettingError
 from ktlab.kernels import native
 from ktlab.measurement import predicted
 from ktlab.measurement.predicted import NEAR, PredictedHere, predicted_here
-from ktlab.placement import measuring
+from ktlab.placement import gpu_rates, measuring
 from ktlab.placement.machine import Machine
 from ktlab.placement.predict import PHASES
 
@@ -119,3 +120,13 @@ def test_ktlab_on_a_machine_that_was_not_measured() -> None:
     assert 10 < found.decode_tokens_per_s < 300
     assert found.memory.keys() == {"cpu"}
     assert "experts" in found.times["prefill"]
+
+
+def test_a_gpus_rates_on_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same code on the CPU: no GPU here gives none, and rates are rates."""
+    device = torch.device("cpu")
+    assert gpu_rates.product_rate(device, 64) > 1e6
+    assert gpu_rates.copy_rate(device, 1 << 20) > 1e6
+    assert gpu_rates.link_rate(device, 1 << 20) > 1e6
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_rates.measured_gpus() == ((), {})

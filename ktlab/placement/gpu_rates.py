@@ -1,0 +1,72 @@
+"""What a GPU reaches: products, memory, its last cache and the link, timed through torch.
+
+Written for any torch device, so that it runs where there is no GPU, too.
+"""
+
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+
+from ktlab.placement.machine import Gpu
+
+PRODUCT = 8192
+"""Rows and columns of the timed product; smaller ones do not fill a large GPU."""
+LARGE_BYTES, SMALL_BYTES = 1 << 30, 16 << 20
+"""Copied within the device: out of every cache, and within the last one."""
+LINK_BYTES = 256 << 20
+REPEATS = 10
+
+
+def measured_gpus() -> tuple[tuple[Gpu, ...], dict[str, float]]:
+    """(the first GPU, {"pcie": bytes/s}); nothing where torch sees none."""
+    if not torch.cuda.is_available():
+        return (), {}
+    properties = torch.cuda.get_device_properties(0)
+    device = torch.device("cuda:0")
+    gpu = Gpu(
+        name=properties.name,
+        flop_per_s=product_rate(device),
+        bandwidth=copy_rate(device, LARGE_BYTES),
+        cache_bandwidth=copy_rate(device, SMALL_BYTES),
+        vram=int(properties.total_memory),
+        multiprocessors=int(properties.multi_processor_count),
+    )
+    return (gpu,), {"pcie": link_rate(device)}
+
+
+def product_rate(device: torch.device, size: int = PRODUCT) -> float:
+    """FLOP/s of a bfloat16 product with float32 sums."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    return 2.0 * size**3 / _seconds(lambda: a @ a, device)
+
+
+def copy_rate(device: torch.device, nbytes: int) -> float:
+    """Bytes/s read and written together by a copy within the device."""
+    source = torch.ones(nbytes // 2, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return nbytes / _seconds(lambda: target.copy_(source), device)
+
+
+def link_rate(device: torch.device, nbytes: int = LINK_BYTES) -> float:
+    """Bytes/s of a copy from pinned memory to the device."""
+    pinned = device.type == "cuda"
+    source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=pinned)
+    target = torch.empty(nbytes, device=device, dtype=torch.uint8)
+    return nbytes / _seconds(lambda: target.copy_(source, non_blocking=True), device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of one call, over a few that follow one another; the first does not count."""
+    run()
+    _wait(device)
+    start = perf_counter()
+    for _ in range(REPEATS):
+        run()
+    _wait(device)
+    return (perf_counter() - start) / REPEATS
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
