@@ -25,6 +25,11 @@ class RecordedRun(Record):
     """Widths, processor, instruction sets, versions, revision, seed and time."""
     cases: tuple[KernelCase, ...]
 
+    @property
+    def processor(self) -> str:
+        """As the system names it, without its marks."""
+        return _short(self.machine.partition(" on ")[2].partition(",")[0])
+
     def rows(self) -> list[str]:
         """A line of a Markdown table for each contender: medians in ms by number of tokens."""
         lines: dict[tuple[str, ...], dict[int, str]] = {}
@@ -34,7 +39,8 @@ class RecordedRun(Record):
             digits = 0 if case.median_s >= 0.1 else 1
             lines.setdefault(key, {})[case.tokens] = f"{1e3 * case.median_s:.{digits}f}"
         return [
-            f"| {shape} | {format} | {who}, {isa} | {' | '.join(medians.values())} |"
+            f"| {shape} | {format} | {self.processor} | {who}, {isa} | "
+            f"{' | '.join(medians.values())} |"
             for (shape, format, who, isa), medians in lines.items()
         ]
 
@@ -47,14 +53,19 @@ class RecordedModel(Record):
     result: ModelBench
 
     def rows(self) -> list[str]:
-        """Lines of the README's table: model, layout, who, tokens/s of prefill and of decoding."""
+        """Lines of the README's table: model, processor, layout, who, tokens/s of both phases."""
         layout = "packed" if "layout=packed" in self.command else "ggml_blocks"
         return [
-            f"| {self.result.model} | {layout if case.who == 'ktlab' else ''} | "
+            f"| {self.result.model} | {_short(self.result.provenance.cpu)} | "
+            f"{layout if case.who == 'ktlab' else ''} | "
             f"{case.who.partition('/')[0]} | {case.prefill_tokens_per_s:.3g} | "
             f"{case.decode_tokens_per_s:.3g} |"
             for case in self.result.cases
         ]
+
+
+def _short(processor: str) -> str:
+    return processor.replace("(R)", "").removesuffix(" Processor")
 
 
 def recorded_models() -> tuple[RecordedModel, ...]:
