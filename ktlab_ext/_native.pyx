@@ -35,6 +35,11 @@ def isas():
     return {ktl_isa_name(i).decode(): ktl_isa_reason(i).decode() for i in range(KTL_ISAS)}
 
 
+def cpu_vendor():
+    """What cpuid says of the processor's maker, such as "AuthenticAMD"."""
+    return ktl_cpu_vendor().decode()
+
+
 cdef int format_of(str name) except -1:
     cdef int found = ktl_format_of(name.encode())
     if found < 0:

@@ -155,6 +155,7 @@ def test_errors_are_one_line_and_code_2(gguf, arguments, says, capsys, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert cli.main([gguf if a == "GGUF" else a for a in arguments]) == 2
     found = capsys.readouterr()
+    assert found.out == "" or "--top-k" not in arguments, "no prompt before a wrong setting"
     assert found.err.startswith("ktlab: ") and found.err.count("\n") == 1
     assert says in found.err and "Traceback" not in found.err
     assert list(tmp_path.iterdir()) == []

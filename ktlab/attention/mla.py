@@ -164,32 +164,27 @@ class MLA(Attention):
 
     def _decompression_pays(self, tokens: int) -> bool:
         """Whether so many queries share the work of making keys and values from the latent anew."""
-        pair = self.sizes.flop_per_pair
-        fits = self.sizes.v_dim <= self.sizes.qk_dim
-        return fits and tokens * (pair["absorbed"] - pair["naive"]) > self._flop_decompressing
-
-    @property
-    def _flop_decompressing(self) -> int:
-        """Of one cached position: its key and value for all heads."""
-        return 2 * (self.weights.k_b.stack.size + self.weights.v_b.stack.size)
+        most = self.sizes.most_absorbed
+        return most is not None and tokens > most
 
     def flop(self, tokens: int, context: int) -> float:
         """As it is computed: a long prompt in the absorbed form makes keys and values anew."""
         if self.form == "naive" or not self._decompression_pays(tokens):
             return super().flop(tokens, context)
         projections = sum(2 * linear.stack.size for linear in self.linears.values())
-        others = tokens * (projections - self._flop_decompressing)
+        others = tokens * (projections - self.sizes.flop_decompressing)
         pairs = causal_pairs(tokens, context) * self.sizes.flop_per_pair["naive"]
-        return others + context * self._flop_decompressing + pairs
+        return others + context * self.sizes.flop_decompressing + pairs
 
     def _decompressed(self, new: "_New", keys_BSc: Tensor) -> Tensor:
         """The naive form's products over the absorbed form's cache, a few heads at a time."""
         sizes, k_b, v_b = self.sizes, self.weights.k_b, self.weights.v_b
         out_BTHV = new.q_nope_BTHN.new_empty((*new.q_nope_BTHN.shape[:3], sizes.v_dim))
-        if products.attends_many(k_b.kernel) and products.attends_many(v_b.kernel):
+        kernel = products.many_kernel(k_b, v_b)
+        if kernel is not None:
             for b, start in enumerate(new.places.starts):
                 products.attend_many(
-                    k_b.kernel,
+                    kernel,
                     (new.q_nope_BTHN[b], new.q_rope_BTHR[b]),
                     keys_BSc[b, : start + out_BTHV.shape[1]],
                     (k_b.stack, v_b.stack),

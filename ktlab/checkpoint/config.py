@@ -79,6 +79,21 @@ class MLASizes:
             "naive": 2 * self.num_heads * (self.qk_dim + self.v_dim),
         }
 
+    @property
+    def flop_decompressing(self) -> int:
+        """Of a layer for one cached position: its key and value for all heads, from the latent."""
+        return 2 * self.num_heads * self.kv_lora_rank * (self.qk_nope_dim + self.v_dim)
+
+    @property
+    def most_absorbed(self) -> int | None:
+        """Most tokens of a call for which the absorbed products over the latent are less work than
+        making keys and values of it anew, which the tokens share; None: always."""
+        pair = self.flop_per_pair
+        saved = pair["absorbed"] - pair["naive"]
+        if self.v_dim > self.qk_dim or saved <= 0:  # fused attention pads values to keys' length
+            return None
+        return self.flop_decompressing // saved
+
     def problems(self) -> list[str]:
         """What cannot be; empty if nothing is wrong."""
         odd = self.qk_rope_dim % 2

@@ -70,8 +70,8 @@ def sliced(
     """The same widths with fewer layers or routed experts a layer, named for it.
 
     As many leading layers stay dense as there were, or one where that would leave none with
-    experts. Groups of experts stay if the experts divide into them. `CheckpointError` where the
-    numbers are impossible.
+    experts. Groups of experts stay if the experts divide into them and a token still reaches as
+    many as it selects. `CheckpointError` where the numbers are impossible.
     """
     changes: dict[str, int] = {}
     problems = []
@@ -86,7 +86,8 @@ def sliced(
         if not config.top_k <= experts <= config.num_experts:
             problems.append(f"experts={experts}, expected {config.top_k} to {config.num_experts}")
         changes |= {"num_experts": experts}
-        if experts % config.n_group:
+        reached = experts // config.n_group * config.topk_group
+        if experts % config.n_group or reached < config.top_k:
             changes |= {"n_group": 1, "topk_group": 1}
         name += f", {experts} experts"
     if problems:

@@ -58,8 +58,12 @@ class StoredTensor(NamedTuple):
     path: Path
 
 
-Columns = tuple[Iterable[str], Iterable[int]]
-"""Names, and where each one's bytes start in the file."""
+class Columns(NamedTuple):
+    """Names of a file's tensors, and where each one's bytes start, counted from `base`."""
+
+    names: Iterable[str]
+    starts: Iterable[int]
+    base: int
 
 
 class StoredTensors(Mapping[str, StoredTensor]):
@@ -87,8 +91,9 @@ class StoredTensors(Mapping[str, StoredTensor]):
         kinds = {name: self.kinds[name] for name in names}
         offsets: dict[Path, Columns] = {}
         for path, columns in self._offsets.items():
-            kept = {name: at for name, at in zip(*columns, strict=True) if name in kinds}
-            offsets[path] = (kept.keys(), kept.values())
+            starts = zip(columns.names, columns.starts, strict=True)
+            kept = {name: at for name, at in starts if name in kinds}
+            offsets[path] = Columns(kept.keys(), kept.values(), columns.base)
         return StoredTensors(kinds, offsets)
 
     @property
@@ -99,9 +104,9 @@ class StoredTensors(Mapping[str, StoredTensor]):
     @cached_property
     def _places(self) -> dict[str, tuple[int, Path]]:
         return {
-            name: (offset, path)
+            name: (columns.base + start, path)
             for path, columns in self._offsets.items()
-            for name, offset in zip(*columns, strict=True)
+            for name, start in zip(columns.names, columns.starts, strict=True)
         }
 
     def __getitem__(self, name: str) -> StoredTensor:
@@ -155,8 +160,8 @@ def read_header(path: Path) -> StoredTensors:
     problems = problems or _gaps(spans, room)
     if problems:
         raise CheckpointError(together(where, problems, DAMAGED))
-    places = [data_start + start for start, _, _ in spans]
-    return StoredTensors(kinds, {path: (list(kinds), places)})
+    starts = [start for start, _, _ in spans]
+    return StoredTensors(kinds, {path: Columns(list(kinds), starts, data_start)})
 
 
 _METADATA = re.compile(r'\{(?:"__metadata__":\{[^{}]*\},)?')
@@ -210,7 +215,7 @@ def _regular(raw: bytes, path: Path, room: int) -> StoredTensors | None:
     by_name = dict(zip(names, kinds, strict=True))
     if len(by_name) != count or "__metadata__" in by_name:
         return None
-    return StoredTensors(by_name, {path: (names, [8 + len(raw) + start for start in starts])})
+    return StoredTensors(by_name, {path: Columns(names, starts, 8 + len(raw))})
 
 
 def _kind(dtype: str, dimensions: str) -> Kind | None:

@@ -132,8 +132,8 @@ def _generate(options: argparse.Namespace) -> int:
     changes = settings(options.set)
     if options.top_k is not None:
         changes["top_k"] = options.top_k
-    print(options.prompt, end="", flush=True)
     with model.override(**changes):
+        print(options.prompt, end="", flush=True)
         for token in model.stream(
             options.prompt,
             max_new_tokens=options.max_new_tokens,

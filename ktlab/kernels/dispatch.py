@@ -114,7 +114,10 @@ def candidates(formats: Sequence[str]) -> Iterator[Candidate]:
 
 
 def _best_first(formats: Sequence[str]) -> Sequence[str]:
-    """Integer tiles pay where their sums are seldom scaled, and are beaten by vectors elsewhere."""
+    """Integer tiles pay where their sums are seldom scaled, and are beaten by vectors elsewhere;
+    products of bfloat16 pay where the weights are."""
+    if set(formats) == {"bf16"}:
+        return sorted(NATIVE_ISAS, key=lambda isa: "_bf16" not in isa or isa in EMULATED)
     if any(switch.family(f) != "long scales" for f in formats if f in native.formats()):
         return NATIVE_ISAS
     return ("amx_int8", *(isa for isa in NATIVE_ISAS if isa != "amx_int8"))

@@ -66,6 +66,12 @@ def isas() -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
+def cpu_vendor() -> str:
+    """The processor's maker as cpuid has it, "AuthenticAMD"; "" without C kernels."""
+    return ktlab_ext.native.cpu_vendor() if ktlab_ext.native is not None else ""
+
+
+@lru_cache(maxsize=1)
 def formats() -> tuple[str, ...]:
     """Formats that the C kernels compute on their encoded values."""
     return tuple(ktlab_ext.native.formats()) if ktlab_ext.native is not None else ()

@@ -3,6 +3,7 @@
 T tokens, D hidden, E experts, K selected (or columns of one matrix), N rows.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ktlab.kernels import native, numba_backend, reference, torch_moe
-from ktlab.kernels.request import PACKED, Kernel
+from ktlab.kernels.computed import Computed
+from ktlab.kernels.request import AUTO, BF16_ISA, PACKED, Kernel
 from ktlab.kernels.stack import FLOATS, Stack
 from ktlab.kernels.weights import Weights
 
@@ -41,17 +43,35 @@ def attend(kernel: Kernel, q_HC: Tensor, keys_SC: Tensor, values: int, scale: fl
     """softmax(scale q K^T) V, (H, V) float32: one query a head; keys that all heads share, whose
     first `values` columns are the values. What decoding with absorbed MLA does.
 
-    In float32, but in bfloat16 with float32 sums where `attends_many`, from 8 heads and 512
-    positions on: that loses 0.2 to 0.3 % of the norm."""
+    In float32, but in bfloat16 with float32 sums where the isa multiplies bfloat16, from 8 heads
+    and 512 positions on: that loses 0.2 to 0.3 % of the norm."""
     if kernel.backend == "native":
         return native.attend(kernel, q_HC, keys_SC, values, scale)
     weights_HS = (q_HC @ keys_SC.T).mul_(scale).softmax(-1)
     return weights_HS @ keys_SC[:, :values]
 
 
-def attends_many(kernel: Kernel) -> bool:
-    """Whether `attend_many` computes with a kernel: where tiles multiply bfloat16."""
-    return kernel.backend == "native" and native.attends_many(kernel.isa)
+def many_kernel(*of: Computed) -> Kernel | None:
+    """What computes `attend_many` for k_b and v_b: their kernel where it multiplies bfloat16, and
+    avx512_bf16 beside integer kernels of AVX-512 where nobody named an isa; None: nothing does.
+
+    Floats of more bits (f16, f32) keep them.
+    """
+    kernels = [
+        _multiplying_bfloat16(product) if product.kernel.backend == "native" else None
+        for product in of
+    ]
+    return kernels[0] if all(kernels) else None
+
+
+def _multiplying_bfloat16(product: Computed) -> Kernel | None:
+    kernel = product.kernel
+    if native.attends_many(kernel.isa):
+        return kernel
+    free = product.request.wanted_isa == AUTO and kernel.isa == "avx512_vnni"
+    if free and not native.reject(BF16_ISA, product.formats):
+        return replace(kernel, isa=BF16_ISA)
+    return None
 
 
 def attend_many(

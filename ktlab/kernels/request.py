@@ -17,7 +17,10 @@ BACKENDS = (AUTO, "native", "numba", "torch", "numpy")
 BLOCKS, PACKED = "ggml_blocks", "packed"
 LAYOUTS = (AUTO, BLOCKS, PACKED)
 EMULATED = ("amx_bf16_emulated", "amx_int8_emulated")
-NATIVE_ISAS = ("amx_bf16", "avx512_vnni", "amx_int8", "avx2", "serial", *EMULATED)
+BF16_ISA = "avx512_bf16"
+NATIVE_ISAS = (
+    "amx_bf16", "avx512_vnni", BF16_ISA, "amx_int8", "avx2", "serial", *EMULATED
+)  # fmt: skip
 """The best first. The emulated ones run AMX's kernels on any machine, slowly: for tests and
 lessons, so only where they are named."""
 NUMBA_ISA, TORCH_ISA, NUMPY_ISA = "LLVM's choice", "oneDNN's choice", "BLAS's choice"

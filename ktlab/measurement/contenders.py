@@ -69,7 +69,7 @@ class OwnKernel:
         self.backend, self.isa = self.chosen.backend, self.chosen.isa
         self.layout, self.format, self.shape = self.chosen.layout, format, experts.shape
         floats = set(self.bank.formats) <= {"f32", "f16", "bf16"}
-        own_peak = self.backend == "native" and (not floats or "amx" in self.isa)
+        own_peak = self.backend == "native" and (not floats or "_bf16" in self.isa)
         self.peak_isa = self.isa.removesuffix("_emulated") if own_peak else ""
         self._turn = 0
         self._inputs = {

@@ -191,6 +191,9 @@ class Model:
                 "forward takes token ids; encode the text: model.tokenizer.encode(text)"
             )
         ids_T = torch.as_tensor(np.asarray(ids))
+        whole = not (ids_T.is_floating_point() or ids_T.is_complex() or ids_T.dtype == torch.bool)
+        if ids_T.numel() and not whole:
+            raise ContextError(f"ids are {ids_T.dtype}: expected whole numbers, token ids")
         if ids_T.ndim not in (1, 2) or ids_T.numel() == 0:
             raise ContextError(
                 f"ids of shape {tuple(ids_T.shape)}: expected (T,) or (B, T) with at least 1 token"

@@ -6,7 +6,8 @@ T tokens of a call, S positions of the context, D hidden, H heads.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ktlab.checkpoint.config import MLASizes, ModelConfig
+from ktlab.attention.mla import DECOMPRESSED_BYTES
+from ktlab.checkpoint.config import GQASizes, MLASizes, ModelConfig
 from ktlab.html import decimal_bytes
 from ktlab.placement.machine import CPU, DISK, Device, Machine
 from ktlab.placement.placed import Placed
@@ -180,23 +181,43 @@ def cache_bytes(config: ModelConfig, form: str, context: int, element_bytes: int
 
 
 def activation_bytes(config: ModelConfig, form: str, tokens: int, context: int, device: str) -> int:
-    """The most that one layer holds at a time while T tokens pass at a context of S, on the CPU or
-    on a GPU (`device` is "cpu" or "cuda").
-
-    On the CPU the scores of all heads lie in memory at once, before and after the softmax
-    (attention/mla.py); on a GPU they stay in the kernel.
+    """The most that one layer holds at a time while up to T tokens pass at a context of S, on the
+    CPU or on a GPU (`device` is "cpu" or "cuda"). Two rows of logits: those of every token, as
+    `Model.forward` returns them, are the caller's.
     """
     sizes = config.attention
-    widths = 4 * config.hidden_size + 2 * sizes.num_heads * sizes.qk_dim
-    if isinstance(sizes, MLASizes) and form == "absorbed":
-        widths += sizes.num_heads * (2 * sizes.kv_lora_rank + sizes.qk_rope_dim)
-    scores = 2 * sizes.num_heads * context if device == "cpu" else 0
     shared = config.num_shared_experts * config.expert_size
     inner = max(config.intermediate_size if config.first_dense_layers else 0, shared)
-    numbers = tokens * (widths + max(scores, 2 * inner)) + 2 * config.vocab_size
+    widths = tokens * (4 * config.hidden_size + 2 * sizes.num_heads * sizes.qk_dim)
+    attention = _attention_numbers(sizes, form, tokens, context, device)
+    numbers = widths + max(attention, 2 * inner * tokens) + 2 * config.vocab_size
     return ELEMENT_BYTES[device] * numbers + (
         _expert_activations(config, tokens) if device == "cpu" else 0
     )
+
+
+def _attention_numbers(
+    sizes: MLASizes | GQASizes, form: str, tokens: int, context: int, device: str
+) -> int:
+    """What attention holds besides queries and result (attention/mla.py, gqa.py).
+
+    Scores of all heads lie in memory at once on the CPU, before and after the softmax; on a GPU
+    they stay in the kernel. In the absorbed form a call of many tokens has no scores but keys and
+    values of a few heads; the last call of a prompt may be short enough to have scores.
+    """
+    heads = sizes.num_heads
+    latent = 0
+    if isinstance(sizes, MLASizes) and form == "absorbed":
+        latent = heads * (2 * sizes.kv_lora_rank + sizes.qk_rope_dim)
+    if device != "cpu":
+        return tokens * latent
+    scores = 2 * heads * context
+    if not isinstance(sizes, MLASizes) or not latent or sizes.most_absorbed is None:
+        return tokens * (latent + scores)
+    # Keys and values of one head at least; the mask, and torch's copy of it in floats.
+    made = max(DECOMPRESSED_BYTES // ELEMENT_BYTES["cpu"], 2 * context * sizes.qk_dim)
+    many = made + 2 * tokens * context if tokens > sizes.most_absorbed else 0
+    return max(min(tokens, sizes.most_absorbed) * (latent + scores), many)
 
 
 def _expert_activations(config: ModelConfig, tokens: int) -> int:

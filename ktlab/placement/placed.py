@@ -9,6 +9,7 @@ from ktlab.checkpoint.converted import wanted_format
 from ktlab.checkpoint.facts import ModelFacts, TensorFacts
 from ktlab.checkpoint.names import is_quantizable
 from ktlab.kernels import codings, native
+from ktlab.kernels.linear import SMALL
 from ktlab.placement.machine import CPU, GPU, Machine
 from ktlab.placement.parts import Part, grouped, part
 from ktlab.placement.placement import PHASES, PLACEABLE, Placement, kind_of
@@ -174,12 +175,15 @@ def _placed(
 ) -> Placed:
     stored = part(config, layer, component, tensors)
     sizes: dict[str, int] = {}
-    in_place = converted = 0
+    in_place = converted = read = 0
     changes: dict[str, None] = {}
     for tensor in tensors:
         wanted = format_of(tensor, component, device)
         nbytes = _nbytes(tensor, wanted)
         sizes[wanted] = sizes.get(wanted, 0) + nbytes
+        packed = _packed_bytes(tensor, component, device)
+        converted += packed
+        read += packed or nbytes
         if wanted == tensor.format and kind_of(device) != "cuda":
             in_place += nbytes
         else:
@@ -187,7 +191,7 @@ def _placed(
         if wanted != tensor.format:
             changes[f"{tensor.format} -> {wanted}"] = None
     # What a token reads is read in the format that is there.
-    scale = (in_place + converted) / stored.bytes if stored.bytes else 1.0
+    scale = read / stored.bytes if stored.bytes else 1.0
     return Placed(
         part=replace(stored, bytes_per_token=stored.bytes_per_token * scale),
         device=device,
@@ -214,6 +218,15 @@ def _cpu_format(tensor: TensorFacts, component: str, loaded: Format) -> str:
     if not is_quantizable(tensor.name, tensor.shape) or component == "embedding":
         return loaded.name
     return "f32" if _is_per_head(tensor) or loaded.name not in computed_formats() else loaded.name
+
+
+def _packed_bytes(tensor: TensorFacts, component: str, device: str) -> int:
+    """A single token multiplies matrices of single heads on their quantized values, packed, beside
+    the floats of a prompt; 0 for all else, which is there once."""
+    if kind_of(device) != "cpu" or component == "nextn" or not _is_per_head(tensor):
+        return 0
+    small = prod(tensor.shape) <= SMALL
+    return tensor.nbytes if tensor.format in native.formats() and not small else 0
 
 
 def _is_per_head(tensor: TensorFacts) -> bool:

@@ -380,6 +380,15 @@ def _notes(
             {m for row in rows if row.device == CPU for m in row.conversions if m.endswith("f32")}
         )
         notes.append(f"float32 copies in host memory, {decimal_bytes(floats)}: {', '.join(made)}")
+        if any(
+            row.part.component == "experts" and "f32" in row.formats and row.conversions
+            for row in rows
+            if row.device == CPU
+        ):
+            notes.append(
+                "no kernel computes the experts' format on its encoded values: "
+                'quantize="int8_channel" (or convert=) makes one while loading that has kernels'
+            )
     if copies > 1:
         more = sum(one.copies for one in ledgers)
         notes.append(f"{copies} copies of the experts: {decimal_bytes(more)} more than one takes")

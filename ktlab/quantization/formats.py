@@ -205,6 +205,7 @@ _QUANTIZERS: dict[str, Quantizer] = {
     "Q3_K": kquants.quantize_q3_k,
     "Q2_K": kquants.quantize_q2_k,
     "IQ4_NL": codebook.quantize_iq4_nl,
+    "IQ4_XS": codebook.quantize_iq4_xs,
 }
 for _name in "F32 F16 BF16 Q8_0 Q5_1 Q5_0 Q4_1 Q4_0 TQ2_0 TQ1_0 MXFP4".split():
     _QUANTIZERS[_name] = _by_gguf(GGMLQuantizationType[_name])

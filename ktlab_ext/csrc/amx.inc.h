@@ -1,5 +1,6 @@
-/* The AMX kernels, on the processor's tiles (isa_amx.c) or on emulated ones (isa_amx_emulated.c).
- * The source is the same, so the emulation tests it where no AMX is.
+/* The AMX kernels, on the processor's tiles (isa_amx.c), on emulated ones (isa_amx_emulated.c), and those
+ * of bfloat16 on vectors (isa_avx512_bf16.c). The source is the same, so the emulation tests it where no
+ * AMX is.
  *
  * A tile holds 16 rows of 64 bytes. A: 16 tokens x 64 activations. B: 64 columns of 16 weight rows,
  * four (bf16: two) columns a line, which is how packed data and decoded tiles lie. C: 16 x 16 sums.
@@ -8,8 +9,8 @@
  * take 14 (7.4 either way in moments): perhaps a neighbour on the core holds renamed tiles.
  *
  * The file that includes this defines TILE_CONFIG(config) TILE_ZERO(t) TILE_LOAD(t, p, stride)
- * TILE_STORE(t, p, stride) TILE_DOT_S8U8(c, a, b) TILE_DOT_BF16(c, a, b) TILE_RELEASE() with
- * literal tile numbers, ROWS_FMA(a, b, c) for a * b + c rounded once, and DECODE, the kernels that
+ * TILE_STORE(t, p, stride) TILE_DOT_S8U8(c, a, b) TILE_DOT_BF16(c, a, b) TILE_RELEASE()
+ * with literal tile numbers (or NO_INT8_TILES, and TWO_PRODUCTS in place of the products), ROWS_FMA(a, b, c) for a * b + c rounded once, and DECODE, the kernels that
  * decode for it. */
 #include "arithmetic.h"
 #include "blocks.h"
@@ -37,6 +38,21 @@ typedef float rows_f __attribute__((vector_size(64), may_alias, aligned(4)));
 typedef int32_t rows_i __attribute__((vector_size(64), may_alias, aligned(4)));
 typedef uint32_t rows_u __attribute__((vector_size(64), may_alias, aligned(4)));
 
+/* The products of an A and two B tiles, and after each what `between` does. */
+#ifndef TWO_PRODUCTS
+#define TWO_PRODUCTS(a, stride, b0, b1, DOT, between)                                               \
+    do {                                                                                            \
+        TILE_LOAD(2, a, stride);                                                                    \
+        TILE_LOAD(3, b0, 64);                                                                       \
+        DOT(0, 2, 3);                                                                               \
+        between;                                                                                    \
+        TILE_LOAD(3, b1, 64);                                                                       \
+        DOT(1, 2, 3);                                                                               \
+        between;                                                                                    \
+    } while (0)
+#endif
+
+#ifndef NO_INT8_TILES
 /* ---- int8 ---------------------------------------------------------------------------------------- */
 static ktl_act_key int8_act_key(int format) {
     return ktl_act_int8(format, ktl_formats[format].zero);
@@ -102,18 +118,6 @@ KTL_INLINE const ktl_act *fetch_act(const ktl_act *act, int64_t second) {
     }
     return act + 1;
 }
-
-/* The products of an A and two B tiles, and after each what `between` does. */
-#define TWO_PRODUCTS(a, stride, b0, b1, DOT, between)                                               \
-    do {                                                                                            \
-        TILE_LOAD(2, a, stride);                                                                    \
-        TILE_LOAD(3, b0, 64);                                                                       \
-        DOT(0, 2, 3);                                                                               \
-        between;                                                                                    \
-        TILE_LOAD(3, b1, 64);                                                                       \
-        DOT(1, 2, 3);                                                                               \
-        between;                                                                                    \
-    } while (0)
 
 KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, int groups,
                                  const ktl_job *job) {
@@ -196,6 +200,8 @@ static void int8_decode_blocks(int format, const uint8_t *row, int64_t row_bytes
                                int64_t column, int cols, ktl_tile *tile) {
     DECODE.decode_blocks(format, row, row_bytes, rows, column, cols, tile);
 }
+
+#endif
 
 /* ---- bf16: any format, decoded to bfloat16 in the cache, without a scale in the inner loop --------- */
 static ktl_act_key bf16_act_key(int format) {

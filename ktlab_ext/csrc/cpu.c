@@ -19,17 +19,18 @@ enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
 /* What an instruction set needs beyond those of the one it is built on. */
 typedef struct {
     const char *name; /* NULL ends a list */
-    unsigned leaf;    /* subleaf 0 */
+    unsigned leaf, subleaf;
     int reg, bit;
 } feature;
 
-static const feature FMA3[] = {{"osxsave", 1, ECX, 27}, {"avx", 1, ECX, 28}, {"fma", 1, ECX, 12},
-                               {"f16c", 1, ECX, 29},    {"avx2", 7, EBX, 5}, {NULL, 0, 0, 0}};
-static const feature VNNI[] = {{"avx512f", 7, EBX, 16},    {"avx512dq", 7, EBX, 17},
-                               {"avx512bw", 7, EBX, 30},   {"avx512vl", 7, EBX, 31},
-                               {"avx512_vnni", 7, ECX, 11}, {NULL, 0, 0, 0}};
-static const feature AMX_INT8[] = {{"amx_tile", 7, EDX, 24}, {"amx_int8", 7, EDX, 25}, {NULL, 0, 0, 0}};
-static const feature AMX_BF16[] = {{"amx_tile", 7, EDX, 24}, {"amx_bf16", 7, EDX, 22}, {NULL, 0, 0, 0}};
+static const feature FMA3[] = {{"osxsave", 1, 0, ECX, 27}, {"avx", 1, 0, ECX, 28}, {"fma", 1, 0, ECX, 12},
+                               {"f16c", 1, 0, ECX, 29},    {"avx2", 7, 0, EBX, 5}, {NULL, 0, 0, 0, 0}};
+static const feature VNNI[] = {{"avx512f", 7, 0, EBX, 16},    {"avx512dq", 7, 0, EBX, 17},
+                               {"avx512bw", 7, 0, EBX, 30},   {"avx512vl", 7, 0, EBX, 31},
+                               {"avx512_vnni", 7, 0, ECX, 11}, {NULL, 0, 0, 0, 0}};
+static const feature BF16[] = {{"avx512_bf16", 7, 1, EAX, 5}, {NULL, 0, 0, 0, 0}};
+static const feature AMX_INT8[] = {{"amx_tile", 7, 0, EDX, 24}, {"amx_int8", 7, 0, EDX, 25}, {NULL, 0, 0, 0, 0}};
+static const feature AMX_BF16[] = {{"amx_tile", 7, 0, EDX, 24}, {"amx_bf16", 7, 0, EDX, 22}, {NULL, 0, 0, 0, 0}};
 
 /* `base`: few tokens run on it, so it must be usable too; -1 for none. `xcr0`: register states that
  * the operating system must save (1 SSE, 2 AVX, 5..7 AVX-512, 17 and 18 tiles). */
@@ -43,6 +44,7 @@ static const struct {
     [KTL_SERIAL] = {"serial", NULL, -1, 0, ""},
     [KTL_AVX2] = {"avx2", FMA3, -1, 0x6, "AVX"},
     [KTL_AVX512_VNNI] = {"avx512_vnni", VNNI, KTL_AVX2, 0xe6, "AVX-512"},
+    [KTL_AVX512_BF16] = {"avx512_bf16", BF16, KTL_AVX512_VNNI, 0xe6, "AVX-512"},
     [KTL_AMX_INT8] = {"amx_int8", AMX_INT8, KTL_AVX512_VNNI, 0x60000, "AMX tile"},
     [KTL_AMX_BF16] = {"amx_bf16", AMX_BF16, KTL_AVX512_VNNI, 0x60000, "AMX tile"},
     [KTL_AMX_INT8_EMULATED] = {"amx_int8_emulated", NULL, -1, 0, ""},
@@ -74,8 +76,21 @@ static void add(char *text, const char *form, ...) {
 
 static int cpu_has(const feature *f) {
     unsigned regs[4] = {0, 0, 0, 0};
-    __get_cpuid_count(f->leaf, 0, &regs[EAX], &regs[EBX], &regs[ECX], &regs[EDX]);
+    __get_cpuid_count(f->leaf, f->subleaf, &regs[EAX], &regs[EBX], &regs[ECX], &regs[EDX]);
     return regs[f->reg] >> f->bit & 1;
+}
+
+static char vendor[13];
+
+static void ask_vendor(void) {
+    unsigned leaf, part[3] = {0, 0, 0};
+    if (__get_cpuid(0, &leaf, &part[0], &part[2], &part[1])) memcpy(vendor, part, sizeof part);
+}
+
+const char *ktl_cpu_vendor(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, ask_vendor);
+    return vendor;
 }
 
 /* Only after osxsave was seen: without it the instruction faults. */
@@ -92,8 +107,8 @@ static void judge(int isa) {
         return;
     for (const feature *f = ISA[isa].needs; f->name; f++)
         if (!cpu_has(f))
-            add(reason, "%s%s (cpuid %u.0 %s %d)", *reason ? ", " : "the CPU lacks ", f->name,
-                f->leaf, REG[f->reg], f->bit);
+            add(reason, "%s%s (cpuid %u.%u %s %d)", *reason ? ", " : "the CPU lacks ", f->name,
+                f->leaf, f->subleaf, REG[f->reg], f->bit);
     if (*reason)
         return;
     if (ISA[isa].base >= 0 && reasons[ISA[isa].base][0]) {

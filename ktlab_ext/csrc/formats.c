@@ -71,7 +71,7 @@ int ktl_isa_computes(int isa, int format) {
     if (isa < 0 || isa >= KTL_ISAS || format < 0 || format >= KTL_FORMATS) return 0;
     if (isa == KTL_AMX_INT8 || isa == KTL_AMX_INT8_EMULATED) return !ktl_is_float(format);
     /* bfloat16 would cost these the precision that they are chosen for. */
-    if (isa == KTL_AMX_BF16 || isa == KTL_AMX_BF16_EMULATED)
+    if (isa == KTL_AVX512_BF16 || isa == KTL_AMX_BF16 || isa == KTL_AMX_BF16_EMULATED)
         return format != KTL_F32 && format != KTL_F16;
     return 1;
 }
@@ -80,6 +80,7 @@ const ktl_kernels *ktl_kernels_of(int isa, int few) {
     switch (isa) {
         case KTL_AVX2: return &ktl_kernels_avx2;
         case KTL_AVX512_VNNI: return &ktl_kernels_avx512;
+        case KTL_AVX512_BF16: return few ? &ktl_kernels_avx512 : &ktl_kernels_avx512_bf16;
         case KTL_AMX_INT8: return few ? &ktl_kernels_avx512 : &ktl_kernels_amx_int8;
         case KTL_AMX_BF16: return few ? &ktl_kernels_avx512 : &ktl_kernels_amx_bf16;
         case KTL_AMX_INT8_EMULATED:

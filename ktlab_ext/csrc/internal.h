@@ -275,11 +275,11 @@ typedef struct {
     void (*attend_many)(const ktl_many_head *head); /* NULL: none */
 } ktl_kernels;
 
-extern const ktl_kernels ktl_kernels_serial, ktl_kernels_avx2, ktl_kernels_avx512,
+extern const ktl_kernels ktl_kernels_serial, ktl_kernels_avx2, ktl_kernels_avx512, ktl_kernels_avx512_bf16,
     ktl_kernels_amx_int8, ktl_kernels_amx_bf16, ktl_kernels_amx_int8_emulated,
     ktl_kernels_amx_bf16_emulated;
 
-/* The kernels of an isa for many tokens, or for few (amx_*: those of avx512, or serial). */
+/* The kernels of an isa for many tokens, or for few (amx_* and avx512_bf16: those of avx512, or serial). */
 const ktl_kernels *ktl_kernels_of(int isa, int few);
 
 /* ---- small shared arithmetic ----------------------------------------------------------------------- */

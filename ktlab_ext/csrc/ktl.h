@@ -68,7 +68,7 @@ int ktl_matrix_check(const ktl_matrix *m, int64_t available_bytes);
 
 /* ---- instruction sets -------------------------------------------------------------------------- */
 typedef enum {
-    KTL_SERIAL, KTL_AVX2, KTL_AVX512_VNNI, KTL_AMX_INT8, KTL_AMX_BF16,
+    KTL_SERIAL, KTL_AVX2, KTL_AVX512_VNNI, KTL_AVX512_BF16, KTL_AMX_INT8, KTL_AMX_BF16,
     KTL_AMX_INT8_EMULATED, /* the AMX kernel source on emulated tile instructions: runs anywhere */
     KTL_AMX_BF16_EMULATED,
     KTL_ISAS
@@ -80,6 +80,7 @@ int ktl_isa_of(const char *name);
  * or "the operating system does not grant AMX tiles (arch_prctl(ARCH_REQ_XCOMP_PERM) failed)".
  * The first call asks; the answer is kept. Thread safe. */
 const char *ktl_isa_reason(int isa);
+const char *ktl_cpu_vendor(void); /* cpuid 0: "AuthenticAMD", "GenuineIntel" */
 /* Does the instruction set compute this format? 1 or 0 (amx_int8 has no float formats). */
 int ktl_isa_computes(int isa, int format);
 

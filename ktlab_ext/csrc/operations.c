@@ -8,7 +8,7 @@ enum {
     MAX_TOKENS = 2048,   /* of one pass; more are done in several */
     MAX_TASK_ROWS = 256,
     TASKS_PER_WORKER = 8,
-    FUSED_UNDER_AMX = 5,
+    FUSED_ON_AVX512 = 5,
     SPREAD = 16, /* floats between rows of sums: a power of two apart they share cache sets */
     SMALL_WORK = 1 << 17 /* multiplications below which waking another thread costs more */
 };
@@ -77,11 +77,11 @@ static const void *x_row(const void *x, int x_type, int64_t stride, int64_t row)
     return (const uint8_t *)x + row * stride * (x_type == KTL_X_BF16 ? 2 : 4);
 }
 
-/* Up to `few` tokens, avx* fuse decoding and products; amx_* leave the tokens to avx512, which fuses
+/* Up to `few` tokens, avx* fuse decoding and products; amx_* and avx512_bf16 leave the tokens to avx512, which fuses
  * up to the number from which a tile that is decoded once pays. */
 static int fuses(int isa, int few, int64_t tokens) {
     return tokens <= few && ktl_kernels_of(isa, 1)->dot_packed &&
-           (isa < KTL_AMX_INT8 || tokens <= FUSED_UNDER_AMX);
+           (isa <= KTL_AVX512_VNNI || tokens <= FUSED_ON_AVX512);
 }
 
 /* The memory of the next KTL_TILES tiles: `cols` columns from `column` on of at most `rows` rows. */

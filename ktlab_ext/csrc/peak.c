@@ -63,6 +63,9 @@ LOOP(avx2_maddubs, "avx2", __m256i, _mm256_set1_epi8(1), 32)
 #define PRODUCT(sum) _mm512_dpbusd_epi32(sum, a, a)
 LOOP(vnni_dpbusd, "avx512f,avx512vnni", __m512i, _mm512_set1_epi8(1), 64)
 #undef PRODUCT
+#define PRODUCT(sum) _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)a)
+LOOP(dpbf16, "avx512f,avx512bf16", __m512, _mm512_setzero_ps(), 32)
+#undef PRODUCT
 
 /* Palette 1: eight tiles of 16 rows of 64 bytes. Products alone: four sums from tiles that stay.
  * Products with their loads, from L1: three loads for two products on four tiles, as the kernels do it
@@ -176,6 +179,7 @@ double ktl_peak_ops(ktl_pool *pool, int isa, int loading, double seconds) {
             [KTL_SERIAL] = serial_fma,
             [KTL_AVX2] = avx2_maddubs,
             [KTL_AVX512_VNNI] = vnni_dpbusd,
+            [KTL_AVX512_BF16] = dpbf16,
             [KTL_AMX_INT8] = amx_int8,
             [KTL_AMX_BF16] = amx_bf16,
         },

@@ -148,6 +148,8 @@ def test_slices_keep_the_widths_and_have_layers_with_experts() -> None:
     assert (small.first_dense_layers, small.num_layers, small.num_experts) == (1, 3, 32)
     assert (small.hidden_size, small.n_group, small.topk_group) == (7168, 8, 4)
     assert "3 layers" in small.name and "32 experts" in small.name
+    # In half of 8 groups of one expert a token would reach four, and it selects eight.
+    assert (sliced(v3, experts=8).n_group, sliced(v3, experts=16).n_group) == (1, 8)
     with pytest.raises(CheckpointError, match=r"layers=0.*experts=4"):
         sliced(v3, layers=0, experts=4)
 

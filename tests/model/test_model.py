@@ -152,6 +152,8 @@ def test_context_errors_leave_the_model_usable(model: Model) -> None:
         model.forward([])
     with pytest.raises(ContextError, match="has 0 to 271"):
         model.forward([3, 272])
+    with pytest.raises(ContextError, match="float32: expected whole numbers"):
+        model.forward(torch.tensor([3.5, 2]))
     with pytest.raises(ContextError, match="513 tokens.*512"):
         model.generate(torch.zeros(513, dtype=torch.int64))
     with pytest.raises(ContextError, match="do not fit the cache of 4"):

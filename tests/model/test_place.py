@@ -316,3 +316,18 @@ def test_four_bits(model: Model, usual: Placement) -> None:
         r.bytes for r in plan.rows if r.device == "cuda:0" and r.part.component != "cache"
     )
     assert seat.here_bytes["weights"] == pytest.approx(planned, rel=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+def test_on_a_gpu(model: Model, usual: Placement) -> None:
+    expected = floats(model)
+    model.place(usual)
+    for a, b in zip(run(model), expected, strict=True):
+        assert error(a, b) < 0.03
+    there = model.ledger()["cuda:0"]
+    assert there.total is not None and 0.99 * there.known < there.total < there.known + 2**28
+    with model.watch_overlap() as found:
+        model.forward(torch.arange(3, 500))
+    assert found.share is not None
+    model.place(Placement.everywhere(model.config, "cpu"))
+    assert not model.seats

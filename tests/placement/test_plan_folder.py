@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 import pytest
 
@@ -67,6 +67,9 @@ def test_deepseek_v3_as_published(v3_folder: Path) -> None:
     found = plan(v3_folder, vram="14GB", ram="2TB")
     assert found.parameters == pytest.approx(671e9, rel=1e-3)
     assert found.by_component()["experts"].stored == ("fp8_e4m3",)
+    assert any('quantize="int8_channel"' in note for note in found.notes)
+    quantized = plan(v3_folder, vram="14GB", ram="2TB", quantize="int8_channel")
+    assert quantized.fits and not any("no kernel" in note for note in quantized.notes)
     assert sum(p.stat().st_blocks * 512 for p in v3_folder.iterdir()) < 40 * 10**6
 
 
@@ -74,11 +77,11 @@ def test_deepseek_v3_as_published(v3_folder: Path) -> None:
 def test_headers_of_163_files_are_read_at_once(v3_folder: Path) -> None:
     spent = []
     for _ in range(7):
-        start = perf_counter()
+        start = process_time()
         plan(v3_folder, vram="14GB", ram="2TB")
-        spent.append(perf_counter() - start)
-    # Promised on an idle machine: 0.5 to 0.7 on shared cores, beside neighbours more.
-    assert min(spent) < 1.0, spent
+        spent.append(process_time() - start)
+    # Promised: 0.5 s on an idle machine (Zen 4 0.22, a shared Sapphire Rapids host 0.55).
+    assert min(spent) < 0.7, spent
 
 
 def test_an_index_in_any_form_says_the_same(v3_folder: Path, tmp_path: Path) -> None:

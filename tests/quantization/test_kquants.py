@@ -18,6 +18,7 @@ NORMAL_ERROR = {
     "q3_k": (0.13, 0.16),
     "q2_k": (0.24, 0.29),
     "iq4_nl": (0.070, 0.080),
+    "iq4_xs": (0.070, 0.082),
 }
 
 
@@ -42,6 +43,7 @@ def test_beats_the_simple_format_of_equal_size(values: np.ndarray) -> None:
     assert relative(values, "q4_k") < relative(values, "q4_0")
     assert relative(values, "q5_k") < relative(values, "q5_0")
     assert relative(values, "iq4_nl") < relative(values, "q4_0")
+    assert relative(values, "iq4_xs") < relative(values, "q4_0")
 
 
 @pytest.mark.parametrize("name", NORMAL_ERROR)
@@ -52,7 +54,7 @@ def test_scaling_the_weights_scales_the_result(name: str) -> None:
     np.testing.assert_array_equal(format.dequantize(format.quantize(NORMAL * 4)), once * 4)
 
 
-@pytest.mark.parametrize("name", ["q6_k", "q3_k", "iq4_nl"])
+@pytest.mark.parametrize("name", ["q6_k", "q3_k", "iq4_nl", "iq4_xs"])
 def test_symmetric_formats_do_not_care_about_the_sign(name: str) -> None:
     format = get_format(name)
     once = format.dequantize(format.quantize(NORMAL))
