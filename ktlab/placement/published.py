@@ -83,6 +83,8 @@ class Published(Record):
     memory: tuple[KnownMemory, ...]
     free: Mapping[str, float]
     """The efficiencies that were fitted."""
+    unexplained: tuple[str, ...] = ()
+    """What the model of machines does not explain."""
 
     def to_dict(self) -> dict[str, Any]:
         """With the errors, which `from_dict` computes anew."""
@@ -136,6 +138,7 @@ def published(changes: Mapping[str, float] | None = None) -> Published:
         held_out=tuple(_speeds(said["held_out"], changes)),
         memory=tuple(_memory()),
         free=_free(changes),
+        unexplained=tuple(said["unexplained"]),
     )
 
 

@@ -66,7 +66,8 @@ def text(of: "Published") -> str:
             "  " + "".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
             for row in (HEADERS, *rows(of, kind))
         ]
-    lines += ["", "memory, tokens/s aside: published, planned"]
+    lines += ["", "not explained:", *(f"  {one}" for one in of.unexplained)]
+    lines += ["", "memory: published, planned"]
     lines += ["  " + "  ".join(f"{cell:>18}" for cell in row) for row in memory_rows(of)]
     return "\n".join(lines)
 
@@ -79,6 +80,7 @@ def bundle(of: "Published") -> dict[str, Any]:
         html.table(rows(of, "fitted"), HEADERS),
         html.details(summary(of, "held_out"), html.table(rows(of, "held_out"), HEADERS)),
         html.details("memory", html.table(memory_rows(of), headers)),
+        html.details("not explained", html.table([(one,) for one in of.unexplained])),
     ]
     return html.mimebundle(text(of), html.card("predicted beside published", *parts))
 

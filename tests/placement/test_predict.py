@@ -80,7 +80,7 @@ def test_published_to_json_and_back(table: Published) -> None:
     assert found["errors"]["held_out"]["worst"] == table.errors["held_out"]["worst"]
     assert len(table.to_frame()) == len(table.fitted) + len(table.held_out)
     text = str(table)
-    assert "held out" in text
+    assert "held out" in text and "not explained" in text
     assert table._repr_mimebundle_()["text/html"].count("<tr>") > 50
     assert len(table.plot().data) == 4
 
