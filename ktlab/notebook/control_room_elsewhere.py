@@ -23,7 +23,7 @@ WHY = (
     "says what to expect. With a true-size twin chosen, of that model; else of this one."
 )
 PROMPT, GENERATE = 512, 128
-WITH_GPU = "ktransformers-0.2"
+WITH_GPU = "ktransformers-0.2.1"
 
 
 def subject(model: Model, shape: str) -> str:

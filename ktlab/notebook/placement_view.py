@@ -66,7 +66,7 @@ class PlacementView(Instrument):
         link_bytes_per_s: float = LINK_BYTES_PER_S,
         stand_in: Mapping[str, str] | None = None,
         machine: str = "2x6454s+4090d",
-        engine: str = "ktransformers-0.2",
+        engine: str = "ktransformers-0.2.1",
     ) -> None:
         super().__init__(model)
         self.machine, self.engine = machine, engine

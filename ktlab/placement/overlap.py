@@ -226,7 +226,7 @@ def predicted_times(
     model: "str | PathLike[str]",
     *,
     machine: "str | Machine" = "2x6454s+4090d",
-    engine: str = "ktransformers-0.2",
+    engine: str = "ktransformers-0.2.1",
     near: Mapping[int, float] | None = None,
     context: int = 512,
     format: str | None = None,

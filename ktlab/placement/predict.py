@@ -132,7 +132,7 @@ def predict(
 
     `model` and `format` are those of `ktlab.plan`; without a format a published model has the
     engine's usual one. `machine` is a listed name ("2x6454s+4090d"), "this", or a `Machine`.
-    `engine` is "ktransformers-0.2", "ktransformers-0.2.0", "ktransformers-0.3", "llama.cpp" or
+    `engine` is "ktransformers-0.2", "ktransformers-0.2.1", "ktransformers-0.3", "llama.cpp" or
     "ktlab". `placement` says what lies where, by default the engine's own rule. `loads` are
     {layer: each expert's share of choices} or a trace; layers that are missing are even.
     `changes` gives efficiencies other values. Raises SettingError for what is unknown, with the

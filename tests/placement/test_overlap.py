@@ -85,7 +85,7 @@ def test_measured_on_a_model() -> None:
 
 def test_predicted_for_a_published_machine() -> None:
     """The timeline without deferral is `ktlab.predict`'s; more experts near, less on the CPU."""
-    told = predict("deepseek-v3", machine="2x6454s+4090d", engine="ktransformers-0.2", generate=1)
+    told = predict("deepseek-v3", machine="2x6454s+4090d", engine="ktransformers-0.2.1", generate=1)
     layers, output_s = predicted_times("deepseek-v3", context=512)
     assert len(layers) == 61 and layers[0].experts == 0 and layers[3].experts == 8
     plain = timeline(layers, after_s=output_s)

@@ -18,7 +18,7 @@ from ktlab.placement.touched import chances, padded, touched
 
 V3: dict[str, Any] = {
     "machine": "2x6454s+4090d",
-    "engine": "ktransformers-0.2",
+    "engine": "ktransformers-0.2.1",
     "prompt": 500,
     "generate": 300,
 }
@@ -153,14 +153,14 @@ def test_every_listed_machine_has_sources_and_speeds(name: str) -> None:
     machine = get_machine(name)
     assert machine.sources.keys() == {"machine", "processor", "gpu", "bandwidth"}
     assert Machine.from_json(machine.to_json()) == machine
-    found = ktlab.predict("deepseek-v2-lite", machine=name, engine="ktransformers-0.2")
+    found = ktlab.predict("deepseek-v2-lite", machine=name, engine="ktransformers-0.2.1")
     assert 5 < found.decode_tokens_per_s < 500
     assert found.prefill_tokens_per_s > found.decode_tokens_per_s
 
 
 def test_other_models_and_attentions() -> None:
     """Grouped-query attention too; a desktop reads what it has."""
-    desktop: dict[str, Any] = {"machine": "i9-14900kf+4090", "engine": "ktransformers-0.2"}
+    desktop: dict[str, Any] = {"machine": "i9-14900kf+4090", "engine": "ktransformers-0.2.1"}
     large = ktlab.predict("qwen3-235b-a22b", **desktop)
     small = ktlab.predict("qwen3-30b-a3b", **desktop)
     assert small.decode_tokens_per_s > 2 * large.decode_tokens_per_s
@@ -234,7 +234,7 @@ def test_predict_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> No
 def test_experts_on_the_gpu_and_apart() -> None:
     """A layer's experts on the GPU leave the CPU; half of them, half; nodes add up."""
     config = read_facts("deepseek-v2-lite", format="q4_k_m").config
-    here: dict[str, Any] = {"machine": "2x6454s+4090d", "engine": "ktransformers-0.2"}
+    here: dict[str, Any] = {"machine": "2x6454s+4090d", "engine": "ktransformers-0.2.1"}
     base = ktlab.predict("deepseek-v2-lite", **here)
     usual = base.plan.placement
     moved = ktlab.predict(
