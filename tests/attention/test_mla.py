@@ -17,7 +17,7 @@ from ktlab.checkpoint.synthesis import (
     synthesize,
 )
 from ktlab.errors import ContextError, SettingError
-from ktlab.kernels import native
+from ktlab.kernels import native, products
 from ktlab.model.model import Model
 from ktlab.probe import Recorder
 
@@ -185,6 +185,32 @@ def test_long_prompts_are_computed_on_tiles_where_the_kernels_have_them(
         linear.use(backend="auto", isa="amx_bf16_emulated")
     error = float((output() - exact).norm() / exact.norm())
     assert 1e-5 < error < 1e-2
+
+
+@pytest.mark.skipif(bool(native.unavailable()), reason="no native kernels here")
+def test_prompts_multiply_bfloat16_on_avx512_where_nobody_named_another_isa() -> None:
+    if reason := native.isas()["avx512_bf16"]:
+        pytest.skip(reason)
+    model = Model(synthesize(TINY_YARN_CONFIG, formats={"*_b.weight": "q8_0", "*": "f32"}))
+    weights = model.layers[0].attention.weights
+    up = (weights.k_b, weights.v_b)
+
+    def found(**words: str) -> str | None:
+        for linear in up:
+            linear.use(backend="auto", isa="auto", layout="auto")
+            linear.use(**words)
+        kernel = products.many_kernel(*up)
+        return None if kernel is None else kernel.isa
+
+    if not native.reject("amx_bf16", ("q8_0",)):
+        assert found() == "amx_bf16"
+    else:
+        assert found() == "avx512_bf16"
+    assert found(isa="avx512_vnni") is None, "named, so not left for another"
+    assert found(isa="avx512_bf16") == "avx512_bf16"
+    assert found(backend="torch") is None
+    floats = Model(synthesize(TINY_YARN_CONFIG, formats={"*": "f32"})).layers[0].attention.weights
+    assert products.many_kernel(floats.k_b, floats.v_b) is None, "float32 keeps its bits"
 
 
 def test_decompression_pays_for_prompts_and_not_for_tokens() -> None:

@@ -49,6 +49,9 @@ def test_auto_takes_the_best_instruction_set_for_the_formats(cpu) -> None:
     assert chosen(Request()) == ("native", "amx_bf16", "ggml_blocks"), "a scale every 32 columns"
     assert chosen(Request(), ("bf16",)) == ("native", "amx_bf16", "ggml_blocks")
     assert chosen(Request(), ("q8_0", "q8_0", "f32")) == ("native", "avx512_vnni", "ggml_blocks")
+    cpu(avx512_vnni="", avx512_bf16="", avx2="", serial="")
+    assert chosen(Request(), ("bf16",)) == ("native", "avx512_bf16", "ggml_blocks")
+    assert chosen(Request()) == ("native", "avx512_vnni", "ggml_blocks")
     cpu(avx2="", serial="", amx_int8_emulated="")
     assert chosen(Request()) == ("native", "avx2", "ggml_blocks")
     cpu(amx_int8_emulated="", serial="no")
@@ -160,6 +163,14 @@ def test_every_format_has_a_family_and_every_kernel_a_border() -> None:
     kernel = dispatch.choose(Request(few=7), Q8)
     assert kernel.few == 7 and dispatch.path(kernel, 7) == "few"
     assert dispatch.path(kernel, 8) == "many"
+
+
+def test_borders_differ_between_makers_of_processors(monkeypatch) -> None:
+    few = {}
+    for vendor in ("AuthenticAMD", "GenuineIntel", ""):
+        monkeypatch.setattr(native, "cpu_vendor", lambda vendor=vendor: vendor)
+        few[vendor] = switch.threshold("avx512_vnni", "packed", ("q4_k",)).few
+    assert few["AuthenticAMD"] > few["GenuineIntel"] == few[""]
 
 
 def test_threads_default_to_cores_and_stay_in_the_quota(monkeypatch, tmp_path) -> None:
