@@ -10,7 +10,7 @@ enum {
     TASKS_PER_WORKER = 8,
     FUSED_ON_AVX512 = 5,
     SPREAD = 16, /* floats between rows of sums: a power of two apart they share cache sets */
-    SMALL_WORK = 1 << 17 /* multiplications below which waking another thread costs more */
+    SMALL_WORK = 1 << 17 /* multiplications below which another thread's part costs more than it saves */
 };
 
 /* Shared scratch slots, counted from ktl_pool_threads(). */
@@ -469,7 +469,7 @@ static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64
     const int64_t outer = (m->tokens + largest) * (m->outer_rows + SPREAD);
     if ((error = worker_scratch(m->pool, inner > outer ? inner : outer))) return error;
 
-    const int small = m->slots * width * m->gate->cols * 3 < SMALL_WORK * 4;
+    const int small = m->slots * width * m->gate->cols * 3 < SMALL_WORK;
     run(m->pool, m->tokens * m->gate->cols < SMALL_WORK / 4, moe_prepare, m, m->tokens);
     if (m->gather) run(m->pool, small, moe_gather, m, m->slots);
     run(m->pool, small, moe_gate_up, m, m->groups * ktl_ceil(width, m->inner_rows));
