@@ -324,7 +324,7 @@ def efficiency_table() -> Snapshot:
             one.unit,
             html.badge("fitted", "warn") if one.fitted else "",
             one.meaning,
-            "" if one.fitted else one.how,
+            one.how,
         )
         for name, one in found
     ]
