@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ TEXTS = {
 }
 QUICK: dict[str, Any] = {
     "max_tokens": 192, "window": 64, "repeats": 2, "new_tokens": 12, "stage_tokens": 48,
-    "stage_steps": 2, "stage_repeats": 1, "preview_tokens": 16,
+    "stage_steps": 2, "stage_repeats": 3, "preview_tokens": 16,
 }  # fmt: skip
 WAIT_S = 60
 
@@ -49,12 +50,33 @@ def test_everything_is_measured_and_reachable(room, model):
     assert results.histogram.after_LE.sum() * 4 == results.histogram.before_LE.sum() * 3
     assert not results.histogram.preliminary
     assert set(results.stages.prefill) == {"before", "after"}
+    check_intervals(room)
     assert results.speed_ratio("decode").n == 2
     assert len(results.generations.before) == 12
     assert {point.label for point in room.points} == {"k=3", "k=4"}
     assert room.front and set(room.front) <= set(room.points)
     assert set(room.figures) == {"router", "plane"}
     assert model.settings == before, "the reader's model was changed"
+
+
+def check_intervals(room) -> None:
+    """Time by stage and the router's numbers: each with its interval, on screen and as objects."""
+    stages, found = room.results.stages, room.results.histogram
+    assert stages.repeats == QUICK["stage_repeats"]
+    for phase in ("prefill", "decode"):
+        total, ratio = stages.total(phase, "after"), stages.ratio(phase)
+        assert total.low < total.value < total.high and ratio.low < ratio.high
+        assert str(total) in room.screen.html["stages"].value
+        assert f"×{ratio} of the time" in room.screen.html["stages"].value
+        parts = stages.runs[phase]["after"]
+        assert total.n == len(parts) and total.high == max(sum(run.values()) for run in parts)
+    layer = room.state.layer
+    entropy, moved = found.entropy("after", layer), found.divergence(layer)
+    assert entropy.low < entropy.value < entropy.high <= 4.0
+    assert 0 < moved.low < moved.value < moved.high, "divergence has no interval"
+    assert found.experts_a_token("after", layer).value == 3
+    shown = room.screen.html["router"].value
+    assert str(replace(entropy, unit="")) in shown and str(replace(moved, unit="")) in shown
 
 
 def test_a_model_of_another_family():
@@ -218,7 +240,8 @@ def test_rules_formats_and_forms_have_labels_and_expressions(room):
     assert room.state.choice.label == "top-p 0.8, k≤4 · q4_0 · naive"
     assert "rule=ktlab.CumulativeProbability(p=0.8" in room.state.choice.expression
     assert room.wait(WAIT_S) and room.message == ""
-    assert room.results.histogram.experts_a_token("after").max() <= 4
+    found = room.results.histogram
+    assert all(found.experts_a_token("after", layer).high <= 4 for layer in found.layers)
 
 
 def test_static_picture_and_bundle(room):
