@@ -1,18 +1,23 @@
 """The control room without a browser: choices, engine, results, what is shown and what is kept."""
 
+import re
 import threading
 import time
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import pytest
 
 from ktlab.checkpoint.synthesis import TINY_QWEN3MOE_CONFIG, TINY_TEST_CONFIG, synthesize
 from ktlab.errors import ContextError, SettingError
+from ktlab.interval import Interval
 from ktlab.model.model import Model
 from ktlab.notebook import control_room, control_room_controls
+from ktlab.notebook import control_room_plane as plane
 from ktlab.notebook.control_room_choice import ALL, OWN, Choice, Library
 from ktlab.notebook.control_room_elsewhere import elsewhere, prediction
+from ktlab.notebook.control_room_results import Point
 
 TEXTS = {
     "prose": "The cat sat on the mat, and the dog looked on. " * 20,
@@ -254,6 +259,27 @@ def test_static_picture_and_bundle(room):
     bundle = room._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert "text/html" in bundle and "k=2 against k=4" in bundle["text/plain"]
+
+
+def test_the_plane_as_a_picture_has_axes_and_intervals():
+    def point(speed: tuple[float, ...], kl: tuple[float, ...], **rest: Any) -> Point:
+        parts = [dict(zip(("value", "low", "high"), found, strict=True)) for found in (speed, kl)]
+        return Point(speed=Interval(**parts[0]), kl=Interval(**parts[1]), **rest)
+
+    base = point((1, 1, 1), (0, 0, 0), label="k=8", on_front=True, current=False)
+    fast = point((1.2, 1.1, 1.3), (0.02, 0.01, 0.03), label="k=6", on_front=True, current=True)
+    once = point((1.1, 0, inf), (0.01, 0.01, inf), label="k=7", on_front=False, current=False)
+    picture = plane.plane([base, fast, once], "decode")
+    for words in ("decode speed, × baseline", "KL divergence, nats", ">0.02<", ">1.1<", "k=7"):
+        assert words in picture
+    dots = re.findall(r'd="M([\d.]+) ([\d.]+)H([\d.]+)M([\d.]+) ([\d.]+)V([\d.]+)"', picture)
+    (_, best, *_), (slow, y, quick, x, near, far), (left, _, right, *_) = [
+        tuple(map(float, found)) for found in dots
+    ]
+    assert slow < x < quick and near < y < far, "the intervals are drawn"
+    assert best < near, "up is closer to the baseline"
+    assert left == right, "a single repeat has no interval"
+    assert "no setting" in plane.plane([], "decode")
 
 
 def test_numbers_say_how_they_were_measured(room):
