@@ -112,7 +112,8 @@ def figure(of: "Published") -> "Figure":
                 "size": 9,
             },
             hovertext=[
-                f"{one.model}, {one.machine}, {one.engine}<br>{one.top_k} experts, prompt {one.prompt:,}<br>"
+                f"{one.model}, {one.machine}, {one.engine}<br>"
+                f"{one.top_k} experts, prompt {one.prompt:,}<br>"
                 f"{one.published:.4g} published, {one.predicted:.4g} predicted "
                 f"({100 * one.error:+.1f} %)<br>waits for {one.bound}"
                 for one in found
