@@ -126,7 +126,11 @@ KTL_INLINE void decode_packed_as(int format, const uint8_t *head, const uint8_t 
         for (int g = 0; g < groups; g++) {
             VI w[8][VN];
             unpack_in_registers(format, p + (size_t)g * 64 * (f->base_bits + f->high_bits), w);
-            memcpy(tile->code + 512 * g, w, sizeof w);
+            /* One by one: memcpy would take them through the stack, and stores are what this waits for. */
+            for (int o = 0; o < VN; o++)
+#pragma GCC unroll 8
+                for (int v = 0; v < 8; v++)
+                    *(lanes16 *)(tile->code + 512 * g + 64 * v + o * VB) = (lanes16)w[v][o];
         }
     p += (size_t)groups * 64 * (f->base_bits + f->high_bits);
     if (format == KTL_INT8_CHANNEL) {
