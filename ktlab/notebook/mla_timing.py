@@ -14,8 +14,7 @@ import torch
 
 from ktlab.attention.cache import FORMS, Form
 from ktlab.errors import ContextError
-from ktlab.model.copies import products_of
-from ktlab.model.settings import component_stages
+from ktlab.model.components import every_product
 from ktlab.probe import Recorder
 
 if TYPE_CHECKING:
@@ -60,16 +59,13 @@ def agreement(model: "Model", ids: Sequence[int]) -> Agreement:
     a, b = logits["naive"], logits["absorbed"]
     difference = float((a - b).abs().max())
     log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
-    computed = [
-        p for _, holder, n in component_stages(twin) for p in products_of(getattr(holder, n))
-    ]
     return Agreement(
         tokens=len(a),
         max_difference=difference,
         relative=difference / float(a.abs().max()),
         same_top1=int((a.argmax(-1) == b.argmax(-1)).sum()),
         kl=float((log_a.exp() * (log_a - log_b)).sum(-1).mean()),
-        rounded=any(p.kernel.backend not in EXACT for p in computed),
+        rounded=any(p.kernel.backend not in EXACT for p in every_product(twin)),
     )
 
 

@@ -4,15 +4,14 @@ A passage starts on a new line somewhere in its text; passages are far enough ap
 different texts, so halves of them can be held out.
 """
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ktlab.errors import ContextError
+from ktlab.measurement.pace import pace
 from ktlab.notebook.excerpts import excerpt
-from ktlab.notebook.pace import pace
 from ktlab.progress import ProgressBar, duration
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def trace_passages(
             f"{asked} from each of {counted} would take about {would} with this model: "
             f"{count} of {tokens} are traced. With seconds=math.inf it would be all."
         )
-    bar = ProgressBar("tracing", sys.stdout, shown=None if each < whole else False)
+    bar = ProgressBar("tracing", shown=None if each < whole else False)
     traces = []
     for number, (name, text) in enumerate(texts.items()):
         bar(number, len(texts))
