@@ -155,7 +155,7 @@ def sweep(
         max_tokens = readable(model, seconds, len(settings) + 1, max_tokens)
     tell = progress or ProgressBar("sweep", after_s=PATIENCE_S)
     origin = dict(baseline or {})
-    cache = BaselineCache(max_bytes=512 << 20)
+    cache = BaselineCache()
     measured: list[tuple[Mapping[str, Any], Quality]] = []
 
     def told(number: int, done: int, total: int) -> None:
