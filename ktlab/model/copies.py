@@ -16,7 +16,7 @@ from ktlab.kernels.computed import Computed
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.request import PACKED
 from ktlab.kernels.stack import Stack
-from ktlab.memory import memory
+from ktlab.memory import memory, trim
 from ktlab.model.components import every_product
 from ktlab.quantization import fallback_format, get_format
 
@@ -128,6 +128,7 @@ def let_go(model: "Model", wanted: Iterable[tuple[str, Sequence[Computed], str]]
     for product in every_product(model):
         assert isinstance(product, ExpertBank | Linear)
         product.let_go(keep.get(id(product._requantized), ()))
+    trim()
 
 
 def check_prepared(model: "Model", before: int, products: Iterable[Computed]) -> None:

@@ -334,6 +334,17 @@ def test_pages_of_a_mapped_file_are_given_back(tmp_path) -> None:
     assert not packing.drop_pages(np.memmap(path, np.uint8, mode="c")), "it may hold changes"
 
 
+def test_what_was_packed_gives_its_mapped_pages_back(tmp_path, monkeypatch) -> None:
+    dropped = []
+    monkeypatch.setattr(packing, "drop_pages", lambda blocks: dropped.append(blocks) or True)
+    stack = Stack(tensor("q8_0"))
+    stack.weights(BLOCKS)
+    assert not dropped
+    stack.weights(PACKED)
+    stack.weights(PACKED)
+    assert len(dropped) == 1 and dropped[0] is stack.tensor.blocks
+
+
 # Conversion at load ------------------------------------------------------------------------------
 
 

@@ -106,6 +106,8 @@ def test_a_trace_is_cut_to_its_seconds_and_says_so(
     assert "2 of 64 are traced" in said
     assert len(trace_passages(model, TEXTS, count=1, tokens=64, seconds=math.inf)) == 128
     assert not capsys.readouterr().out
+    trace_passages(model, {"mine": TEXTS["one"]}, count=1, tokens=200, seconds=1)
+    assert "1 passage of 200 tokens from the text would take about" in capsys.readouterr().out
     frame = offload_tables.touched_frame(model, trace, model.moe_blocks[0].index, [1, 32, 256])
     assert list(frame.index) == [1, 32], "no text of this trace has 256 tokens"
 
