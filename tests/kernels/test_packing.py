@@ -17,6 +17,7 @@ from ktlab.checkpoint.writer import write_gguf
 from ktlab.errors import CheckpointError, FormatError, SettingError
 from ktlab.kernels import codings, native, numba_backend, packed_file, packing
 from ktlab.kernels.packed_file import HEADER_BYTES, Header, PackCache, open_packed
+from ktlab.kernels.request import BLOCKS, PACKED
 from ktlab.kernels.stack import Stack
 from ktlab.kernels.weights import aligned_bytes
 from ktlab.model.model import Model
@@ -336,8 +337,8 @@ def test_pages_of_a_mapped_file_are_given_back(tmp_path) -> None:
 
 def test_what_was_packed_gives_its_mapped_pages_back(tmp_path, monkeypatch) -> None:
     dropped = []
-    monkeypatch.setattr(packing, "drop_pages", lambda blocks: dropped.append(blocks) or True)
-    stack = Stack(tensor("q8_0"))
+    monkeypatch.setattr(packing, "drop_pages", dropped.append)
+    stack = Stack(random_tensor("q8_0"))
     stack.weights(BLOCKS)
     assert not dropped
     stack.weights(PACKED)
