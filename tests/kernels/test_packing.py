@@ -336,7 +336,7 @@ def test_pages_of_a_mapped_file_are_given_back(tmp_path) -> None:
 
 
 def test_what_was_packed_gives_its_mapped_pages_back(tmp_path, monkeypatch) -> None:
-    dropped = []
+    dropped: list[np.ndarray] = []
     monkeypatch.setattr(packing, "drop_pages", dropped.append)
     stack = Stack(random_tensor("q8_0"))
     stack.weights(BLOCKS)
