@@ -126,4 +126,4 @@ def _is_number(cell: object) -> bool:
         return False
     if isinstance(cell, (int, float)):
         return True
-    return str(cell).lstrip("-+×≤≥~")[:1].isdigit() and len(str(cell)) < 50  # else a sentence
+    return str(cell).lstrip("-+×≤≥~")[:1].isdigit() and len(str(cell)) < 35  # else a sentence

@@ -25,9 +25,7 @@ HEIGHT = 200
 def figure(found: Histogram | None, layer: int, experts: int) -> go.Figure:
     """Load of every expert of one layer, before and after; empty axes while nothing is known."""
     after_E, before_E = _loads(found, layer) or ([0.0] * experts, [0.0] * experts)
-    fig = figures.router_histogram(after_E, before_E, height=HEIGHT)
-    fig.layout.annotations = ()  # "uniform" lies over the bars, and the axis says it already
-    return fig
+    return figures.router_histogram(after_E, before_E, height=HEIGHT)
 
 
 def redraw(live: go.FigureWidget, found: Histogram | None, layer: int) -> None:

@@ -219,6 +219,18 @@ def test_bits_do_not_depend_on_the_run_the_threads_or_the_neighbours(isa, format
             assert np.array_equal(alone, first), (layout, few)
 
 
+@pytest.mark.parametrize(("isa", "format"), PAIRS)
+def test_a_row_has_the_same_bits_in_a_whole_panel_and_in_the_last_rows(isa, format) -> None:
+    cols = 1408 if get_format(format).block_size <= 32 else 512
+    panel = make(format, 16, cols)
+    twice = np.concatenate([panel.blocks, panel.blocks[:5]])
+    tensor = QTensor(name="w", format=panel.format, shape=(21, cols), blocks=twice)
+    x = activations(9, cols)
+    for layout in ("ggml_blocks", "packed"):
+        found = linear(laid_out(tensor, layout), isa, x, few=0)
+        assert np.array_equal(found[:, 16:], found[:, :5]), layout
+
+
 @pytest.mark.parametrize("isa", [isa for isa, format in PAIRS if format == "q8_0"])
 def test_moe_has_the_same_bits_at_every_thread_count(isa: str) -> None:
     bank = [laid_out(tensor, "packed") for tensor in bank_of("q8_0")]

@@ -262,9 +262,9 @@ def test_static_picture_and_bundle(room):
 
 
 def test_the_plane_as_a_picture_has_axes_and_intervals():
-    def point(speed: tuple[float, ...], kl: tuple[float, ...], **rest: Any) -> Point:
-        parts = [dict(zip(("value", "low", "high"), found, strict=True)) for found in (speed, kl)]
-        return Point(speed=Interval(**parts[0]), kl=Interval(**parts[1]), **rest)
+    def point(*ends: tuple[float, float, float], **rest: Any) -> Point:
+        speed, kl = (Interval(value=value, low=low, high=high) for value, low, high in ends)
+        return Point(speed=speed, kl=kl, **rest)
 
     base = point((1, 1, 1), (0, 0, 0), label="k=8", on_front=True, current=False)
     fast = point((1.2, 1.1, 1.3), (0.02, 0.01, 0.03), label="k=6", on_front=True, current=True)
