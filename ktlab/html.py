@@ -4,9 +4,11 @@ Nothing here knows a model. An object's `_repr_mimebundle_` returns `mimebundle(
 so that a front end without HTML shows the text.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import zip_longest
+from textwrap import fill
 from typing import Any
 
 # Theme-neutral: inherits JupyterLab's colours and falls back to the page's own.
@@ -25,7 +27,10 @@ _STYLE = (
     ".ktlab .t{font-weight:600}.ktlab .s{opacity:.7}"
     ".ktlab .b{display:inline-block;padding:0 7px;border-radius:9px;font-size:12px;"
     "border:1px solid color-mix(in srgb,currentColor 35%,transparent);margin-right:4px}"
-    ".ktlab .ok{color:#2a9d63}.ktlab .warn{color:#c77d0a}.ktlab .bad{color:#d0453e}"
+    # Darker on a light page, lighter on a dark one.
+    ".ktlab .ok{color:color-mix(in srgb,#2a9d63 70%,currentColor)}"
+    ".ktlab .warn{color:color-mix(in srgb,#c77d0a 70%,currentColor)}"
+    ".ktlab .bad{color:color-mix(in srgb,#d0453e 70%,currentColor)}"
     ".ktlab details>summary{cursor:pointer}"
     "</style>"
 )
@@ -92,6 +97,20 @@ def card(title: object, *body: object) -> str:
 def mimebundle(plain: str, html: str) -> dict[str, Any]:
     """What `_repr_mimebundle_` returns."""
     return {"text/plain": plain, "text/html": html}
+
+
+def wrapped(plain: str, width: int = 80) -> str:
+    """`plain` for a terminal of `width` columns: a long line goes on below, further in, and never
+    between a number and its unit."""
+
+    def cut(line: str) -> str:
+        indent = " " * (len(line) - len(line.lstrip()) + 4)
+        glued = re.sub(r"(?<=\d) (?=[^\W\d]|%)", "\xa0", line)
+        return fill(
+            glued, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ).replace("\xa0", " ")
+
+    return "\n".join(line if len(line) <= width else cut(line) for line in plain.splitlines())
 
 
 def byte_size(count: float) -> str:

@@ -22,3 +22,11 @@ def test_a_sentence_that_begins_with_a_number_may_wrap():
 
 def test_pairs_are_read_from_the_left():
     assert aligned([("threads", 2), ("why", "named (packed)")], pairs=True) == [False, False]
+
+
+def test_a_terminal_of_80_columns_gets_whole_lines_and_whole_quantities():
+    line = "  kernel: " + "native avx512_vnni, packed, 2 threads; " * 2 + "33.1 MiB and more"
+    shown = html.wrapped(f"short\n{line}").splitlines()
+    assert shown[0] == "short" and max(map(len, shown)) <= 80
+    assert shown[2].startswith("      ") and " ".join(" ".join(shown[1:]).split()) == line.strip()
+    assert html.wrapped("x" * 73 + " 33.1 MiB").splitlines()[1] == "    33.1 MiB"

@@ -161,7 +161,7 @@ class Attention:
 
     def __repr__(self) -> str:
         sizes = str(self.config.attention).removeprefix(f"{self.kind}, ")
-        return (
+        return html.wrapped(
             f"{type(self).__name__}(layer {self.layer}: {self.form}, {sizes}, "
             f"{html.byte_size(self.nbytes)}, caches {self.cache_bytes_per_token()} bytes a token)"
         )

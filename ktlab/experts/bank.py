@@ -179,7 +179,7 @@ class ExpertBank(Computed):
     # Showing ---------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return (
+        return html.wrapped(
             f"{type(self).__name__}(layer {self.layer}: {self.num_experts} experts of "
             f"{self.hidden_size} x {self.width}, {self.format}, {html.byte_size(self.nbytes)}, "
             f"{self.kernel}, {self.placement})"

@@ -131,6 +131,8 @@ class ExpertBench(Record):
         lines += [f"without {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join([*lines, self.method])
 
+    __repr__ = __str__
+
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         note = html.Raw(f'<div class="s">{html.text(self.method)}</div>')
         table = html.table([case.row() for case in self.cases], HEADERS)

@@ -68,7 +68,9 @@ class Comparison(Record):
         parts = [str(self.quality)]
         parts += [f"  {name:12} {_short(quality)}" for name, quality in self.domains.items()]
         parts += [str(self.speed)] if self.speed else []
-        return "\n".join([*parts, str(self.provenance)])
+        return html.wrapped("\n".join([*parts, str(self.provenance)]))
+
+    __repr__ = __str__
 
     def to_html(self) -> str:
         """Quality, then the domains, then speed; where it comes from folded below."""

@@ -53,6 +53,8 @@ class Doctor(Record):
             lines += [f"    {'':{width}}  → {note}" for note in (check.do,) if note]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def to_html(self) -> str:
         """One row a check."""
         rows = [

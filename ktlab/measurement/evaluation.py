@@ -62,6 +62,8 @@ class Evaluation(Record):
             lines.append(f"  bits per byte   {self.bits_per_byte}")
         return "\n".join([*lines, str(self.provenance)])
 
+    __repr__ = __str__
+
     def to_html(self) -> str:
         """A card with the figures."""
         if self.against is not None:

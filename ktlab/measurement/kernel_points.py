@@ -116,6 +116,8 @@ class KernelRoofline(Record):
         lines += [f"  without {name}: {why}" for name, why in self.left_out.items()]
         return "\n".join([f"KernelRoofline ({self.what})", *lines])
 
+    __repr__ = __str__
+
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         headers = ("tokens", "kernel", "median", "GFLOP/s", "GB/s", "ceiling", "error")
         missing = html.pairs(self.left_out) if self.left_out else html.Raw("")

@@ -91,6 +91,8 @@ class Quality(Record):
         lines = [f"  {name:28} {value}" for name, value, _ in self.rows()]
         return "\n".join([head, *lines, f"  {self.verdict}"])
 
+    __repr__ = __str__
+
     def _progress(self) -> str:
         of = "" if self.done else f" of {self.total_tokens:,}"
         return f"{self.tokens:,}{of} tokens, {self.windows} windows"

@@ -95,6 +95,8 @@ class Ceilings(Record):
         lines = [f"  {what:28} {rate}" for what, rate in self.rows()]
         return "\n".join([f"Ceilings, {self.threads} threads, best of several tries", *lines])
 
+    __repr__ = __str__
+
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         title = f"ceilings of this machine, {self.threads} threads, best of several tries"
         return html.mimebundle(str(self), html.card(title, html.table(self.rows())))

@@ -114,13 +114,15 @@ class SpeedComparison(Record):
         return sorted(rows, key=lambda row: row[0] != "prefill")
 
     def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(*self.rows(), strict=True)]
-        lines = [
-            "  "
-            + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in self.rows()
-        ]
-        return "\n".join([f"Speed ({self.method})", *lines])
+        heads = [row[:3] for row in self.rows()]
+        widths = [max(map(len, column)) for column in zip(*heads, strict=True)]
+        lines = []
+        for head, (*_, ratio, spread, bound) in zip(heads, self.rows(), strict=True):
+            cells = (cell.ljust(width) for cell, width in zip(head, widths, strict=True))
+            lines += [f"  {'  '.join(cells)}  {ratio}", f"    MAD {spread} a token; {bound}"]
+        return html.wrapped("\n".join([f"Speed ({self.method})", *lines]))
+
+    __repr__ = __str__
 
     def to_html(self) -> str:
         """A table with the method below."""

@@ -88,13 +88,15 @@ class Sweep(Record):
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         lines: list[tuple[str, ...]] = []
-        headers = ("settings", "KL, mean", "same top-1", "perplexity ratio", "decode", "front")
+        timed = all(row.speed for row in self.rows)
+        last = "decode" if timed else "a token reads"
+        headers = ("settings", "KL, mean", "same top-1", "perplexity ratio", last, "front")
         for row in self.rows:
             q = row.quality
             decode = (
                 str(row.speed.decode.tokens_per_s)
-                if row.speed
-                else f"{html.byte_size(row.bytes_per_token)} a token"
+                if timed and row.speed
+                else html.byte_size(row.bytes_per_token)
             )
             lines.append(
                 (
@@ -116,6 +118,8 @@ class Sweep(Record):
             for line in (headers, *lines)
         ]
         return "\n".join([f"Sweep {self._title}", *text])
+
+    __repr__ = __str__
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         headers, lines = self._table()

@@ -128,6 +128,8 @@ class Twin(Record):
         lines = ["  " + "  ".join(row) for row in self.rows()]
         return "\n".join([f"Twin ({self.what})", *lines, self.method])
 
+    __repr__ = __str__
+
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         headers = ("phase", "setting", "median", "speed", "reached", "ceiling", "error", "kernel")
         notes = html.Raw(f'<div class="s">{html.text(self.what)}<br>{html.text(self.method)}</div>')

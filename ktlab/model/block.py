@@ -128,12 +128,18 @@ class Block:
         raise NotImplementedError
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
-        rows = [(name, repr(stage)) for name, stage in self.stages().items()]
-        return html.mimebundle(repr(self), html.card(f"layers[{self.index}]", html.table(rows)))
+        table = html.table(self._said())
+        return html.mimebundle(repr(self), html.card(f"layers[{self.index}]", table))
 
     def __repr__(self) -> str:
-        inner = "\n".join(f"  {name}: {stage!r}" for name, stage in self.stages().items())
-        return f"{type(self).__name__}(layer {self.index}, {html.byte_size(self.nbytes)})\n{inner}"
+        head = f"{type(self).__name__}(layer {self.index}, {html.byte_size(self.nbytes)})"
+        return html.wrapped(
+            "\n".join([head, *(f"  {name}: {said}" for name, said in self._said())])
+        )
+
+    def _said(self) -> list[tuple[str, str]]:
+        """Each stage's repr, on one line."""
+        return [(name, " ".join(repr(stage).split())) for name, stage in self.stages().items()]
 
 
 class DenseBlock(Block):

@@ -99,8 +99,12 @@ class Cost:
         )
         return [*lines, total]
 
+    @property
+    def _what(self) -> str:
+        return f"{self.tokens} token{'s' * (self.tokens != 1)} at context {self.context}"
+
     def __repr__(self) -> str:
-        head = f"Cost of {self.tokens} tokens at context {self.context}"
+        head = f"Cost of {self._what}"
         return "\n".join(
             [
                 head,
@@ -113,7 +117,7 @@ class Cost:
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         headers = ("stage", "work", "weights read", "cache moved", "FLOP/byte")
-        title = f"cost of {self.tokens} tokens at context {self.context}"
+        title = f"cost of {self._what}"
         return html.mimebundle(repr(self), html.card(title, html.table(self._lines(), headers)))
 
 

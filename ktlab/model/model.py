@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from itertools import groupby
 from os import PathLike
 from time import perf_counter
 from typing import Any
@@ -486,8 +487,12 @@ class Model:
             f"  set to: {self.settings}",
             *(f"  memory: {line}" for line in str(self.residency()).splitlines()),
         ]
-        lines += [f"  layers[{b.index}]: {self._line(b)}" for b in self.layers]
-        return "\n".join(lines)
+        for said, alike in groupby(self.layers, self._line):
+            numbers = [block.index for block in alike]
+            first, after = numbers[0], numbers[-1] + 1
+            where = f"{first}" if len(numbers) == 1 else f"{first}:{after}"
+            lines.append(f"  layers[{where}]: {said}{' each' * (len(numbers) > 1)}")
+        return html.wrapped("\n".join(lines))
 
     @staticmethod
     def _line(block: Layer) -> str:

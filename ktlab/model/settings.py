@@ -83,8 +83,10 @@ class Settings:
             stages = dict.fromkeys(stage.rpartition(".")[2] for stage in where)
             numbers = ranges(sorted({int(stage.split(".")[1]) for stage in where}))
             parts.append(f"{' and '.join(stages)} {name} in layers {numbers}")
-        parts.append(f"experts {self.formats.get('experts', 'none')}")
-        return ", ".join(map(str, parts))
+        formats = f"experts in {self.formats.get('experts', 'none')}"
+        return ", ".join([*(map(str, parts) if parts else ("as trained",)), formats])
+
+    __repr__ = __str__
 
 
 def _collapsed(values: Any) -> Any:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ktlab import html
 from ktlab.errors import TraceError
+from ktlab.experts.banks import layers as ranges
 from ktlab.model import trace_file
 from ktlab.model.trace_checks import (
     by_number,
@@ -243,7 +244,8 @@ class Trace:
         return pd.concat(frames, ignore_index=True)
 
     def __repr__(self) -> str:
-        return "\n  ".join([self._title(), *(f"{k}: {v}" for k, v in self._rows().items())])
+        rows = (f"  {name}: {value}" for name, value in self._rows().items())
+        return html.wrapped("\n".join([self._title(), *rows]))
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         return html.mimebundle(repr(self), html.card(self._title(), html.pairs(self._rows())))
@@ -261,13 +263,26 @@ class Trace:
             kinds.setdefault(key, []).append(parts[1] if layered else "")
         rows: dict[str, object] = {"domains": ", ".join(self.domains)} if self.domains else {}
         rows["arrays"] = ", ".join(
-            f"{kind} (layers {', '.join(layers)})" if layers[0] else kind
+            f"{kind} (layers {ranges(map(int, layers))})" if layers[0] else kind
             for kind, layers in kinds.items()
         )
-        rows["settings"] = ", ".join(f"{k}={v}" for k, v in self.settings.items()) or "as trained"
+        rows["settings"] = "; ".join(_said(self.settings)) or "as trained"
         rows["size"] = html.byte_size(self.nbytes)
         if self.stages:
             own = [seconds for stage, seconds in self.stages.items() if stage != "total"]
             total = self.stages.get("total", sum(own))
             rows["timed stages"] = f"{len(own)}, {total:.3g} s in all"
         return rows
+
+
+def _said(settings: Mapping[str, Any]) -> list[str]:
+    """Settings in words, without those that nobody has set; what all of a kind share once."""
+    said = []
+    for name, value in settings.items():
+        if value in ("auto", None) or (isinstance(value, (dict, list)) and not value):
+            continue
+        if isinstance(value, dict):
+            kinds = list(dict.fromkeys(map(str, value.values())))
+            value = kinds[0] if len(kinds) == 1 else ", ".join(f"{k} {v}" for k, v in value.items())
+        said.append(f"{name.replace('_', ' ')} {value}")
+    return said

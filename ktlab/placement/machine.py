@@ -143,6 +143,11 @@ class Machine(Record):
     def __str__(self) -> str:
         return f"{self.name}: {', '.join(map(str, self.devices))}"
 
+    def __repr__(self) -> str:
+        from ktlab.placement import machine_view
+
+        return machine_view.text(self)
+
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         from ktlab.placement import machine_view
 

@@ -58,9 +58,10 @@ def title(of: "Machine") -> str:
 def text(of: "Machine") -> str:
     """Ceilings, then where they come from."""
     lines = [title(of)]
-    lines += [f"  {name:34} {value}" for name, value in rows(of)]
+    width = max(len(name) for name, _ in rows(of))
+    lines += [f"  {name:{width}}  {value}" for name, value in rows(of)]
     lines += [f"  {what}: {source}" for what, source in of.sources.items()]
-    return "\n".join(lines)
+    return html.wrapped("\n".join(lines))
 
 
 def bundle(of: "Machine") -> dict[str, Any]:

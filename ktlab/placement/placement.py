@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from ktlab import html
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.errors import PlacementError, nearest, short
 from ktlab.placement.parts import COMPONENTS
@@ -451,7 +452,9 @@ class Placement(Record):
         return read_placement(path)
 
     def __repr__(self) -> str:
-        return f"Placement of {self.to_yaml().rstrip()}"
+        head, places = self.to_yaml().rstrip().split("\n", 1)
+        of = self.model
+        return html.wrapped(f"Placement of {of.name}, {of.layers} layers\n{places}")
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         from ktlab.placement.grid import bundle

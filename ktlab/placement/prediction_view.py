@@ -39,7 +39,7 @@ def text(of: "Prediction") -> str:
             f"  {name:12}" + "".join(f"{value:>11}" for value in values)
             for name, *values in rows(of, phase)
         ]
-    return "\n".join([*lines, *of.notes])
+    return html.wrapped("\n".join([*lines, *of.notes]))
 
 
 def rows(of: "Prediction", phase: str) -> list[tuple[str, ...]]:

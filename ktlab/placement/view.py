@@ -109,6 +109,8 @@ HEADERS = (
     "FLOP/byte",
     "FLOP/number",
 )
+NARROW_HEADERS = (*HEADERS[:6], "B/token", "FLOP/B")
+"""Of a terminal, which has 80 columns."""
 
 
 def _component_lines(plan: "Plan") -> list[tuple[str, ...]]:
@@ -163,9 +165,12 @@ def text(plan: "Plan") -> str:
     """As a terminal shows it."""
     lines = [f"Plan of {_head(plan)}", f"  from {plan.source}", f"  on {plan.machine}"]
     lines += [f"  {_context_line(plan)}", ""]
-    lines += _columns([HEADERS, *_component_lines(plan)], left=4) + [""]
-    lines += _columns([LEDGER_HEADERS, *_ledger_lines(plan.ledgers)], left=1) + [""]
-    return "\n".join([*lines, *plan.verdict])
+    components = [row[: len(NARROW_HEADERS)] for row in _component_lines(plan)]
+    lines += _columns([NARROW_HEADERS, *components], left=4) + [""]
+    # A device is a column here: its kinds of bytes are more than fit side by side.
+    kinds = zip(LEDGER_HEADERS, *_ledger_lines(plan.ledgers), strict=True)
+    lines += _columns([row for row in kinds if any(row[1:])], left=1) + [""]
+    return html.wrapped("\n".join([*lines, *plan.verdict]))
 
 
 def _columns(rows: list[tuple[str, ...]], left: int) -> list[str]:

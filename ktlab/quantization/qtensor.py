@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ktlab.errors import FormatError
-from ktlab.html import byte_size, card, mimebundle, pairs
+from ktlab.html import byte_size, card, mimebundle, pairs, wrapped
 from ktlab.quantization.formats import Format, get_format
 
 CHUNK_ELEMENTS = 1 << 22
@@ -37,7 +37,7 @@ class QuantizationError:
     bits_per_weight: float
 
     def __repr__(self) -> str:
-        return (
+        return wrapped(
             f"QuantizationError({self.name}: {self.format} against {self.reference}, "
             f"relative rmse {self.relative_rmse:.3g}, {self.snr_db:.1f} dB, "
             f"max {self.max_abs:.3g}, {self.bits_per_weight:.3g} bits/weight)"

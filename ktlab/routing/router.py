@@ -163,7 +163,7 @@ class Router:
             parts.append(f"masked {sorted(self.mask)}")
         if self.force:
             parts.append(f"forced {list(self.force)}")
-        return f"{type(self).__name__}(layer {self.layer}: {', '.join(parts)})"
+        return html.wrapped(f"{type(self).__name__}(layer {self.layer}: {', '.join(parts)})")
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         config = self.config

@@ -97,6 +97,7 @@ def test_sweep_without_speed_trades_against_bytes(model, ids):
         max_tokens=100, window=100, speed=False, baseline={"top_k": 4},
     )  # fmt: skip
     assert found.axis == "bytes a token"
+    assert "a token reads" in str(found) and "decode" not in str(found).splitlines()[1]
     # Naive attention gives the same quality (but for rounding) and moves more bytes.
     assert [row.front for row in found] == [True, True, False] or found[2].quality.kl_mean.value < (
         found[1].quality.kl_mean.value

@@ -279,7 +279,8 @@ def test_cost_counts_what_the_shapes_say(model: Model) -> None:
 
 def test_reprs_show_what_matters_and_escape(model: Model) -> None:
     text = repr(model)
-    assert "16 experts" in text and "trained k = 4" in text and "set to: experts q8_0" in text
+    assert "16 experts" in text and "trained k = 4" in text
+    assert "set to: as trained, experts in q8_0" in text
     block = model.layers[1]
     for item in (
         model,

@@ -48,7 +48,7 @@ def test_memory_that_is_too_small_is_said_at_load(monkeypatch: pytest.MonkeyPatc
         model = ktlab.load("tiny")
     disk = model.residency().disk
     assert disk is not None and disk.missing_bytes > 0
-    assert f"\n  memory: {disk}" in repr(model)
+    assert f" memory: {disk}" in " ".join(repr(model).split())
     assert disk.rate is None or disk.tokens_per_s == disk.rate / disk.bytes_per_token
     # Half as many are wanted at top 4, so half as many are missed.
     with model.override(top_k=4):

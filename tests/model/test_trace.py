@@ -184,7 +184,7 @@ def test_to_frame_has_a_row_for_each_selected_expert() -> None:
 def test_shows_itself_escaped() -> None:
     trace = a_trace("<i>")
     bundle = trace._repr_mimebundle_()
-    assert "router.ids (layers 1, 2, 10)" in bundle["text/plain"]
+    assert "router.ids (layers 1-2, 10)" in bundle["text/plain"]
     assert "20 tokens, 1 text\n" in bundle["text/plain"]
     assert "<i>" not in bundle["text/html"] and "&lt;i&gt;" in bundle["text/html"]
 

@@ -76,7 +76,7 @@ def test_text_of_a_large_model_is_short() -> None:
     assert Placement.from_yaml(text) == found
     assert Placement.from_json(found.to_json()) == found
     assert Placement.from_dict(json.loads(found.to_json())) == found
-    assert repr(found).startswith("Placement of model:")
+    assert repr(found).startswith(f"Placement of {found.model.name}, 61 layers\nplaces:")
 
 
 _DEVICE = st.sampled_from(["cpu", "numa:0", "numa:1", "cuda:0", "disk"])
