@@ -28,7 +28,7 @@ def every_figure() -> dict[str, go.Figure]:
         "load_heatmap": figures.load_heatmap(rng.random((3, 8)), LAYERS),
         "domain_heatmap": figures.domain_heatmap(rng.random((2, 8)), ["prose", "python"]),
         "coactivation_heatmap": figures.coactivation_heatmap(lift),
-        "entropy_bars": figures.entropy_bars(LAYERS, BITS, *ends, 6.0),
+        "entropy_by_layer": figures.entropy_by_layer(LAYERS, BITS, *ends, 6.0),
         "rates_by_layer": figures.rates_by_layer(LAYERS, BITS, *ends, BITS / 2, y="reuse, share"),
         "divergence_by_layer": figures.divergence_by_layer(LAYERS, BITS, *ends, BITS / 9),
         "hit_rate_curves": figures.hit_rate_curves(
@@ -64,7 +64,7 @@ def test_reads_on_light_and_dark(name: str) -> None:
     layout = FIGURES[name].layout
     assert layout.paper_bgcolor == layout.plot_bgcolor == "rgba(0,0,0,0)"
     for background in ("#ffffff", "#111111"):
-        assert contrast(layout.font.color, background) > 3.5
+        assert contrast(layout.font.color, background) > 4.2
         for color in (figures.BLUE, figures.ORANGE, figures.GREEN, figures.VERMILION):
             assert contrast(color, background) > 2
 
@@ -89,7 +89,7 @@ def test_figures_leave_plotly_alone() -> None:
 
 
 def test_numbers_arrive_unchanged() -> None:
-    fig = FIGURES["entropy_bars"]
+    fig = FIGURES["entropy_by_layer"]
     assert list(fig.data[0].y) == list(BITS) and list(fig.data[0].x) == ["1", "2", "3"]
     np.testing.assert_allclose(fig.data[0].error_y.array, 0.2)
     np.testing.assert_allclose(fig.data[0].error_y.arrayminus, 0.1)
@@ -100,7 +100,7 @@ def test_numbers_arrive_unchanged() -> None:
 
 def test_missing_limits_draw_no_bar() -> None:
     assert list(FIGURES["pareto"].data[1].error_y.array) == pytest.approx([0.1, 0.1, 0])
-    fig = figures.entropy_bars([1], [5.0], [np.nan], [np.inf], 6)
+    fig = figures.entropy_by_layer([1], [5.0], [np.nan], [np.inf], 6)
     assert list(fig.data[0].error_y.array) == [0]
 
 
@@ -185,5 +185,7 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 def test_the_line_at_uniform_has_no_words_on_the_bars():
     fig = figures.router_histogram([1.0, 2.0], [1.5, 1.5])
     assert len(fig.layout.shapes) == 1 and not fig.layout.annotations
-    named = figures.entropy_bars([1], [2.0], [1.9], [2.1], 3.0)
-    assert [a.text for a in named.layout.annotations] == ["all experts alike: 3 bits"]
+    named = figures.entropy_by_layer([1], [2.0], [1.9], [2.1], 3.0)
+    assert [a.text for a in named.layout.annotations] == [
+        "all experts alike: 3 bits, the most there can be"
+    ]

@@ -140,7 +140,7 @@ class CacheReplay:
         return "\n  ".join([self._title(), *(" | ".join(row) for row in self._rows()), self.method])
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
-        headers = ["experts a layer", *self.overall, "blindly"]
+        headers = ["experts", *self.overall, "blindly"]
         table = html.table(self._rows(), headers)
         return html.mimebundle(repr(self), html.card(self._title(), table, self.method))
 

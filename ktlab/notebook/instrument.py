@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
+from ktlab import html
 from ktlab.errors import ContextError
 from ktlab.notebook.css import style
 from ktlab.notebook.excerpts import excerpt
@@ -19,6 +20,7 @@ from ktlab.notebook.live_figure import LiveFigure
 from ktlab.notebook.worker import Job, Worker
 
 if TYPE_CHECKING:
+    import pandas as pd
     from plotly.graph_objects import Figure
 
     from ktlab.model.model import Model
@@ -66,6 +68,13 @@ class Snapshot:
         display({"text/html": self.html, "text/plain": self.plain}, raw=True)
         for figure in self.figures:
             display(figure)
+
+
+def whole(frame: "pd.DataFrame") -> Snapshot:
+    """A table of pandas with nothing cut: pandas itself cuts text at 50 characters."""
+    rows = [(name, *row) for name, row in zip(frame.index, frame.to_numpy(), strict=True)]
+    table = html.table(rows, (frame.index.name or "", *frame.columns))
+    return Snapshot(html.card("", table), plain=frame.to_string())
 
 
 class TextSource:

@@ -176,7 +176,7 @@ class OffloadView(Instrument):
             self.bars.data[1].y = [0.0] * len(before) if after is None else after.relative_E
             gone = set(masked)
             self.bars.data[2].y = [y if e in gone else 0.0 for e, y in enumerate(before.relative_E)]
-            self.bars.layout.title.text = f"layer {self.layer}: load before and after"
+            self.bars.layout.title.text = f"layer {self.layer}: load"
         self.summary.value = numbers(self.figures(), preliminary=True)
 
     def _show_quality(self, quality: Quality, ids: list[int]) -> None:

@@ -16,7 +16,7 @@ from ktlab.placement.engines import efficiencies, engines
 from ktlab.placement.listed import machine_names
 from ktlab.placement.machine import CPU, GPU, THIS, Machine, get_machine
 from ktlab.placement.predict import PHASES, Prediction, predict
-from ktlab.placement.published import Speed, published
+from ktlab.placement.published import Published, Speed, published
 from ktlab.placement.timeline_view import seconds
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class PredictView(Instrument):
         self.prediction: Prediction | None = None
         self.published: tuple[Speed, ...] = ()
         self._own = dict(machines or {})
-        self._known: tuple[Speed, ...] | None = None
+        self._table: Published | None = None
         names = list(dict.fromkeys(m.name for m in published_models().values()))
         listed = [name for name in machine_names() if name != THIS]
         self.model_choice = _choice("model", names, "deepseek-v3", 230)
@@ -145,10 +145,10 @@ class PredictView(Instrument):
             layers = list(published_models()[name].config.moe_layers)[:count]
             placement = found.plan.placement.put("experts", GPU, layers=layers)
             found = predict(name, **wanted, placement=placement)
-        if self._known is None:
-            table = published()
-            self._known = (*table.fitted, *table.held_out)
-        same = () if count else tuple(one for one in self._known if _is(one, found, name))
+        if self._table is None:
+            self._table = published()
+        known = (*self._table.fitted, *self._table.held_out)
+        same = () if count else tuple(one for one in known if _is(one, found, name))
         self.publish(cancel, lambda: self._keep(found, same))
 
     def _keep(self, found: Prediction, same: tuple[Speed, ...]) -> None:
@@ -167,13 +167,24 @@ class PredictView(Instrument):
         if found is None:
             return {}
         return {
-            "prefill, predicted": f"{found.prefill_tokens_per_s:.4g} tokens/s",
+            "prefill, predicted": _about(found.prefill_tokens_per_s),
             "waits for": found.bound("prefill"),
-            "decode, predicted": f"{found.decode_tokens_per_s:.4g} tokens/s",
+            "decode, predicted": _about(found.decode_tokens_per_s),
             "waits for ": found.bound("decode"),
+            **self._error(),
             **{
                 f"memory of {name}": html.decimal_bytes(size) for name, size in found.memory.items()
             },
+        }
+
+    def _error(self) -> dict[str, str]:
+        """How far off such predictions were where nothing had been fitted."""
+        if self._table is None:
+            return {}
+        error = self._table.errors["held_out"]
+        return {
+            f"error on {error['count']} published speeds, held out": f"median "
+            f"{100 * error['median']:.0f} %, worst {100 * error['worst']:.0f} %"
         }
 
     def to_html(self) -> str:
@@ -192,6 +203,11 @@ class PredictView(Instrument):
         self.wait()
         charts = [stage_bars(self.prediction), lanes(self.prediction)] if self.prediction else []
         return Snapshot(self.to_html(), *charts, plain=repr(self))
+
+
+def _about(tokens_per_s: float) -> str:
+    """Two digits: errors of some per cent allow no more."""
+    return f"{float(f'{tokens_per_s:.2g}'):,.4g} tokens/s"
 
 
 def with_sockets(machine: Machine, sockets: int) -> Machine:
@@ -319,15 +335,12 @@ def efficiency_table() -> Snapshot:
     found = sorted(efficiencies().items(), key=lambda item: not item[1].fitted)
     rows = [
         (
-            name,
-            f"{one.value:.4g}",
-            one.unit,
-            html.badge("fitted", "warn") if one.fitted else "",
-            one.meaning,
-            one.how,
+            html.Raw(f"{html.text(name)} {html.badge('fitted', 'warn') if one.fitted else ''}"),
+            f"{one.value:.3g} {one.unit}",
+            f"{one.meaning} ({one.how})",
         )
         for name, one in found
     ]
-    headers = ("efficiency", "value", "of", "", "what", "how it was found")
+    headers = ("efficiency", "value", "what (how it was found)")
     plain = "\n".join(f"{name} {one.value:.4g} {one.unit}: {one.meaning}" for name, one in found)
     return Snapshot(html.card("", html.table(rows, headers)), plain=plain)

@@ -1,8 +1,10 @@
 """Tables and plots of notebook 05: formats, where the bytes are, what they are worth."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ktlab import figures
 from ktlab.notebook.quantization_plane import Tried, named
@@ -17,6 +19,13 @@ if TYPE_CHECKING:
 
 DB_PER_BIT = 6.02
 """A bit more halves the step of a uniform quantizer: 20 log10(2)."""
+
+
+PLOT_PX, POINT_PX = (560, 280), (9, 9)
+"""The area between the outermost points, as on a narrow page, and one point."""
+SIDES = {"middle right": (1, 0), "middle left": (-1, 0), "top center": (0, 1),
+         "bottom center": (0, -1), "top right": (1, 1), "bottom left": (-1, -1),
+         "top left": (-1, 1), "bottom right": (1, -1)}  # fmt: skip
 
 
 def formats_frame() -> "pd.DataFrame":
@@ -76,7 +85,7 @@ def snr_plot(tensor: QTensor) -> "Figure":
         x=ends, y=[best.snr_db + DB_PER_BIT * (bits - best.bits_per_weight) for bits in ends],
         mode="lines", line={"dash": "dot", "color": figures.INK, "width": 1}, hoverinfo="skip",
     )  # fmt: skip
-    sides = ["middle right" if i % 2 else "middle left" for i in range(len(found))]
+    sides = label_sides([(e.bits_per_weight, e.snr_db) for e in found], [e.format for e in found])
     fig.add_scatter(
         x=[e.bits_per_weight for e in found], y=[e.snr_db for e in found],
         text=[f" {e.format} " for e in found], mode="markers+text", textposition=sides,
@@ -84,6 +93,30 @@ def snr_plot(tensor: QTensor) -> "Figure":
         hovertemplate="%{text}: %{x:.4g} bits, %{y:.1f} dB<extra></extra>",
     )  # fmt: skip
     return fig.update_layout(showlegend=False)
+
+
+def label_sides(places: Sequence[tuple[float, float]], names: Sequence[str]) -> list[str]:
+    """For each point the side on which its name meets fewest points and earlier names."""
+    at = np.asarray(places, float)
+    at_px = (at - at.min(0)) / np.maximum(np.ptp(at, axis=0), 1e-9) * PLOT_PX
+    taken = [(x, y, *POINT_PX) for x, y in at_px]
+    sides = []
+    for (x, y), name in zip(at_px, names, strict=True):
+        wide, high = 7 * len(name), 14
+        boxes = {
+            side: (x + dx * (wide / 2 + 8), y + dy * high, wide, high)
+            for side, (dx, dy) in SIDES.items()
+        }
+        own = (x, y, *POINT_PX)
+        met = {side: sum(_meet(box, o) for o in taken if o != own) for side, box in boxes.items()}
+        sides.append(min(met, key=lambda side: met[side]))
+        taken.append(boxes[sides[-1]])
+    return sides
+
+
+def _meet(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two boxes (middle, then width and height) overlap."""
+    return all(abs(one[i] - other[i]) < (one[i + 2] + other[i + 2]) / 2 for i in (0, 1))
 
 
 def spent_frame(points: Iterable[Tried], loaded_bytes: int, format: str) -> "pd.DataFrame":

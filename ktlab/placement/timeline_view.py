@@ -1,6 +1,7 @@
 """How a timeline is shown: bars of Plotly, a line of characters a lane, a card of HTML."""
 
 from collections.abc import Mapping
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from ktlab import figures, html
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 WIDTH = 64
 """Characters of a lane in text."""
+USUAL = ("attention", "shared, dense", "experts", "output", "deferred experts", "copies")
+"""Kinds of what a token meets: two timelines of different machines have the same colours."""
 MARKS = "#=+*%@o~xvwzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -24,9 +27,12 @@ def seconds(value: float) -> str:
 
 
 def kinds(timelines: Mapping[str, "Timeline"]) -> dict[str, int]:
-    """Each kind's number, in order of appearance: its colour and its mark."""
+    """Each kind's number, its colour and its mark: of usual kinds always the same, of others the
+    next that is free."""
     names = dict.fromkeys(span.group for line in timelines.values() for span in line.spans)
-    return {name: number for number, name in enumerate(names)}
+    found = {name: number for number, name in enumerate(USUAL) if name in names}
+    free = (number for number in count() if number not in found.values())
+    return found | {name: next(free) for name in names if name not in found}
 
 
 def figure(timelines: Mapping[str, "Timeline"]) -> "Figure":

@@ -10,7 +10,7 @@ from ktlab.model.model import Model
 from ktlab.notebook import mla_tables, offload_tables, quantization_tables, router_tables
 from ktlab.notebook.excerpts import beginning, excerpt
 from ktlab.notebook.generation_view import GenerationView
-from ktlab.notebook.instrument import OWN, TextSource, numbers
+from ktlab.notebook.instrument import OWN, TextSource, numbers, whole
 from ktlab.notebook.mla_timing import agreement, cache_bytes, measure, times_faster, work
 from ktlab.notebook.mla_view import MLAView
 from ktlab.notebook.offload_view import OffloadView
@@ -226,3 +226,20 @@ def test_labels_of_crowded_points_go_apart():
     assert label_places([5.0, 9.5, 9.6], [1.0, 2.0, 1.5], 10.0) == [
         "top right", "top left", "bottom left"
     ]  # fmt: skip
+
+
+def test_names_of_crowded_points_meet_neither_points_nor_each_other() -> None:
+    places = [(4.5, 20.0), (4.5, 20.3), (4.5, 21.5), (5.0, 20.4), (5.5, 26.0), (5.5, 26.2)]
+    names = ["q4_0", "iq4_nl", "q4_k", "q4_1", "q5_0", "q5_k"]
+    sides = quantization_tables.label_sides(places, names)
+    assert sides[0] != sides[1] and sides[4] != sides[5]
+
+
+def test_a_whole_table_cuts_nothing() -> None:
+    import pandas as pd
+
+    words = "native avx512_bf16, ggml_blocks, 2 threads, few 12, and more than pandas would show"
+    frame = pd.DataFrame({"kernel": [words], "logits": ["0.1 %"]}, index=["<a>"])
+    shown = whole(frame.rename_axis("setting"))
+    assert words in shown.html and "&lt;a&gt;" in shown.html and ">setting<" in shown.html
+    assert words in shown.plain

@@ -35,7 +35,10 @@ def test_an_answer_at_once_beside_what_was_published(view: PredictView) -> None:
     assert found is not None and found.top_k == 8 and found.prompt == 500
     assert "nothing here was measured" in view.note
     assert "prefill 82.94 and 74.36" in view.beside.value
-    assert f"{found.decode_tokens_per_s:.4g} tokens/s" in view.summary.value
+    assert f"{found.decode_tokens_per_s:.2g} tokens/s" in view.summary.value
+    error = published().errors["held_out"]
+    assert f"worst {100 * error['worst']:.0f} %" in view.summary.value
+    assert f"error on {error['count']} published speeds" in view.summary.value
     assert sum(trace.x[1] for trace in view.bars.data) == pytest.approx(1)
     assert {lane for trace in view.line.data for lane in trace.y} == {"CPU", "GPU", "link"}
     assert set(found.times["decode"]) <= set(STAGES)

@@ -83,3 +83,18 @@ def test_what_cannot_be_scheduled_is_said_at_once() -> None:
         Timeline(spans=(Span(lane="CPU", label="x", start_s=2, end_s=1, after=(0,)),))
     with pytest.raises(SettingError, match="no lane 'GPV'; did you mean \"GPU\""):
         schedule(TASKS).busy("GPV")
+
+
+def test_kinds_have_the_same_colour_whatever_else_a_timeline_has() -> None:
+    def colours(*kinds: str) -> dict[str, str]:
+        spans = (Span(lane="CPU", label=k, kind=k, start_s=i, end_s=i + 1)
+                 for i, k in enumerate(kinds))  # fmt: skip
+        fig = plot_timelines({"": Timeline(spans=tuple(spans))})
+        return {bar.name: bar.marker.color for bar in fig.data}
+
+    host = colours("attention", "shared, dense", "experts", "output")
+    device = colours("attention", "copies", "launch", "experts", "shared, dense")
+    assert {kind: device[kind] for kind in host if kind in device} == {
+        kind: host[kind] for kind in host if kind in device
+    }
+    assert len(set(device.values())) == len(device)
