@@ -72,10 +72,10 @@ KTL_INLINE __m512i four(const ktl_act *a, int column) {
     return SET1I(v);
 }
 
-/* Sums of sub-block s, of `sub` columns, to the result. */
-#define ADD_SUB(dot, s, group, mins)                                                                \
+/* Sums of 16 columns of sub-block s to the result, the i-th 16 of the block. */
+#define ADD_SUB(dot, s, i, mins)                                                                    \
     _Pragma("GCC unroll 4") for (int t = 0; t < T; t++) {                                           \
-        sum[t] = FMA(TO_FLOAT(dot[t]), MULF(scale[s], SET1F(act[t]->scale[group])), sum[t]);        \
+        sum[t] = FMA(TO_FLOAT(dot[t]), MULF(scale[s], SET1F(act[t]->scale[i])), sum[t]);            \
         if (mins) sum[t] = FMA(offset[s], SET1F(act[t]->sum[s]), sum[t]);                           \
     }
 
@@ -97,10 +97,10 @@ KTL_INLINE void dot16_k4(int five, int T, const uint8_t *p, int64_t row_bytes,
         for (int half = 0; half < 2; half++) {
             const int s = 4 * h + 2 * half;
             __m512i first[4], second[4];
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) first[t] = second[t] = _mm512_setzero_si512();
 #pragma GCC unroll 8
             for (int k = 0; k < 8; k++) {
+                if (k % 4 == 0)
+                    for (int t = 0; t < T; t++) first[t] = second[t] = _mm512_setzero_si512();
                 const __m512i both = v[8 * half + k];
                 __m512i a = ANDI(both, low4), b = ANDI(_mm512_srli_epi32(both, 4), low4);
                 if (five) {
@@ -116,9 +116,10 @@ KTL_INLINE void dot16_k4(int five, int T, const uint8_t *p, int64_t row_bytes,
                     first[t] = _mm512_dpbusd_epi32(first[t], a, four(act[t], 32 * s + 4 * k));
                     second[t] = _mm512_dpbusd_epi32(second[t], b, four(act[t], 32 * s + 32 + 4 * k));
                 }
+                if (k % 4 < 3) continue;
+                ADD_SUB(first, s, 2 * s + k / 4, k == 7)
+                ADD_SUB(second, s + 1, 2 * s + 2 + k / 4, k == 7)
             }
-            ADD_SUB(first, s, s, 1)
-            ADD_SUB(second, s + 1, s + 1, 1)
         }
     }
 }
@@ -165,7 +166,7 @@ KTL_INLINE void dot16_q6(int T, const uint8_t *p, int64_t row_bytes, const ktl_a
 #pragma GCC unroll 4
             for (int q = 0; q < 4; q++) {
                 const int s = 8 * n + 2 * q + half;
-                ADD_SUB(dot[q], s, s / 2, 0)
+                ADD_SUB(dot[q], s, s, 0)
             }
         }
     }
