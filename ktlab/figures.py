@@ -74,7 +74,7 @@ def router_histogram(
         x=experts, y=np.asarray(load_E), name="after" if before_E is not None else "load",
         hovertemplate=hover, marker={"color": BLUE, "opacity": 0.9}, width=0.55,
     )  # fmt: skip
-    _reference(fig, 1.0, "uniform")
+    _reference(fig, 1.0)  # the axis says what 1 is
     fig.update_layout(barmode="overlay", bargap=0.1, showlegend=before_E is not None)
     return fig
 
@@ -429,11 +429,11 @@ def _error(value: ArrayLike, low: ArrayLike, high: ArrayLike) -> dict[str, Any]:
     return {"array": up, "arrayminus": down, "color": INK, "thickness": 1.2, "width": 4}
 
 
-def _reference(fig: "Figure", value: float, name: str) -> None:
+def _reference(fig: "Figure", value: float, name: str = "") -> None:
+    named = {"text": name, "font": {"color": INK, "size": 11}} if name else None
     fig.add_hline(
         y=value, line={"color": INK, "dash": "dot", "width": 1},
-        annotation={"text": name, "font": {"color": INK, "size": 11}},
-        annotation_position="top right",
+        annotation=named, annotation_position="top right" if named else None,
     )  # fmt: skip
 
 

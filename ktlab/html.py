@@ -6,6 +6,7 @@ so that a front end without HTML shows the text.
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import zip_longest
 from typing import Any
 
 # Theme-neutral: inherits JupyterLab's colours and falls back to the page's own.
@@ -19,7 +20,8 @@ _STYLE = (
     "padding:2px 14px 2px 0;"
     "border-bottom:1px solid color-mix(in srgb,currentColor 35%,transparent)}"
     "div.ktlab.ktlab.ktlab table td{padding:2px 14px 2px 0;vertical-align:top;text-align:left}"
-    "div.ktlab.ktlab.ktlab table td.n,div.ktlab.ktlab.ktlab table th.n{text-align:right}"
+    "div.ktlab.ktlab.ktlab table td.n,div.ktlab.ktlab.ktlab table th.n{text-align:right;"
+    "white-space:nowrap}.ktlab td>.s{white-space:nowrap}"
     ".ktlab .t{font-weight:600}.ktlab .s{opacity:.7}"
     ".ktlab .b{display:inline-block;padding:0 7px;border-radius:9px;font-size:12px;"
     "border:1px solid color-mix(in srgb,currentColor 35%,transparent);margin-right:4px}"
@@ -27,6 +29,10 @@ _STYLE = (
     ".ktlab details>summary{cursor:pointer}"
     "</style>"
 )
+
+
+MISSING = ("", "-", "–", "…", "none")
+"""What a table says in the place of a number that is not there."""
 
 
 class Raw(str):
@@ -44,9 +50,16 @@ def badge(value: object, tone: str = "") -> Raw:
 
 
 def table(rows: Iterable[Sequence[object]], headers: Sequence[object] = ()) -> Raw:
-    """A plain table; a column whose first cell is a number is right-aligned."""
+    """A plain table; a column of numbers, some perhaps missing, is right-aligned."""
     body = [list(row) for row in rows]
-    numeric = [_is_number(cell) for cell in body[0]] if body else []
+    numeric = [_are_numbers(column) for column in zip_longest(*body, fillvalue="")]
+    return _table(body, headers, numeric)
+
+
+def _table(
+    body: Sequence[Sequence[object]], headers: Sequence[object], numeric: Sequence[bool]
+) -> Raw:
+    """Cells as HTML; the columns that are `numeric` to the right and on one line."""
 
     def cells(row: Sequence[object], tag: str) -> str:
         return "".join(
@@ -60,8 +73,9 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[object] = ()) -> R
 
 
 def pairs(values: Mapping[str, object]) -> Raw:
-    """A two-column table of names and values."""
-    return table([(Raw(f'<span class="s">{text(k)}</span>'), v) for k, v in values.items()])
+    """A two-column table of names and values, which are all read from the left."""
+    rows = [(Raw(f'<span class="s">{text(k)}</span>'), v) for k, v in values.items()]
+    return _table(rows, (), (False, False))
 
 
 def details(summary: object, body: object) -> Raw:
@@ -102,10 +116,14 @@ def decimal_bytes(count: float) -> str:
     return quantity(count, "B")
 
 
+def _are_numbers(column: Sequence[object]) -> bool:
+    given = [cell for cell in column if str(cell).strip() not in MISSING]
+    return bool(given) and all(map(_is_number, given))
+
+
 def _is_number(cell: object) -> bool:
     if isinstance(cell, Raw):
         return False
     if isinstance(cell, (int, float)):
         return True
-    first = str(cell).lstrip("-+×≤≥~")[:1]
-    return first.isdigit()
+    return str(cell).lstrip("-+×≤≥~")[:1].isdigit() and len(str(cell)) < 35  # else a sentence

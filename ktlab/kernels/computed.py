@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from ktlab.kernels import dispatch
 from ktlab.kernels.pack_run import PackReport, pack_stacks
 from ktlab.kernels.packed_file import PackCache
-from ktlab.kernels.request import AUTO, PACKED, Kernel, Request
+from ktlab.kernels.request import AUTO, PACKED, Kernel, Request, Settled
 from ktlab.kernels.stack import Stack
 from ktlab.kernels.threads import default_threads
 
@@ -61,7 +61,7 @@ class Computed:
             return request
         if dispatch.choose(request, tuple(formats) or self.formats).backend != "native":
             return request
-        return request.with_(layout=PACKED)
+        return Settled.of(request)
 
     @property
     def backend(self) -> str:

@@ -23,6 +23,7 @@ from ktlab.kernels.request import (
     TORCH_ISA,
     Kernel,
     Request,
+    Settled,
 )
 from ktlab.kernels.threads import default_threads
 
@@ -169,7 +170,7 @@ def _kernel(request: Request, isa: str, candidate: Candidate, formats: Sequence[
         few, why = found.few, found.reason
         if request.few is not None:
             few, why = request.few, "set"
-        border = f"; few means up to {few} tokens ({why})"
+        border = f"; up to {few} tokens of an expert take the path for few ({why})"
     reason = f"{_because(request, isa, candidate)}: {candidate.purpose}{border}"
     return Kernel(
         backend=candidate.backend,
@@ -183,10 +184,12 @@ def _kernel(request: Request, isa: str, candidate: Candidate, formats: Sequence[
 
 
 def _because(request: Request, isa: str, candidate: Candidate) -> str:
-    named = [w for w in (request.backend, isa, request.layout) if w != AUTO]
+    settled = isinstance(request, Settled)
+    named = [w for w in (request.backend, isa, AUTO if settled else request.layout) if w != AUTO]
     if isa != AUTO and request.isa == AUTO:
         named[named.index(isa)] = f"{isa} by {ISA_VARIABLE}"
-    return f"named ({', '.join(named)})" if named else "the best that is usable here"
+    why = f"named ({', '.join(named)})" if named else "the best that is usable here"
+    return f"{why}, packed since the matrices are small" if settled else why
 
 
 def _why_nothing(request: Request, isa: str, formats: Sequence[str]) -> str:
@@ -227,7 +230,8 @@ def explain(request: Request, formats: Sequence[str], tokens: int = 1) -> Explan
         if chosen:
             reason = kernel.reason
             if kernel.backend in ("native", "numba"):
-                reason += f"; {tokens} take the path for {path(kernel, tokens)}"
+                take = "tokens take" if tokens > 1 else "token takes"
+                reason += f"; {tokens} {take} the path for {path(kernel, tokens)}"
         elif c.only_named and not reject:
             reason += f" (only where {c.only_named}= names it)"
         verdicts.append(

@@ -297,6 +297,11 @@ def convert(
     _native().convert(pool(threads, numa), matrix(weights), format, out)
 
 
+def dequantize(weights: Weights, out: NDArray[np.float32]) -> None:
+    """A single matrix as float32, into `out` (N, K), on this thread alone."""
+    _native().dequantize(matrix(weights), 0, 0, out)
+
+
 def header_write(format: str, experts: int, rows: int, cols: int, source: str) -> bytes:
     """The header of a packed file."""
     return bytes(_native().header_write(format, experts, rows, cols, source))

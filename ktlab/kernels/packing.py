@@ -92,6 +92,16 @@ def convert(
     )
 
 
+def rows(tensor: QTensor) -> NDArray[np.float32]:
+    """`tensor.dequantize()` of a matrix (N, K): the same bits, by the C core where it knows the
+    format, which takes a third of NumPy's time and lets other threads go on."""
+    if tensor.format.name not in native.formats():
+        return np.require(tensor.dequantize(), requirements="W")
+    values = np.empty(tensor.shape, np.float32)
+    native.dequantize(blocks(tensor), values)
+    return values
+
+
 def floats(tensor: QTensor) -> QTensor:
     """A tensor of 8-bit floats as float32, in parallel."""
     values = np.empty(tensor.shape, np.float32)

@@ -101,6 +101,14 @@ class Request:
 REQUEST_WORDS = tuple(f.name for f in fields(Request))
 
 
+class Settled(Request):
+    """A request of small matrices for which no layout was named: they are packed."""
+
+    @classmethod
+    def of(cls, request: Request) -> "Settled":
+        return cls(**{word: getattr(request, word) for word in REQUEST_WORDS} | {"layout": PACKED})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
     """What will run: the answer to a `Request` for given formats."""

@@ -9,11 +9,11 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, lru_cache
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,14 +22,19 @@ from ktlab.kernels import packing
 from ktlab.kernels.dispatch import Verdict
 from ktlab.kernels.int4 import GROUPED, Int4, Values, parts
 from ktlab.kernels.request import Kernel
+from ktlab.kernels.threads import default_threads
 from ktlab.quantization import QTensor, fallback_format
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 INT4 = "int4"
 FORMATS = (*DTYPES, INT4)
 """What matrices can be on a device; "int4" is kept as such and multiplied as bf16."""
-LOADED_AT_ONCE = 1 << 24
-"""Weights that are decoded to float32 at a time on their way to a device."""
+LOADED_AT_ONCE = 1 << 20
+"""Weights that a thread decodes to float32 at a time on their way to a device: few enough to be
+in a cache still when they are rounded."""
+
+GRAIN = 1 << 15
+"""Numbers that torch converts without asking other threads for help."""
 
 Host = Callable[[], tuple[Tensor, ...]]
 """Waits for a copy to arrive in host memory and returns it."""
@@ -152,7 +157,8 @@ class TorchSeat(Seat):
         there = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         flat = there.view(-1, shape[-1])
         step = max(1, LOADED_AT_ONCE // shape[-1])
-        for first in range(0, len(rows), step):
+
+        def load(first: int) -> None:
             some = QTensor(
                 name=tensor.name,
                 format=tensor.format,
@@ -160,8 +166,11 @@ class TorchSeat(Seat):
                 blocks=rows[first : first + step],
                 source=tensor.source,
             )
-            values = np.require(some.dequantize(), requirements="W")
-            flat[first : first + step] = torch.from_numpy(values).to(flat.dtype)
+            _rounded(torch.from_numpy(packing.rows(some)), flat[first : first + step])
+
+        firsts = range(0, len(rows), step)
+        mapped = map if len(firsts) == 1 else _loaders(default_threads()).map
+        list(mapped(load, firsts))  # raises what one of them raised
         return self._keep(there, "weights")
 
     def load_matrix(self, tensor: QTensor) -> Values:
@@ -244,6 +253,21 @@ class TorchSeat(Seat):
     def __repr__(self) -> str:
         stands = f", {self.device} stands in" if self.stand_in else ""
         return f"TorchSeat({self.word}: {self.format}{stands})"
+
+
+def _rounded(values: Tensor, there: Tensor) -> None:
+    """`values` of the host into `there`, on this thread alone: torch gives fewer than `GRAIN`
+    numbers to no other, and a team of threads for each thread that decodes would be too many."""
+    here = there if there.device.type == "cpu" else torch.empty(values.shape, dtype=there.dtype)
+    for to, some in zip(here.view(-1).split(GRAIN), values.view(-1).split(GRAIN), strict=True):
+        to.copy_(some)
+    if here is not there:
+        there.copy_(here)
+
+
+@lru_cache(maxsize=4)
+def _loaders(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="ktlab-loading")
 
 
 class Near:

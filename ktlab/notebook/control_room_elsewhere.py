@@ -116,11 +116,11 @@ def _once(bound: str) -> str:
 
 def _notes(found: Prediction) -> str:
     sizes = ", ".join(f"{device} {quantity(n, 'B')}" for device, n in found.memory.items())
-    fits = {True: "fits", False: "does not fit there; speeds of a machine with room", None: ""}
+    said = "".join(f"; {note}" for note in (*(["fits"] if found.fits else []), *found.notes))
     call = f"ktlab.predict({found.model!r}, machine={found.machine!r}, engine={found.engine!r}"
     call += f", top_k={found.top_k}, prompt={PROMPT}, generate={GENERATE})"
     return (
-        f'<div class="cr-grey">{text(sizes)}: {fits[found.fits]}. {text(call)}; how well it agrees '
+        f'<div class="cr-grey">{text(sizes)}{text(said)}. {text(call)}; how well it agrees '
         "with what was published: ktlab predict --published. Two machines, two numbers: their "
         "ratio says nothing about either.</div>"
     )

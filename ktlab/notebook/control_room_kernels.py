@@ -99,7 +99,7 @@ def tooltip(kind: str, rejected: dict[str, str]) -> str:
 
 
 def kernel_line(model: "Model", choice: "Choice") -> str:
-    """The chosen kernel with its reason; every other one with its verdict behind a click."""
+    """The chosen kernel; its reason, and every other one with its verdict, behind a click."""
     found = explained(model, choice)
     chosen = found.chosen
     formats = "+".join(dict.fromkeys(expert_formats(model, choice)))
@@ -112,10 +112,10 @@ def kernel_line(model: "Model", choice: "Choice") -> str:
     name = f"{chosen.backend} {chosen.isa}" if chosen.isa in NATIVE_ISAS else chosen.backend
     return (
         f'<div class="cr-kernel" data-kernel="{text(name)}" data-layout="{text(chosen.layout)}">'
-        f"experts in <b>{text(formats)}</b> run on <b>{text(name)}</b>, {text(chosen.layout)}: "
-        f"<span>{text(chosen.reason)}</span>{_placed(choice)}"
-        f'<details class="cr-explain"><summary>{counts["usable"]} more usable, '
-        f"{counts['rejected']} rejected: why</summary>{table}</details></div>"
+        f'<details class="cr-explain"><summary title="{text(chosen.reason)}">experts in '
+        f"<b>{text(formats)}</b> run on <b>{text(name)}</b>, {text(chosen.layout)}: why, and "
+        f"{counts['usable']} more usable, {counts['rejected']} rejected</summary>{table}</details>"
+        f"{_placed(choice)}</div>"
     )
 
 

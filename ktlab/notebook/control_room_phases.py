@@ -1,12 +1,11 @@
 """The measurements behind the control room, each a function from a model to plain results.
 
-B texts, T tokens, V vocabulary, L layers with a router, E experts.
+B texts, T tokens, V vocabulary, L layers with a router, E experts, U pieces of text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -21,13 +20,16 @@ from ktlab.model.model import Model
 from ktlab.notebook.control_room_choice import Choice
 from ktlab.notebook.control_room_results import (
     STAGES,
+    WHICH,
     Generations,
     Histogram,
     Marked,
+    Stages,
     StageTimes,
 )
 from ktlab.notebook.pace import Pace
 from ktlab.probe import Recorder
+from ktlab.routing import intervals
 
 ROUTER_IDS = ("layers.*.router.ids",)
 
@@ -42,7 +44,8 @@ class Options:
     window: int = 256
     stage_tokens: int = 256
     stage_steps: int = 6
-    stage_repeats: int = 3
+    stage_repeats: int = 6
+    """As `repeats`: fewer give an interval that holds less than 95 %."""
     repeats: int = 6
     """Of the speed measurement; 6 are the fewest that hold a 95 % interval of the median."""
     speed_prompt: int = 256
@@ -95,7 +98,7 @@ class Glance:
 
     predictions: tuple[Prediction, ...]
     targets: tuple[NDArray[np.int64], ...]
-    counts_LE: NDArray[np.int64]
+    counts_ULE: NDArray[np.int64]
 
 
 def glance(model: Model, choice: Choice, texts: Mapping[str, Sequence[int]]) -> Glance:
@@ -109,7 +112,7 @@ def glance(model: Model, choice: Choice, texts: Mapping[str, Sequence[int]]) -> 
     return Glance(
         predictions=tuple(map(Prediction.of, logits_BTV, targets_BT)),
         targets=tuple(row.numpy() for row in targets_BT),
-        counts_LE=_counts(model, recorder),
+        counts_ULE=_counts(model, recorder, _pieces(targets_BT)),
     )
 
 
@@ -133,18 +136,25 @@ def first_answer(
         seconds=seconds,
         method=f"preliminary: the first {tokens} tokens only",
     )
-    return quality, histogram(model, before.counts_LE, after.counts_LE, tokens, preliminary=True)
+    counts = (before.counts_ULE, after.counts_ULE)
+    unit_T = _pieces(torch.from_numpy(np.stack(before.targets)))
+    return quality, histogram(model, *counts, unit_T, preliminary=True)
 
 
 def histogram(
-    model: Model, before_LE: NDArray, after_LE: NDArray, tokens: int, *, preliminary: bool
+    model: Model,
+    before_ULE: NDArray[np.int64],
+    after_ULE: NDArray[np.int64],
+    unit_T: NDArray[np.int64],
+    *,
+    preliminary: bool,
 ) -> Histogram:
     """Counts of two settings as one object."""
     return Histogram(
         layers=tuple(block.index for block in model.moe_blocks),
-        before_LE=before_LE,
-        after_LE=after_LE,
-        tokens=tokens,
+        before_ULE=before_ULE,
+        after_ULE=after_ULE,
+        tokens_U=np.bincount(unit_T),
         preliminary=preliminary,
     )
 
@@ -162,38 +172,38 @@ def stages(
     ids_BT = torch.tensor([list(ids[:length]) for ids in texts.values()])
     context = min(ids_BT.shape[1], model.config.context_length - options.stage_steps)
     choices = {"before": before} if before == after else {"before": before, "after": after}
-    runs: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {n: [] for n in choices}
-    counts: dict[str, NDArray] = {}
+    runs: dict[str, dict[str, list[Stages]]] = {
+        phase: {which: [] for which in choices} for phase in ("prefill", "decode")
+    }
+    unit_T = _pieces(ids_BT)
+    counts: dict[str, NDArray[np.int64]] = {}
     for _ in range(options.stage_repeats):
-        for name, choice in choices.items():
+        for which, choice in choices.items():
             with model.override(**choice.overrides()):
-                prefill, counts[name] = _timed(model, ids_BT)
+                prefill, recorder = _timed(model, ids_BT)
+                counts[which] = _counts(model, recorder, unit_T)
                 cache = model.new_cache(context=context + options.stage_steps)
                 model.next_logits(ids_BT[:1, :context], cache)
                 decode, _ = _timed(model, ids_BT[:1, :1], cache, options.stage_steps)
-            runs[name].append((prefill, decode))
-    medians = [
-        {name: _medians([run[phase] for run in found]) for name, found in runs.items()}
-        for phase in (0, 1)
-    ]
-    for times in medians:
-        times.setdefault("after", times["before"])
-    times_ = StageTimes(
-        prefill=medians[0],
-        decode=medians[1],
+            runs["prefill"][which].append(prefill)
+            runs["decode"][which].append(decode)
+    times = StageTimes(
+        runs={
+            phase: {which: tuple(found.get(which, found["before"])) for which in WHICH}
+            for phase, found in runs.items()
+        },
         prefill_tokens=ids_BT.numel(),
         decode_tokens=options.stage_steps,
         context=context,
-        repeats=options.stage_repeats,
     )
-    after_LE = counts.get("after", counts["before"])
-    return times_, histogram(model, counts["before"], after_LE, ids_BT.numel(), preliminary=False)
+    pair = (counts["before"], counts.get("after", counts["before"]))
+    return times, histogram(model, *pair, unit_T, preliminary=False)
 
 
 def _timed(
     model: Model, ids_BT: torch.Tensor, cache: Any = None, steps: int = 1
-) -> tuple[dict[str, float], NDArray]:
-    """Milliseconds a token by stage over `steps` calls, and the experts' counts."""
+) -> tuple[Stages, Recorder]:
+    """Milliseconds a token by stage over `steps` calls, and what the router chose."""
     recorder = Recorder(ROUTER_IDS)
     start = perf_counter()
     for _ in range(steps):
@@ -206,23 +216,27 @@ def _timed(
             found[stage] += seconds
     found["other"] = max(0.0, total - sum(found.values()))
     per_token = 1e3 / (steps * ids_BT.numel())
-    return {k: v * per_token for k, v in found.items() if v}, _counts(model, recorder)
+    return {k: v * per_token for k, v in found.items() if v}, recorder
 
 
-def _medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {stage: median(run.get(stage, 0.0) for run in runs) for stage in runs[0]}
+def _pieces(ids_BT: torch.Tensor) -> NDArray[np.int64]:
+    """Which piece of text each of the B * T tokens belongs to."""
+    return intervals.units(np.repeat(np.arange(len(ids_BT)), ids_BT.shape[1]))
 
 
-def _counts(model: Model, recorder: Recorder) -> NDArray[np.int64]:
-    """(L, E) how often each expert was selected."""
+def _counts(model: Model, recorder: Recorder, unit_T: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(U, L, E) how often each expert was selected in each piece of text."""
     joined = recorder.joined()
-    experts = model.config.num_experts
+    experts, pieces = model.config.num_experts, int(unit_T[-1]) + 1
+    first_T1 = torch.from_numpy(unit_T * experts)[:, None]
     rows = [
-        torch.bincount(ids[ids >= 0], minlength=experts)
+        torch.bincount((ids_TK + first_T1)[ids_TK >= 0], minlength=pieces * experts)
         for block in model.moe_blocks
-        for ids in [joined[f"layers.{block.index}.router.ids"]]
+        for ids_TK in [joined[f"layers.{block.index}.router.ids"]]
     ]
-    return torch.stack(rows).numpy() if rows else np.zeros((0, experts), np.int64)
+    if not rows:
+        return np.zeros((pieces, 0, experts), np.int64)
+    return torch.stack(rows).reshape(-1, pieces, experts).transpose(0, 1).numpy()
 
 
 def written(

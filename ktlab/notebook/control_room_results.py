@@ -1,25 +1,28 @@
 """What the control room knows of one setting on one text: plain data, filled phase by phase.
 
-L layers with a router, E experts.
+L layers with a router, E experts, U pieces of text.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import log2
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ktlab.interval import Interval
-from ktlab.measurement.intervals import exactly
+from ktlab.measurement import intervals
 from ktlab.measurement.quality import Quality
 from ktlab.measurement.speed import SpeedComparison
 from ktlab.notebook.control_room_choice import Choice
-from ktlab.routing.divergence import entropy_bits, js_bits
+from ktlab.routing.divergence import entropy_bits, js_interval
+from ktlab.routing.intervals import bootstrap
 
 STAGES = ("attention", "router", "experts", "shared", "mlp", "output", "other")
 """Stages in the order of a layer; embedding and everything between the stages is "other"."""
+WHICH = ("before", "after")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,10 +30,23 @@ class Histogram:
     """How often each expert was selected, baseline and now, on the same tokens."""
 
     layers: tuple[int, ...]
-    before_LE: NDArray[np.int64]
-    after_LE: NDArray[np.int64]
-    tokens: int
+    before_ULE: NDArray[np.int64]
+    """By pieces of text, which are what an interval resamples."""
+    after_ULE: NDArray[np.int64]
+    tokens_U: NDArray[np.int64]
     preliminary: bool
+
+    @property
+    def tokens(self) -> int:
+        return int(self.tokens_U.sum())
+
+    @cached_property
+    def before_LE(self) -> NDArray[np.int64]:
+        return self.before_ULE.sum(0)
+
+    @cached_property
+    def after_LE(self) -> NDArray[np.int64]:
+        return self.after_ULE.sum(0)
 
     def relative(self, which: str) -> NDArray[np.float64]:
         """(L, E) load in multiples of uniform; `which` is "before" or "after"."""
@@ -38,31 +54,79 @@ class Histogram:
         total_L1 = np.maximum(counts_LE.sum(-1, keepdims=True), 1)
         return counts_LE / total_L1 * counts_LE.shape[-1]
 
-    def entropy(self, which: str) -> NDArray[np.float64]:
-        """(L,) entropy of the load, bits."""
-        return entropy_bits(getattr(self, f"{which}_LE"))
+    def entropy(self, which: str, layer: int) -> Interval:
+        """Entropy of the load of a layer, bits."""
+        counts_UE = self._of(which, layer)
+        most = log2(counts_UE.shape[1])
+        return bootstrap(counts_UE, entropy_bits, unit="bits", bounds=(0, most))
 
-    @cached_property
-    def divergence(self) -> NDArray[np.float64]:
-        """(L,) Jensen-Shannon divergence between before and after, bits."""
-        return js_bits(self.before_LE, self.after_LE)
+    def divergence(self, layer: int) -> Interval:
+        """Jensen-Shannon divergence between before and after, bits."""
+        pair = (self._of(which, layer) for which in WHICH)
+        value, low, high = js_interval(*pair, paired=True)
+        return Interval(value=value, low=low, high=high, n=len(self.tokens_U), unit="bits")
 
-    def experts_a_token(self, which: str) -> NDArray[np.float64]:
-        """(L,) mean number of experts that a token took."""
-        return getattr(self, f"{which}_LE").sum(-1) / self.tokens
+    def experts_a_token(self, which: str, layer: int) -> Interval:
+        """Mean number of experts that a token took."""
+        taken_U = self._of(which, layer).sum(1)
+        return bootstrap(np.stack([taken_U, self.tokens_U], 1), lambda x: x[:, 0] / x[:, 1])
+
+    def _of(self, which: str, layer: int) -> NDArray[np.int64]:
+        counts_ULE: NDArray[np.int64] = getattr(self, f"{which}_ULE")
+        return counts_ULE[:, self.layers.index(layer)]
+
+
+Stages = Mapping[str, float]
+"""{stage: ms a token} of one run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageTimes:
-    """Where the time goes, ms a token, by stage: median over the repeats."""
+    """Where the time goes, ms a token: every repeat, baseline ("before") and now ("after") in turn.
 
-    prefill: Mapping[str, Mapping[str, float]]
-    """{"before" or "after": {stage: ms a token}}"""
-    decode: Mapping[str, Mapping[str, float]]
+    A phase is "prefill" or "decode".
+    """
+
+    runs: Mapping[str, Mapping[str, tuple[Stages, ...]]]
+    """{phase: {"before" or "after": one for each repeat}}"""
     prefill_tokens: int
     decode_tokens: int
     context: int
-    repeats: int
+
+    @property
+    def repeats(self) -> int:
+        return len(self.runs["prefill"]["before"])
+
+    @property
+    def prefill(self) -> dict[str, dict[str, float]]:
+        """{"before" or "after": {stage: median ms a token}}"""
+        return self._medians("prefill")
+
+    @property
+    def decode(self) -> dict[str, dict[str, float]]:
+        """{"before" or "after": {stage: median ms a token}}"""
+        return self._medians("decode")
+
+    def stage(self, phase: str, which: str, stage: str) -> Interval:
+        """Median of one stage, ms a token."""
+        samples = [run.get(stage, 0.0) for run in self.runs[phase][which]]
+        return intervals.median(samples, unit="ms")
+
+    def total(self, phase: str, which: str) -> Interval:
+        """Median of all stages together, ms a token."""
+        return intervals.median([sum(run.values()) for run in self.runs[phase][which]], unit="ms")
+
+    def ratio(self, phase: str) -> Interval:
+        """Time now over the baseline's, repeat by repeat: below 1 is faster."""
+        before, after = ([sum(r.values()) for r in self.runs[phase][w]] for w in WHICH)
+        paired = [now / base for base, now in zip(before, after, strict=True)]
+        return intervals.median(paired, no_change=1.0)
+
+    def _medians(self, phase: str) -> dict[str, dict[str, float]]:
+        return {
+            which: {stage: self.stage(phase, which, stage).value for stage in runs[0]}
+            for which, runs in self.runs[phase].items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +247,10 @@ def points(tried: Iterable[Results], current: Choice, phase: str) -> tuple[Point
     for r in tried:
         ratio = r.speed_ratio(phase)
         if r.quality is not None and ratio is not None:
-            found.setdefault(r.baseline, (exactly(ratio, 1.0), exactly(r.quality.kl_mean, 0.0)))
+            found.setdefault(
+                r.baseline,
+                (intervals.exactly(ratio, 1.0), intervals.exactly(r.quality.kl_mean, 0.0)),
+            )
             found[r.choice] = (ratio, r.quality.kl_mean)
     pairs = list(found.values())
     front = pareto_front([speed.value for speed, _ in pairs], [kl.value for _, kl in pairs])

@@ -3,6 +3,8 @@
 L layers with a router, E experts.
 """
 
+from dataclasses import replace
+from functools import lru_cache
 from math import log2
 from typing import Any
 
@@ -12,8 +14,10 @@ import plotly.graph_objects as go
 from ktlab import figures
 from ktlab.figures import BLUE, ORANGE
 from ktlab.html import text
+from ktlab.interval import Interval
 from ktlab.notebook.control_room_html import panel_title
-from ktlab.notebook.control_room_results import Histogram, Results
+from ktlab.notebook.control_room_results import WHICH, Histogram, Results
+from ktlab.routing.intervals import METHOD
 
 HEIGHT = 200
 
@@ -21,9 +25,7 @@ HEIGHT = 200
 def figure(found: Histogram | None, layer: int, experts: int) -> go.Figure:
     """Load of every expert of one layer, before and after; empty axes while nothing is known."""
     after_E, before_E = _loads(found, layer) or ([0.0] * experts, [0.0] * experts)
-    fig = figures.router_histogram(after_E, before_E, height=HEIGHT)
-    fig.layout.annotations = ()  # "uniform" lies over the bars, and the axis says it already
-    return fig
+    return figures.router_histogram(after_E, before_E, height=HEIGHT)
 
 
 def redraw(live: go.FigureWidget, found: Histogram | None, layer: int) -> None:
@@ -56,19 +58,36 @@ def router(found: Histogram | None, layer: int) -> str:
     """What the histogram above says in numbers, and every layer's change as a strip."""
     if found is None or layer not in found.layers:
         return ""
-    i = found.layers.index(layer)
-    before, after = found.entropy("before")[i], found.entropy("after")[i]
-    most = log2(found.before_LE.shape[1])
-    taken = [found.experts_a_token(which)[i] for which in ("before", "after")]
     title = (
-        f"Counts over the same {found.tokens} tokens; divergence: Jensen-Shannon. Here: "
-        f"room.results.histogram; of any text: model.trace(text).routing.histogram({layer})"
+        f"Counts over the same {found.tokens} tokens. Here: room.results.histogram; of any text: "
+        f"model.trace(text).routing.histogram({layer}). {METHOD}"
     )
-    line = (
-        f"experts a token {taken[0]:.2f} → {taken[1]:.2f} · entropy {before:.3f} → {after:.3f} of "
-        f"{most:.3g} bits · divergence {found.divergence[i]:.4f} bits"
+    return (
+        f'<div class="cr-grey" title="{text(title)}">{" · ".join(_figures(found, layer))}</div>'
+        f"{strips(found, layer)}"
     )
-    return f'<div class="cr-grey" title="{text(title)}">{line}</div>{strips(found, layer)}'
+
+
+@lru_cache(maxsize=64)
+def _figures(found: Histogram, layer: int) -> tuple[str, ...]:
+    """The layer's numbers; the first few tokens are too few for an interval."""
+    most = log2(found.before_LE.shape[1])
+    taken, bits = (
+        " → ".join(_plain(of(which, layer), found) for which in WHICH)
+        for of in (found.experts_a_token, found.entropy)
+    )
+    divergence = _plain(found.divergence(layer), found)
+    return (
+        f"experts a token {taken}",
+        f"entropy {bits} of {most:.3g} bits",
+        f"divergence {divergence} bits",
+    )
+
+
+def _plain(interval: Interval, found: Histogram) -> str:
+    if found.preliminary:
+        return f"{interval.value:.3g}"
+    return text(replace(interval, unit=""))
 
 
 def strips(found: Histogram, layer: int) -> str:

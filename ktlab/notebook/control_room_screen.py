@@ -21,7 +21,7 @@ from ktlab.notebook import control_room_twin as twins
 from ktlab.notebook.control_room_controls import Controls, State
 from ktlab.notebook.control_room_elsewhere import elsewhere, elsewhere_title
 from ktlab.notebook.control_room_html import header, panel_title
-from ktlab.notebook.control_room_kernels import kernel_line
+from ktlab.notebook.control_room_kernels import OFF, kernel_line
 from ktlab.notebook.control_room_quality import quality
 from ktlab.notebook.control_room_results import Point, Results
 from ktlab.notebook.control_room_text import generated
@@ -68,29 +68,19 @@ class Screen:
         layer, phase, shape, machine = (
             controls.all[name] for name in ("layer", "phase", "twin", "machine")
         )
-        self.grid = widgets.VBox(
-            [
-                _panel(self.html["quality"], name="quality"),
-                _panel(self.html["speed"], self.html["stages"], name="speed"),
-                _panel(
-                    _head(self.html["twin_title"], shape), self.html["twin"], name="twin", wide=True
-                ),
-                _panel(
-                    _head(self.html["elsewhere_title"], machine),
-                    self.html["elsewhere"],
-                    name="elsewhere",
-                    wide=True,
-                ),
-                _panel(
-                    _head(self.html["router_title"], layer),
-                    self.live["router"],
-                    self.html["router"],
-                    name="router",
-                ),
-                _panel(_head(self.html["plane_title"], phase), self.live["plane"], name="plane"),
-                _panel(self.html["text"], name="text", wide=True),
-            ]
-        )  # fmt: skip
+        html, live = self.html, self.live
+        self.panels = {
+            "quality": _panel(html["quality"]),
+            "speed": _panel(html["speed"], html["stages"]),
+            "router": _panel(_head(html["router_title"], layer), live["router"], html["router"]),
+            "plane": _panel(_head(html["plane_title"], phase), live["plane"]),
+            "text": _panel(html["text"]),
+            "twin": _panel(_head(html["twin_title"], shape), html["twin"]),
+            "elsewhere": _panel(_head(html["elsewhere_title"], machine), html["elsewhere"]),
+        }
+        for name, panel in self.panels.items():
+            panel.add_class(f"cr-panel-{name}")
+        self.grid = widgets.VBox(list(self.panels.values()))
         self.grid.add_class("cr-grid")
         bar = widgets.HBox([self.status_html, controls.stop])
         bar.add_class("cr-statusline")
@@ -147,6 +137,8 @@ class Screen:
     def show_switches(self, state: State) -> None:
         """The kernel that a setting runs on and why: known at once, nothing is measured for it."""
         self.html["kernel"].value = kernel_line(self._model, state.choice)
+        for name, panel in self.panels.items():
+            (panel.add_class if name in _wide(state) else panel.remove_class)("cr-wide")
 
     def _html(
         self, results: Results | None, state: State, twin: Twin | str | None, doing: str
@@ -193,7 +185,7 @@ class Screen:
             f"{text(state.choice.label)} against {text(state.baseline.label)} on "
             f"{text(state.text)}: {text(doing)}</div>"
         )
-        self._controls.stop.description = "stop" if busy else "resume"
+        self._controls.stop.description = "resume" if phase in ("stopped", "failed") else "stop"
         self._controls.stop.disabled = phase in ("done", "closed")
 
     # Figures and the static picture --------------------------------------------------------------
@@ -219,31 +211,33 @@ class Screen:
         """The same panels with small SVG pictures in the place of the Plotly figures."""
         found = self._html(results, state, twin, "")
         histogram = results.histogram if results else None
-        bodies = (
-            found["quality"],
-            found["speed"] + found["stages"],
-            found["twin_title"] + found["twin"],
-            found["elsewhere_title"] + found["elsewhere"],
-            found["router_title"] + router.bars(histogram, state.layer) + found["router"],
-            found["plane_title"] + plane.plane(points, state.phase),
-            found["text"],
-        )
-        wide = ("", "", " cr-wide", " cr-wide", "", "", " cr-wide")
+        bodies = {
+            "quality": found["quality"],
+            "speed": found["speed"] + found["stages"],
+            "router": found["router_title"] + router.bars(histogram, state.layer) + found["router"],
+            "plane": found["plane_title"] + plane.plane(points, state.phase),
+            "text": found["text"],
+            "twin": found["twin_title"] + found["twin"],
+            "elsewhere": found["elsewhere_title"] + found["elsewhere"],
+        }
         inner = "".join(
-            f'<div class="cr-panel{width}">{body}</div>'
-            for body, width in zip(bodies, wide, strict=True)
+            f'<div class="cr-panel{" cr-wide" * (name in _wide(state))}">{body}</div>'
+            for name, body in bodies.items()
         )
         grid = f'<div class="cr-grid">{inner}</div>'
         kernel = kernel_line(self._model, state.choice)
         return f'{style("control_room")}<div class="ktlab-room">{self._header}{kernel}{grid}</div>'
 
 
-def _panel(*children: widgets.Widget, name: str, wide: bool = False) -> widgets.VBox:
+def _wide(state: State) -> set[str]:
+    """Panels over both columns; what is switched off has one sentence, for which half is enough."""
+    switches = {"twin": state.twin, "elsewhere": state.machine}
+    return {"text", *(name for name, value in switches.items() if value != OFF)}
+
+
+def _panel(*children: widgets.Widget) -> widgets.VBox:
     box = widgets.VBox(list(children))
-    if wide:
-        box.add_class("cr-wide")
     box.add_class("cr-panel")
-    box.add_class(f"cr-panel-{name}")
     return box
 
 

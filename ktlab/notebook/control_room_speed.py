@@ -7,7 +7,7 @@ from ktlab.html import Raw, text
 from ktlab.interval import Interval
 from ktlab.measurement.speed import Speed
 from ktlab.notebook.control_room_html import EMPTY, expression, number, panel_title, tile
-from ktlab.notebook.control_room_results import STAGES, Results, StageTimes
+from ktlab.notebook.control_room_results import STAGES, WHICH, Results, StageTimes
 
 ENOUGH = 0.9
 """Level that the interval of a few repeats must hold before a ratio is called a change."""
@@ -65,45 +65,59 @@ def stage_bars(results: Results | None) -> str:
     if results is None or found is None:
         return '<div class="cr-grey">measured after the first windows of text</div>'
     names = {"before": results.baseline.label, "after": results.choice.label}
-    rows = [
-        _phase("prefill", found.prefill, names, f"{found.prefill_tokens} tokens", found),
-        _phase("decode", found.decode, names, f"context {found.context}", found),
-    ]
-    used = [s for s in STAGES if any(s in t for t in (*found.prefill.values(),))]
+    notes = {"prefill": f"{found.prefill_tokens} tokens", "decode": f"context {found.context}"}
+    rows = "".join(_phase(phase, found, names, note) for phase, note in notes.items())
+    used = [s for s in STAGES if s in found.prefill["before"] or s in found.prefill["after"]]
     legend = "".join(
         f'<span><i style="background:{_color(stage)}"></i>{"dense" if stage == "mlp" else stage}'
         "</span>"
         for stage in used
     )
-    return f'<div class="cr-stages">{"".join(rows)}<div class="cr-legend">{legend}</div></div>'
+    return f'<div class="cr-stages">{rows}<div class="cr-legend">{legend}</div></div>'
 
 
-def _phase(
-    phase: str,
-    times: Mapping[str, Mapping[str, float]],
-    names: Mapping[str, str],
-    note: str,
-    found: StageTimes,
-) -> str:
-    longest = max(sum(stages.values()) for stages in times.values()) or 1.0
-    rows = []
-    for which in ("before", "after") if names["before"] != names["after"] else ("after",):
-        total = sum(times[which].values())
-        parts = "".join(
-            f'<i style="width:{100 * ms / longest:.2f}%;background:{_color(stage)}" '
-            f'title="{stage}: {ms:.3g} ms a token, {100 * ms / total:.0f} % of {phase}; median of '
-            f"{found.repeats} repeats, in alternation. Here: room.results.stages.{phase}"
-            f'[{text(repr(which))}][{text(repr(stage))}]"></i>'
-            for stage, ms in times[which].items()
-        )
-        rows.append(
-            f'<span class="cr-row">{text(names[which])}</span>'
-            f'<span class="cr-stack">{parts}</span><span class="cr-ms">{total:.3g} ms</span>'
-        )
-    return (
-        f'<div class="cr-grey"><b>{phase}</b>, ms a token ({note})</div>'
-        f'<div class="cr-bars">{"".join(rows)}</div>'
+def _phase(phase: str, found: StageTimes, names: Mapping[str, str], note: str) -> str:
+    """A bar for each setting with the interval of its whole; below, what the two have in common."""
+    shown = WHICH if names["before"] != names["after"] else WHICH[1:]
+    totals = {which: found.total(phase, which) for which in shown}
+    longest = max(total.value for total in totals.values()) or 1.0
+    # An interval far beyond the bars must not press them together: it is cut and told in numbers.
+    scale = 100 / min(2 * longest, max(min(t.high, 2 * longest) for t in totals.values()))
+    rows = "".join(
+        f'<span class="cr-row">{text(names[which])}</span>'
+        f"{_stack(phase, which, found, total, scale)}"
+        f'<span class="cr-ms">{text(total)}</span>'
+        for which, total in totals.items()
     )
+    head = f"<b>{phase}</b>, ms a token ({note})"
+    if len(shown) > 1:
+        head += f": {text(names['after'])} takes ×{text(found.ratio(phase))} of the time"
+    level = totals[shown[0]].level
+    title = (
+        f"Medians of {found.repeats} repeats in alternation, {100 * level:.3g} % intervals between "
+        f"order statistics, timed stage by stage, which costs time itself: the speed above is "
+        f"timed without. Here: room.results.stages.total({phase!r}, 'after'), .ratio({phase!r})"
+    )
+    return (
+        f'<div class="cr-grey" title="{text(title)}">{head}</div><div class="cr-bars">{rows}</div>'
+    )
+
+
+def _stack(phase: str, which: str, found: StageTimes, total: Interval, scale: float) -> str:
+    """The stages side by side, as long together as the whole; a whisker from low to high."""
+    stages = getattr(found, phase)[which]
+    stretch = scale * total.value / (sum(stages.values()) or 1.0)
+    parts = "".join(
+        f'<i style="width:{stretch * ms:.2f}%;background:{_color(stage)}" '
+        f'title="{stage}: {text(found.stage(phase, which, stage))} a token, '
+        f"{100 * stretch * ms / (scale * total.value):.0f} % of {phase}; median of "
+        f"{found.repeats} repeats, in alternation. Here: room.results.stages.stage({phase!r}, "
+        f'{which!r}, {stage!r})"></i>'
+        for stage, ms in stages.items()
+    )
+    low, high = (min(100.0, max(0.0, scale * end)) for end in (total.low, total.high))
+    whisker = f'<u style="left:{low:.2f}%;width:{high - low:.2f}%"></u>'
+    return f'<span class="cr-stack">{parts}{whisker}</span>'
 
 
 def _color(stage: str) -> str:

@@ -3,16 +3,22 @@
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
+import numpy as np
 
 from ktlab import html
+from ktlab.measurement import intervals
+from ktlab.measurement.blocks import Blocks
+from ktlab.measurement.roofline import measure_machine
 from ktlab.notebook.css import style
 from ktlab.notebook.instrument import Instrument, Snapshot, TextSource, numbers
 from ktlab.notebook.token_view import Mark, quoted, tokens_html
 
 if TYPE_CHECKING:
+    from ktlab.measurement.roofline import Bound
     from ktlab.model.generation import Token
     from ktlab.model.model import Model
 
@@ -29,6 +35,8 @@ class GenerationView(Instrument):
     ) -> None:
         super().__init__(model)
         self.written: list[Token] = []
+        self.bound: Bound | None = None
+        """Share of the machine's ceiling at a median token; None until all is written."""
         self.prompt = ""
         self.max_new_tokens = max_new_tokens
         trained, most = model.config.top_k, model.config.selectable_experts
@@ -76,9 +84,24 @@ class GenerationView(Instrument):
                 written.append(token)
                 if not self.publish(cancel, lambda: self._show(prompt, written)):
                     return
+            if len(written) > 1:
+                self._measured(model, prompt, written, cancel)
 
-    def _show(self, prompt: str, written: "Sequence[Token]") -> None:
-        self.prompt, self.written = prompt, list(written)
+    def _measured(
+        self, model: "Model", prompt: str, written: "list[Token]", cancel: threading.Event
+    ) -> None:
+        """When all is written: how near the machine's ceiling a token is."""
+        cost = model.cost(1, len(model.tokenizer.encode(prompt)) + len(written) // 2)
+        bound = measure_machine().bound(
+            flop=cost.flop,
+            nbytes=cost.bytes,
+            working_bytes=model.nbytes,
+            seconds=median(token.seconds for token in written[1:]),
+        )
+        self.publish(cancel, lambda: self._show(prompt, written, bound))
+
+    def _show(self, prompt: str, written: "Sequence[Token]", bound: "Bound | None" = None) -> None:
+        self.prompt, self.written, self.bound = prompt, list(written), bound
         k, trained = int(self.experts.value), self.model.config.top_k
         remark = "as trained" if k == trained else f"trained with {trained}"
         self.note = f"{len(written)} tokens with {k} experts a token ({remark})"
@@ -86,16 +109,22 @@ class GenerationView(Instrument):
         self.output.value = written_html(prompt, self.written)
 
     def figures(self) -> dict[str, Any]:
-        """Speed and certainty of what was written."""
+        """Speed beside what this machine allows, and certainty, of what was written."""
         if not self.written:
             return {}
-        rest = [token.seconds for token in self.written[1:]]
-        mean = sum(token.logprob for token in self.written) / len(self.written)
-        return {
-            "until the first token": f"{1e3 * self.written[0].seconds:.0f} ms",
-            "then": f"{len(rest) / sum(rest):.0f} tokens/s" if rest else "",
-            "mean probability (geometric)": f"{math.exp(mean):.0%}",
+        found: dict[str, Any] = {
+            "until the first token": f"{1e3 * self.written[0].seconds:.0f} ms (once)"
         }
+        rest = [1 / token.seconds for token in self.written[1:]]
+        if rest:
+            found["then, median"] = intervals.median(rest, unit="tokens/s")
+        if self.bound is not None:
+            found["of this machine's ceiling"] = self.bound
+        logprob_T = np.array([token.logprob for token in self.written])
+        found["mean probability (geometric)"] = intervals.mean(
+            logprob_T, Blocks.cut([len(logprob_T)]), scale="exp"
+        )
+        return found
 
     def to_html(self) -> str:
         with self.worker.lock:

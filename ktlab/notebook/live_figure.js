@@ -26,20 +26,24 @@ async function load(source) {
 const PATIENCE_MS = 2000;
 const later = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
 
+// The widget that keeps the figure; this one's own changes do not come through once it was late.
+const stateOf = (model) => model.widget_manager.get_model(model.get("_shown").replace("IPY_MODEL_", ""));
+
 // Draws the latest state; states that arrive while it draws are skipped but for the last.
-function drawer(model, plot, Plotly) {
+function drawer(state, plot, Plotly) {
   let busy = false;
   let drawn;
   return async () => {
     if (busy) return;
     busy = true;
     try {
-      while (drawn !== model.get("_shown")) {
-        drawn = model.get("_shown");
-        const { data, layout } = JSON.parse(drawn);
+      while (drawn !== state.get("value")) {
+        drawn = state.get("value");
+        const { figure: { data, layout }, rest: { config, classes } } = JSON.parse(drawn);
+        plot.parentElement?.classList.add(...classes);
         // Resizing measures the element, so it must have the figure's height of its own.
         if (layout.height) plot.style.height = `${layout.height}px`;
-        const drawing = Plotly.react(plot, data, layout, model.get("_config"));
+        const drawing = Plotly.react(plot, data, layout, config);
         await Promise.race([drawing, later(PATIENCE_MS)]);
       }
     } finally {
@@ -74,18 +78,18 @@ export default {
     el.append(plot);
     let stop = () => {};
     let gone = false;
-    hub.plotly().then((Plotly) => {
+    Promise.all([hub.plotly(), stateOf(model)]).then(([Plotly, state]) => {
       if (gone) return;
-      const draw = drawer(model, plot, Plotly);
+      const draw = drawer(state, plot, Plotly);
       const watch = new ResizeObserver(() => plot.data && plot.offsetParent && Plotly.Plots.resize(plot));
-      model.on("change:_shown", draw);
+      state.on("change:value", draw);
       draw().then(() => {
         watch.observe(el);
         plot.on("plotly_click", (event) => tellClick(model, event));
       });
       stop = () => {
         watch.disconnect();
-        model.off("change:_shown", draw);
+        state.off("change:value", draw);
         Plotly.purge(plot);
       };
     });

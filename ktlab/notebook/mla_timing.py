@@ -4,7 +4,7 @@ T tokens of a call, S cached positions.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,9 @@ import torch
 
 from ktlab.attention.cache import FORMS, Form
 from ktlab.errors import ContextError
+from ktlab.interval import Interval
+from ktlab.measurement import intervals
+from ktlab.measurement.blocks import Blocks
 from ktlab.model.copies import products_of
 from ktlab.model.settings import component_stages
 from ktlab.probe import Recorder
@@ -36,9 +39,9 @@ class Agreement:
     """Largest difference of a logit."""
     relative: float
     """The same over the largest logit."""
-    same_top1: int
-    """Places where both put the same token first, of `tokens`."""
-    kl: float
+    same_top1: Interval
+    """Share of places where both put the same token first, per cent."""
+    kl: Interval
     """Mean KL(naive || absorbed), nats a token."""
     rounded: bool
     """Whether kernels round activations somewhere in this model: then a difference in the last bit
@@ -63,12 +66,15 @@ def agreement(model: "Model", ids: Sequence[int]) -> Agreement:
     computed = [
         p for _, holder, n in component_stages(twin) for p in products_of(getattr(holder, n))
     ]
+    blocks = Blocks.cut([len(a)])
+    kl_T = (log_a.exp() * (log_a - log_b)).sum(-1).clamp(min=0).numpy()
+    same_T = (a.argmax(-1) == b.argmax(-1)).numpy()
     return Agreement(
         tokens=len(a),
         max_difference=difference,
         relative=difference / float(a.abs().max()),
-        same_top1=int((a.argmax(-1) == b.argmax(-1)).sum()),
-        kl=float((log_a.exp() * (log_a - log_b)).sum(-1).mean()),
+        same_top1=intervals.share(same_T, blocks),
+        kl=intervals.mean(kl_T, blocks, scale="log", unit="nats"),
         rounded=any(p.kernel.backend not in EXACT for p in computed),
     )
 
@@ -96,6 +102,12 @@ class AttentionTime:
         """Lower and upper quartile of the repeats."""
         low, high = np.quantile(self.seconds, [0.25, 0.75])
         return float(low), float(high)
+
+
+def times_faster(point: Mapping[Form, AttentionTime]) -> Interval:
+    """How many times as long the naive form takes as the absorbed one, repeat by repeat."""
+    pairs = zip(point["naive"].seconds, point["absorbed"].seconds, strict=True)
+    return intervals.median([n / a for n, a in pairs], no_change=1.0)
 
 
 def work(model: "Model", form: Form, tokens: int, context: int) -> tuple[float, float]:

@@ -25,6 +25,7 @@ from ktlab.notebook.mla_timing import (
     cache_bytes,
     default_contexts,
     measure,
+    times_faster,
     work,
 )
 from ktlab.notebook.pace import pace
@@ -132,11 +133,12 @@ class MLAView(Instrument):
         if self.agreement is not None:
             a = self.agreement
             if a.rounded and not a.equal:
-                verdict = f"KL {a.kl:.2g} nats: kernels here round activations"
+                verdict = "apart by rounding"  # of the activations, in the kernels that run here
             else:
                 verdict = "equal" if a.equal else "DIFFERENT"
-            found["logits"] = f"{verdict}, largest difference {a.max_difference:.1e}"
-            found["same top-1"] = f"{a.same_top1:,} of {a.tokens:,} tokens"
+            found["logits"] = f"{verdict}, by {a.max_difference:.2g} at most"
+            found["KL divergence"] = a.kl
+            found[f"same top-1 of {a.tokens:,} tokens"] = a.same_top1
         per_token = {form: cache_bytes(self.model, form, 1) for form in FORMS}
         ratio = per_token["naive"] / per_token["absorbed"]
         found["cache a token"] = (
@@ -144,9 +146,9 @@ class MLAView(Instrument):
         )
         if self.points:
             last = self.points[-1]
-            a_s, n_s = last["absorbed"].median_s, last["naive"].median_s
-            quick, slow = ("absorbed", n_s / a_s) if a_s <= n_s else ("naive", a_s / n_s)
-            found[f"at context {last['absorbed'].context:,}"] = f"{quick} is ×{slow:.2f} faster"
+            found[f"absorbed faster, at context {last['absorbed'].context:,}"] = (
+                f"×{times_faster(last)}"
+            )
         return found
 
     def _draw_counts(self) -> None:
@@ -197,7 +199,9 @@ class MLAView(Instrument):
 
     def to_html(self) -> str:
         with self.worker.lock:
-            title = f"{self.title}: {self.calls.value} token(s) a call, {self.source.name}"
+            tokens = int(self.calls.value)
+            each = f"{tokens} token{'s' * (tokens > 1)} a call"
+            title = f"{self.title}: {each}, {self.source.name}"
             return html.card(
                 title,
                 html.Raw(style("instrument") + numbers(self.figures())),

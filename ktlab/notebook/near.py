@@ -86,17 +86,22 @@ class Routes:
         asked_B = np.sum([asked_BE.sum(1) for asked_BE in self._asked], axis=0)
         return intervals.ratio(found_B, asked_B)
 
-    def shares(self, near_LE: NDArray[np.bool_]) -> dict[int, float]:
-        """{layer: share of held-out lookups whose expert is near}."""
+    @cached_property
+    def loads(self) -> dict[int, NDArray[np.float64]]:
+        """{layer: (E,) held-out lookups of each expert}, as `ktlab.predict` takes them."""
         return {
-            layer: float(asked_BE[:, near_E].sum() / max(1.0, asked_BE.sum()))
-            for layer, asked_BE, near_E in zip(self.layers, self._asked, near_LE, strict=True)
+            layer: asked_BE.sum(0) for layer, asked_BE in zip(self.layers, self._asked, strict=True)
         }
 
     @property
     def lookups_per_token(self) -> float:
         """Experts that a token asks for, over all layers."""
         return float(sum(asked_BE.sum() for asked_BE in self._asked) / self.halves.tokens)
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token asks a layer for, to the nearest."""
+        return max(1, round(self.lookups_per_token / len(self.layers)))
 
     def placement(self, near_LE: NDArray[np.bool_], far: Collection[Cell] = ()) -> Placement:
         """All on the GPU but the experts that are not near, and the parts that are `far`."""

@@ -35,7 +35,7 @@ MOST_TOKENS, LEAST_TOKENS, READ_S = 768, 96, 12.0
 """Read with a mask: as many tokens as this model reads in so many seconds."""
 CONTINUATION, WRITE_S = 32, 5.0
 PROMPT_CHARACTERS = 160
-GONE = "rgba(213,94,0,0.45)"
+GONE = "rgba(213,94,0,0.6)"
 
 
 class OffloadView(Instrument):
@@ -78,9 +78,11 @@ class OffloadView(Instrument):
         self.summary, self.text_html = widgets.HTML(), widgets.HTML()
         zero_E = [0.0] * config.num_experts
         self.bars = live(figures.router_histogram(zero_E, zero_E, height=240))
-        self.bars.data[0].name, self.bars.data[1].name = "whole model", "experts taken away"
-        self.bars.data[0].on_click(self._bar_clicked)
-        self.bars.data[1].on_click(self._bar_clicked)
+        self.bars.add_bar(x=self.bars.data[0].x, y=zero_E, marker={"color": GONE})
+        names = ("whole model", "with experts taken away", "taken away")
+        for trace, name in zip(self.bars.data, names, strict=True):
+            trace.name = name
+            trace.on_click(self._bar_clicked)
         changed = (self.layer_choice, self.order_choice, self.count_slider, self.expert_number)
         for control in changed:
             control.observe(lambda _: self.refresh(), "value")
@@ -173,12 +175,8 @@ class OffloadView(Instrument):
             self.bars.data[0].y = before.relative_E
             self.bars.data[1].y = [0.0] * len(before) if after is None else after.relative_E
             gone = set(masked)
-            self.bars.data[0].marker.color = [
-                GONE if e in gone else figures.FAINT for e in range(len(before))
-            ]
-            self.bars.layout.title.text = (
-                f"layer {self.layer}: load before and after; red: taken away"
-            )
+            self.bars.data[2].y = [y if e in gone else 0.0 for e, y in enumerate(before.relative_E)]
+            self.bars.layout.title.text = f"layer {self.layer}: load before and after"
         self.summary.value = numbers(self.figures(), preliminary=True)
 
     def _show_quality(self, quality: Quality, ids: list[int]) -> None:
@@ -233,9 +231,10 @@ class OffloadView(Instrument):
             )
 
     def snapshot(self) -> Snapshot:
+        import plotly.graph_objects as go
+
         self.wait()
-        plots = [self.after.plot(before=self.before)] if self.after and self.before else []
-        return Snapshot(self.to_html(), *plots, plain=repr(self))
+        return Snapshot(self.to_html(), go.Figure(self.bars.to_dict()), plain=repr(self))
 
 
 def _count(experts: tuple[int, ...]) -> str:

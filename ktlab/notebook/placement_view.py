@@ -16,18 +16,20 @@ from numpy.typing import NDArray
 from ktlab import figures, html
 from ktlab.errors import PlacementError
 from ktlab.experts.caches import CacheReplay
+from ktlab.kernels import native
 from ktlab.measurement.speed import SpeedComparison, measure_speed
 from ktlab.notebook.css import style
 from ktlab.notebook.instrument import Instrument, Snapshot, live, numbers
 from ktlab.notebook.near import Cell, Routes, expert_map, part_cells, part_map, part_shades
-from ktlab.placement.machine import GPU
-from ktlab.placement.overlap import predicted_times, timeline
-from ktlab.placement.placement import Placement
+from ktlab.placement.engines import KTLAB
+from ktlab.placement.listed import machine_names
+from ktlab.placement.machine import THIS
+from ktlab.placement.placement import Placement, kind_of
 from ktlab.placement.plan import Plan, plan
+from ktlab.placement.predict import Prediction, predict
 from ktlab.placement.strategies import STRATEGIES, Fixed
 from ktlab.placement.strategy_placement import path_of
 from ktlab.placement.strategy_scores import curves
-from ktlab.placement.timeline import Timeline
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -50,9 +52,9 @@ class PlacementView(Instrument):
     can be measured.
 
     `trace` is the model's own: one half is what strategies learn from, on the other hits are
-    counted. `stand_in` is that of `Model.place`, for a machine without a GPU. `predicted` is a
-    decoded token's timeline on the listed `machine` with `engine`'s rates, as long as all but
-    experts and embedding are on the GPU.
+    counted. `stand_in` is that of `Model.place`, for a machine without a GPU. `predicted` has the
+    speeds of this placement, every part of it: "there" by `engine` on the machine that is chosen,
+    and "here" by ktlab where this machine has all its devices.
     """
 
     title = "What is near? A map of the experts"
@@ -69,7 +71,7 @@ class PlacementView(Instrument):
         engine: str = "ktransformers-0.2.1",
     ) -> None:
         super().__init__(model)
-        self.machine, self.engine = machine, engine
+        self.engine = engine
         self.routes = Routes.of(model, trace)
         self.trace = trace
         self.context, self.link_bytes_per_s = context, link_bytes_per_s
@@ -79,7 +81,7 @@ class PlacementView(Instrument):
         self.curves: CacheReplay | None = None
         self.plan: Plan | None = None
         self.speed: SpeedComparison | None = None
-        self.predicted: Timeline | None = None
+        self.predicted: Mapping[str, Prediction] = {}
         self._why_no_plan = ""
         self._filling = False
         fixed = [name for name, found in STRATEGIES.items() if isinstance(found, Fixed)]
@@ -93,6 +95,12 @@ class PlacementView(Instrument):
             style={"description_width": "initial"},
         )  # fmt: skip
         self.budget_slider.layout.width = "420px"
+        self.machine_choice = widgets.Dropdown(
+            options=[name for name in machine_names() if name != THIS], value=machine,
+            description="predict for",
+        )  # fmt: skip
+        self.machine_choice.layout.width = "260px"
+        self.machine_choice.observe(lambda _: self.refresh(), "value")
         self._last = "static"
         self.near_LE = self.routes.choose("static", self.budget_slider.value)
         self.strategy_choice.observe(lambda _: self._changed(), "value")
@@ -113,7 +121,7 @@ class PlacementView(Instrument):
             hovertemplate="this choice: %{y:.1%}<extra></extra>",
         )  # fmt: skip
         self.summary, self.ledger_html = widgets.HTML(), widgets.HTML()
-        row = widgets.HBox([self.strategy_choice, self.budget_slider])
+        row = widgets.HBox([self.strategy_choice, self.budget_slider, self.machine_choice])
         row.add_class("kt-controls")
         maps = [self.map, self.parts]
         self.body.children = [row, self.summary, *maps, self.ledger_html, self.plot]
@@ -191,7 +199,8 @@ class PlacementView(Instrument):
     # Working ---------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Count the present choice: hits at once, then bytes, then speed where there is a GPU."""
+        """Count the present choice: hits at once, then bytes and predicted speeds, then the
+        measured one where its devices are there."""
         self.submit(self._count, "counting")
 
     def _count(self, cancel: threading.Event) -> None:
@@ -200,7 +209,7 @@ class PlacementView(Instrument):
         placement = self.routes.placement(near_LE, far)
 
         def show_map() -> None:
-            self.plan, self.speed, self.predicted = None, None, None
+            self.plan, self.speed, self.predicted = None, None, {}
             with self.map.batch_update():
                 self.map.data[0].z = self.routes.shades(near_LE)
                 self.map.layout.title.text = COLOURS
@@ -219,10 +228,10 @@ class PlacementView(Instrument):
         except PlacementError as error:  # a model without a file
             self._why_no_plan = str(error)
         else:
-            told = self._predict(near_LE) if far == AS_USUAL else None
+            told = self._predict(placement)
             if not self.publish(cancel, lambda: self._show_plan(counted, told)):
                 return
-        if not self._can_run():
+        if not self._can_run(placement):
             return
         settings = {"cpu": {}, "placed": {"placement": placement, "stand_in": self.stand_in}}
         speed = measure_speed(
@@ -231,20 +240,29 @@ class PlacementView(Instrument):
         if speed is not None:
             self.publish(cancel, lambda: self._show_speed(speed))
 
-    def _predict(self, near_LE: NDArray[np.bool_]) -> Timeline:
-        layers, output_s = predicted_times(
-            path_of(self.model),
-            machine=self.machine,
-            engine=self.engine,
-            near=self.routes.shares(near_LE),
-            context=min(512, self.model.config.context_length // 2),
-        )
-        return timeline(layers, after_s=output_s, title="a decoded token", method="predicted")
+    def _predict(self, placement: Placement) -> dict[str, Prediction]:
+        who = {"there": (self.machine_choice.value, self.engine)}
+        if _all_here(placement) and not native.unavailable():
+            who["here"] = (THIS, KTLAB)
+        return {
+            where: predict(
+                path_of(self.model),
+                machine=machine,
+                engine=engine,
+                placement=placement,
+                loads=self.routes.loads,
+                top_k=self.routes.top_k,
+                prompt=min(512, self.model.config.context_length // 2),
+                generate=1,
+            )
+            for where, (machine, engine) in who.items()
+        }
 
-    def _can_run(self) -> bool:
-        import torch
+    def _can_run(self, placement: Placement) -> bool:
+        return self._stands_in(placement) or _all_here(placement)
 
-        return GPU in self.stand_in or torch.cuda.is_available()
+    def _stands_in(self, placement: Placement) -> bool:
+        return bool(set(self.stand_in) & set(placement.devices))
 
     # Showing ---------------------------------------------------------------------------------
 
@@ -254,9 +272,12 @@ class PlacementView(Instrument):
             here.x, here.y = [near_LE.sum() / len(near_LE)], [rate.value]
             ends = max(0.0, rate.high - rate.value), max(0.0, rate.value - rate.low)
             here.error_y = {"array": [ends[0]], "arrayminus": [ends[1]], "color": figures.INK}
-        held = self.routes.halves.tokens
-        self.note = f"hits on {held:,} held-out tokens; {self.routes.halves.method}"
+        self.note = self._learnt()
         self.summary.value = numbers(self.figures())
+
+    def _learnt(self) -> str:
+        halves = self.routes.halves
+        return f"hits on {halves.tokens:,} held-out tokens; {halves.method}"
 
     def _show_curves(self, found: CacheReplay) -> None:
         self.curves = found
@@ -267,8 +288,10 @@ class PlacementView(Instrument):
                 band.y = np.r_[curve.high_C, curve.low_C[::-1]]
                 line.y = curve.rate_C
 
-    def _show_plan(self, counted: Plan, told: Timeline | None) -> None:
+    def _show_plan(self, counted: Plan, told: Mapping[str, Prediction]) -> None:
         self.plan, self.predicted = counted, told
+        notes = dict.fromkeys(note for one in told.values() for note in one.notes)
+        self.note = "; ".join([self._learnt(), *notes])
         self.summary.value = numbers(self.figures())
         self.ledger_html.value = self._ledger()
 
@@ -293,14 +316,16 @@ class PlacementView(Instrument):
         if missed:
             bound = html.quantity(self.link_bytes_per_s / moved)
             found["if fetched instead"] = f"{html.decimal_bytes(moved)} a token, ≤ {bound} tokens/s"
-        if self.predicted is not None:
-            rate = html.quantity(1 / self.predicted.seconds)
-            found[f"decode, predicted on {self.machine}"] = f"{rate} tokens/s"
+        for where, told in self.predicted.items():
+            place = "here" if where == "here" else f"on {told.machine}"
+            for phase in ("decode", "prefill"):
+                speed = html.quantity(getattr(told, f"{phase}_tokens_per_s"))
+                found[f"{phase}, predicted {place}"] = f"{speed} tokens/s"
         if self.speed is not None:
-            where = "stand-in" if GPU in self.stand_in else "measured here"
+            where = "stand-in" if self._stands_in(self.placement) else "measured here"
             found[f"decode, {where}"] = self.speed.speeds["placed"].decode.tokens_per_s
             found["against all on the CPU"] = f"× {self.speed.speeds['placed'].decode_ratio}"
-        elif not self._can_run():
+        elif not self._can_run(self.placement):
             found["decode, measured"] = "no GPU here"
         return found
 
@@ -336,3 +361,10 @@ class PlacementView(Instrument):
         if self.curves is not None:
             found.append(self.curves.plot().add_trace(self.plot.data[-1]))
         return found
+
+
+def _all_here(placement: Placement) -> bool:
+    """Whether this machine has every device that something is on."""
+    import torch
+
+    return torch.cuda.is_available() or all(kind_of(d) != "cuda" for d in placement.devices)

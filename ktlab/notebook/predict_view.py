@@ -30,6 +30,7 @@ STAGES: Mapping[str, tuple[str, str]] = {
     "scores": (figures.GREEN, ""),
     "router": (figures.PURPLE, ""),
     "dense": (figures.SKY, ""),
+    "handover": (figures.VERMILION, "/"),
     "transfer": (figures.VERMILION, ""),
     "experts": (figures.BLUE, ""),
     "experts on the GPU": (figures.BLUE, "/"),
@@ -152,9 +153,8 @@ class PredictView(Instrument):
 
     def _keep(self, found: Prediction, same: tuple[Speed, ...]) -> None:
         self.prediction, self.published = found, same
-        self.note = f"predicted for {found.engine} on {found.machine}; nothing here was measured"
-        if found.fits is False:
-            self.note += "; it does not fit there: speeds are those of enough memory"
+        said = f"predicted for {found.engine} on {found.machine}; nothing here was measured"
+        self.note = "; ".join([said, *found.notes])
         self.summary.value = numbers(self.figures())
         self.beside.value = beside_html(same)
         _redraw(self.bars, stage_bars(found))

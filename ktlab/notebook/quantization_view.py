@@ -53,7 +53,7 @@ class QuantizationView(Instrument):
             if component in loaded:
                 options = [(f"{AS_LOADED} ({loaded[component]})", "")] + [(n, n) for n in usable]
                 choice = widgets.Dropdown(options=options, description=component, value="")
-                choice.layout.width = "198px"
+                choice.layout.width = "238px"  # the longest label: "as loaded (q4_k+q6_k)"
                 choice.style.description_width = "66px"
                 choice.observe(lambda _: self.refresh(), "value")
                 self.choices[component] = choice
@@ -117,13 +117,17 @@ class QuantizationView(Instrument):
     def set(self, formats: Mapping[str, str]) -> None:
         """Choose formats by component (others as loaded) and measure."""
         planned_bytes(self.model, formats)  # refuses what is unknown
+        self._choose(formats)
+        self.refresh()
+
+    def _choose(self, formats: Mapping[str, str]) -> None:
+        """Let the controls say `formats`, without measuring."""
         self._setting = True
         try:
             for component, choice in self.choices.items():
                 choice.value = formats.get(component, "")
         finally:
             self._setting = False
-        self.refresh()
 
     # Working ---------------------------------------------------------------------------------
 
@@ -144,12 +148,16 @@ class QuantizationView(Instrument):
     def sweep(self, names: list[str] | None = None) -> None:
         """Try formats of the experts one after the other; each becomes a point."""
         names = names or SWEEP
+        others = self.formats
 
         def job(cancel: threading.Event) -> None:
             refused = ""
             for name in names:
+                formats = {**others, "experts": name}
+                if not self.publish(cancel, partial(self._choose, formats)):
+                    return
                 try:
-                    self._measure({**self.formats, "experts": name}, cancel)
+                    self._measure(formats, cancel)
                 except SettingError as error:  # no room for this one; a smaller one may have it
                     refused = str(error)
             if refused:

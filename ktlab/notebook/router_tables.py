@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktlab import figures
+from ktlab.interval import Interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,14 +43,28 @@ def coverage_GG(trace: "Trace", layer: int, share: float = 0.25) -> NDArray[np.f
 
     On the diagonal the set is chosen on one half of the domain and measured on the other.
     """
+    return np.array([[found.value for found in row] for row in _coverage(trace, layer, share)])
+
+
+def _coverage(trace: "Trace", layer: int, share: float) -> list[list[Interval]]:
     statistics = [trace.where(domain=name).routing for name in trace.domains]
 
-    def covered(i: int, j: int) -> float:
+    def covered(i: int, j: int) -> Interval:
         held_out = None if i == j else statistics[j]
-        return float(statistics[i].hot_set(layer, share, held_out=held_out).coverage.value)
+        return statistics[i].hot_set(layer, share, held_out=held_out).coverage
 
     domains = range(len(statistics))
-    return np.array([[covered(i, j) for j in domains] for i in domains])
+    return [[covered(i, j) for j in domains] for i in domains]
+
+
+def _together(columns: Sequence[Sequence[Interval]]) -> str:
+    """Mean over domains with its interval: what is measured on one domain's text errs together,
+    different domains err on their own."""
+    means = [np.mean([x.value for x in column]) for column in columns]
+    halves = [np.mean([x.half_width for x in column]) for column in columns]
+    half = float(np.sqrt(np.square(halves).sum())) / len(columns)
+    value = float(np.mean(means))
+    return str(Interval(value=100 * value, low=100 * (value - half), high=100 * (value + half)))
 
 
 def coverage_plot(coverage: NDArray, domains: Sequence[str], *, title: str = "") -> "Figure":
@@ -65,17 +80,18 @@ def coverage_plot(coverage: NDArray, domains: Sequence[str], *, title: str = "")
 
 def hot_set_verdict(trace: "Trace", layer: int, share: float = 0.25) -> str:
     """Where a hot set was chosen, and how much of held-out text it covers: in words."""
-    coverage = coverage_GG(trace, layer, share)
+    found = _coverage(trace, layer, share)
+    home = [[row[i]] for i, row in enumerate(found)]
+    away = [[row[j] for i, row in enumerate(found) if i != j] for j in range(len(found))]
     at_home = [trace.where(domain=d).routing.hot_set(layer, share) for d in trace.domains]
     hot = sum(h.verdict.startswith("a hot set") for h in at_home)
-    off_diagonal = ~np.eye(len(coverage), dtype=bool)
     mixed = trace.routing.hot_set(layer, share)
     lines = [
         f"layer {layer}, hottest {share:.0%} of the experts, share of held-out slots covered",
-        f"  chosen on the same domain    {np.diagonal(coverage).mean():.1%}",
-        f"  chosen on all domains        {mixed.coverage.value:.1%}",
-        f"  chosen on another domain     {coverage[off_diagonal].mean():.1%}",
-        f"  if experts were used alike   {mixed.uniform:.1%}",
+        f"  chosen on the same domain    {_together(home)} %",
+        f"  chosen on all domains        {_together([[mixed.coverage]])} %",
+        f"  chosen on another domain     {_together(away)} %",
+        f"  if experts were used alike   {100 * mixed.uniform:.3g} %",
         f"within one domain: a hot set in {hot} of {len(at_home)} domains",
         f"for mixed text: {mixed.verdict}",
     ]

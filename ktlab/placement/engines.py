@@ -5,7 +5,7 @@ Those that were fitted are few and serve every engine; `published.fit` finds the
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -54,8 +54,19 @@ class Engine(Record):
     """Fewer tokens than that go through their experts one after the other."""
     pad: int
     """Rows of activations that a tile takes."""
-    attention: Literal["torch", "flash", "cpu"]
-    """Scores in the GPU's memory, in its kernels, or on the CPU with naive caches."""
+    attention: Literal["torch", "flash", "float32", "cpu"]
+    """Scores in the GPU's memory, in its kernels, there in float32 for prompts, or on the CPU with
+    naive caches."""
+    launch: Mapping[str, Sequence[str]]
+    """{phase: efficiencies whose seconds a layer costs where a GPU takes part}."""
+    barrier: Sequence[str]
+    """The same of a layer that is on the CPU alone."""
+    link: str
+    """The efficiency that says which share of the link its copies of activations reach."""
+    hidden_bytes: int
+    """Of one number on the link."""
+    gpu_format: str | None
+    """What it makes of matrices on a GPU; None: 4 bits."""
     source: str
 
     def problems(self, machine: Machine) -> list[str]:

@@ -26,7 +26,8 @@ def measured_gpus() -> tuple[tuple[Gpu, ...], dict[str, float]]:
     device = torch.device("cuda:0")
     gpu = Gpu(
         name=properties.name,
-        flop_per_s=product_rate(device),
+        flop_per_s=product_rate(device, torch.bfloat16),
+        float32_flop_per_s=product_rate(device, torch.float32),
         bandwidth=copy_rate(device, LARGE_BYTES),
         cache_bandwidth=copy_rate(device, SMALL_BYTES),
         vram=int(properties.total_memory),
@@ -35,9 +36,9 @@ def measured_gpus() -> tuple[tuple[Gpu, ...], dict[str, float]]:
     return (gpu,), {"pcie": link_rate(device)}
 
 
-def product_rate(device: torch.device, size: int = PRODUCT) -> float:
-    """FLOP/s of a bfloat16 product with float32 sums."""
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+def product_rate(device: torch.device, dtype: torch.dtype, size: int = PRODUCT) -> float:
+    """FLOP/s of a product with float32 sums; of float32 as torch does it unless told otherwise."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
     return 2.0 * size**3 / _seconds(lambda: a @ a, device)
 
 

@@ -28,7 +28,8 @@ _STYLE = (
     ".ktlab .grid th b{display:block;width:10px;overflow:visible;white-space:nowrap;"
     "font-weight:400}"
     ".ktlab .grid i{display:block;width:10px;height:14px;border-radius:2px;opacity:.85}"
-    ".ktlab .k{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 5px 0 12px}"
+    ".ktlab .grid-key{display:inline-block;width:10px;height:10px;border-radius:2px;"
+    "margin:0 5px 0 12px}"
     "</style>"
 )
 
@@ -67,7 +68,7 @@ def placement_grid(cells: Cells) -> html.Raw:
         body += f"<tr><td>{name}</td>{once}{marks}</tr>"
     devices = by_kind(share.device for found in cells.values() for share in found)
     key = "".join(
-        f'<span class="k" style="background:{color(name)}"></span>{html.text(name)}'
+        f'<span class="grid-key" style="background:{color(name)}"></span>{html.text(name)}'
         for name in devices
     )
     differ = any(share.phases != PHASES for found in cells.values() for share in found)

@@ -63,6 +63,7 @@ def _machine(name: str, said: dict[str, Any]) -> Machine:
             Gpu(
                 name=card["name"],
                 flop_per_s=card["flop_per_s"],
+                float32_flop_per_s=card["float32_flop_per_s"],
                 bandwidth=card["bandwidth"],
                 cache_bandwidth=card["cache_bandwidth"],
                 vram=int(card["vram"]),

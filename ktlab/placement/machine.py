@@ -60,6 +60,8 @@ class Gpu(Record):
     name: str
     flop_per_s: float
     """bfloat16 with float32 sums, not sparse."""
+    float32_flop_per_s: float
+    """Without tensor cores."""
     bandwidth: float
     cache_bandwidth: float
     """Of its last cache, which all multiprocessors share."""

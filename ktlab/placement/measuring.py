@@ -28,11 +28,11 @@ from ktlab.model.load import load
 from ktlab.model.model import Model
 from ktlab.placement.gpu_rates import measured_gpus
 from ktlab.placement.machine import Kernel, Machine, Processor, this_machine
-from ktlab.placement.touched import touched
+from ktlab.placement.touched import chances, touched
 from ktlab.probe import Recorder
 from ktlab.quantization import QTensor, get_format
 
-RECIPE = 1
+RECIPE = 2
 """Goes up when what is measured changes: what was kept is then measured again."""
 WIDTHS, INNER, EXPERTS, TOP_K = 2048, 1536, 24, 8
 """Of the large bank: about DeepSeek-V2-Lite's experts, more than most caches hold."""
@@ -193,7 +193,7 @@ def _bank_rates(format: str, bank: ExpertBank, k: int, rounds: int) -> Iterator[
             bank.forward(hidden, choices[turn % len(choices)], shares)
 
         seconds = _seconds(run, rounds)
-        used = touched(tokens, bank.num_experts, k)
+        used = touched(tokens, chances(bank.num_experts, k))
         yield Kernel(
             kind="experts",
             format=format,

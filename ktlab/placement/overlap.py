@@ -7,18 +7,16 @@ that layer's own (`ktlab.model.deferral`; KTransformers, SOSP 2025). K experts s
 """
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ktlab import html
 from ktlab.errors import SettingError
-from ktlab.placement.placed import GPU_FORMAT
 from ktlab.placement.predict import BEFORE_EXPERTS, prepare, stages_of
 from ktlab.placement.timeline import Task, Timeline, plot_timelines, schedule
 from ktlab.placement.timeline_view import seconds
 from ktlab.probe import Recorder
-from ktlab.quantization import get_format
 from ktlab.record import Record
 
 if TYPE_CHECKING:
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
 
     from ktlab.model.model import Model
     from ktlab.placement.machine import Machine
-
-GROUP = 128
-"""Weights that share a scale in `GPU_FORMAT`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,49 +222,33 @@ def predicted_times(
     *,
     machine: "str | Machine" = "2x6454s+4090d",
     engine: str = "ktransformers-0.2.1",
-    near: Mapping[int, float] | None = None,
     context: int = 512,
     format: str | None = None,
 ) -> tuple[list[LayerTimes], float]:
     """(each layer's stages of a decoded token, the output's seconds) as `ktlab.predict` has them.
 
-    `machine` and `engine` are those of `predict`, with attention on a GPU. `near` is {layer: share
-    of lookups whose expert is on the GPU}, 0 where nothing is said: those are read there at 4 bits
-    while the CPU computes the others. SettingError for an engine without a GPU or a share that is
-    none.
+    `machine` and `engine` are those of `predict`, with attention on a GPU and all experts on the
+    CPU. SettingError for an engine without a GPU.
     """
     case, _ = prepare(model, machine=machine, engine=engine, format=format, prompt=context,
         generate=1)  # fmt: skip
     if not case.engine.gpu:
         raise SettingError(f"{engine} computes all on the CPU; there is nothing to overlap")
-    shares = dict(near or {})
-    if wrong := {layer: share for layer, share in shares.items() if not 0 <= share <= 1}:
-        raise SettingError(f"near: expected shares from 0 to 1, found {wrong}")
-    bits = get_format(GPU_FORMAT).row_bytes(GROUP) / GROUP
-    reads = case.share("gpu_bytes_share") * case.machine.gpus[0].bandwidth
-    stages = stages_of(case, "decode", context, 1)
     spent: dict[tuple[int | None, str], float] = {}
-    for stage in stages:
+    for stage in stages_of(case, "decode", context, 1):
         spent[stage.layer, stage.stage] = spent.get((stage.layer, stage.stage), 0) + stage.seconds
-    found = []
-    for index, rows in enumerate(case.layers("decode")):
-        share, near_s, count = shares.get(index, 0.0), 0.0, 0
-        if "experts" in rows:
-            count = case.top_k
-            numbers = sum(row.part.parameters for row in rows["experts"])
-            size = numbers / case.config.num_experts * bits
-            near_s = share * count * size / reads
-        found.append(
-            LayerTimes(
-                layer=index,
-                attention_s=sum(spent.get((index, name), 0.0) for name in BEFORE_EXPERTS),
-                beside_s=sum(spent.get((index, s), 0.0) for s in ("shared", "dense")) + near_s,
-                experts_s=(1 - share) * spent.get((index, "experts"), 0.0),
-                experts=count,
-                there_s=spent.get((index, "transfer"), 0.0) / 2,
-                back_s=spent.get((index, "transfer"), 0.0) / 2,
-            )
+    found = [
+        LayerTimes(
+            layer=index,
+            attention_s=sum(spent.get((index, name), 0.0) for name in BEFORE_EXPERTS),
+            beside_s=sum(spent.get((index, name), 0.0) for name in ("shared", "dense")),
+            experts_s=spent.get((index, "experts"), 0.0),
+            experts=case.top_k if "experts" in rows else 0,
+            there_s=spent.get((index, "transfer"), 0.0) / 2,
+            back_s=spent.get((index, "transfer"), 0.0) / 2,
         )
+        for index, rows in enumerate(case.layers("decode"))
+    ]
     return found, spent.get((None, "output"), 0.0)
 
 

@@ -11,9 +11,9 @@ from math import log
 import numpy as np
 
 from ktlab.checkpoint.config import MLASizes
+from ktlab.placement.case import CPU_LANE, Case, Pass, StageTime, on_gpu, stage
 from ktlab.placement.machine import Kernel
 from ktlab.placement.placed import Placed
-from ktlab.placement.stage_times import CPU_LANE, Case, StageTime, stage
 from ktlab.placement.touched import touched
 
 CHUNK = 512
@@ -25,48 +25,47 @@ VECTORS = ("avx512_vnni", "avx2")
 """Of those the first that a processor has."""
 
 
-def own_stage_times(case: Case, phase: str, tokens: int, context: int) -> Iterator[StageTime]:
-    """Every stage of a pass of T tokens onto S cached positions."""
-    decode = phase == "decode"
-    for index, rows in enumerate(case.layers(phase)):
-        for component, placed in rows.items():
-            for row in placed:
-                if component == "experts":
-                    yield _experts(case, index, row, tokens)
-                elif component == "attention":
-                    yield _attention(case, index, row, tokens, context, decode)
-                elif component in ("router", "shared", "dense"):
-                    yield _matrices(case, index, component, row, tokens)
-        if not decode:
-            yield _glue(case, index, tokens)
-    for row in case.output(phase):
-        yield _matrices(case, None, "output", row, 1)
-    if decode:
-        yield _glue(case, None, 1)
+def own_stage(
+    case: Case, layer: int | None, component: str, row: Placed, one: Pass
+) -> StageTime | None:
+    """A row that the CPU computes; None for what takes no time there, and for the cache, whose
+    scores are in attention."""
+    if component == "experts":
+        assert layer is not None
+        return _experts(case, layer, row, one.tokens)
+    if component == "attention":
+        return _attention(case, layer, row, one)
+    if component in ("router", "shared", "dense", "output"):
+        return _matrices(case, layer, component, row, 1 if component == "output" else one.tokens)
+    return None
 
 
-def _glue(case: Case, layer: int | None, tokens: int) -> StageTime:
-    """What is no kernel: of each token of a prompt in each layer, or of one token of decode."""
+def own_glue(case: Case, one: Pass) -> Iterator[StageTime]:
+    """What is no kernel: of each token of a prompt in each layer whose attention is on the CPU, or
+    of one token of decode."""
     machine = case.machine
-    if layer is None:
-        found = case.share("own_token_s") if machine.token_s is None else machine.token_s
-    elif machine.prompt_layer_s is None:
-        found = tokens * case.share("own_prompt_layer_s")
-    else:
-        found = tokens * machine.prompt_layer_s
-    return stage(layer, "launch", CPU_LANE, flop=0.0, nbytes=0.0, parts={"launch": found})
+    if one.decode:
+        token_s = case.share("own_token_s") if machine.token_s is None else machine.token_s
+        yield _launch(None, token_s)
+        return
+    each = machine.prompt_layer_s
+    each = case.share("own_prompt_layer_s") if each is None else each
+    for layer, rows in enumerate(case.layers(one.phase)):
+        if not any(on_gpu(row) for row in rows["attention"]):
+            yield _launch(layer, one.tokens * each)
 
 
-def _attention(
-    case: Case, layer: int, row: Placed, tokens: int, context: int, decode: bool
-) -> StageTime:
+def _launch(layer: int | None, seconds: float) -> StageTime:
+    return stage(layer, "launch", CPU_LANE, flop=0.0, nbytes=0.0, parts={"launch": seconds})
+
+
+def _attention(case: Case, layer: int | None, row: Placed, one: Pass) -> StageTime:
     """Projections are matrices; what a prompt makes of the latent, and scores, is float32."""
-    sizes = case.config.attention
+    sizes, tokens, pairs = case.config.attention, one.tokens, one.pairs
     floats = _attention_floats(case)
-    pairs = tokens * (context + tokens / 2)
     nbytes = float(row.part.bytes)
     latent = isinstance(sizes, MLASizes)
-    if decode:
+    if one.decode:
         scores = sizes.flop_per_pair["absorbed" if latent else "grouped"] * pairs
         flop = row.part.flop_per_token + scores
         parts = {"memory": nbytes / _bytes_rate(case, row), "compute": scores / floats}
@@ -106,22 +105,22 @@ def _matrices(case: Case, layer: int | None, name: str, row: Placed, tokens: int
 
 
 def _experts(case: Case, layer: int, row: Placed, tokens: int) -> StageTime:
-    experts, k = case.config.num_experts, case.top_k
-    load = case.loads.get(layer)
-    each = row.part.parameters / (experts * row.share)
-    flop = 2.0 * tokens * k * row.share * each
-    one = row.part.bytes / (experts * row.share)
+    chances_E, here = case.chances(layer, row), case.experts_of(row)
+    k = float(chances_E.sum())  # of a token's experts those that are here
+    each, one = row.part.parameters / here, row.part.bytes / here
     if tokens == 1:
+        flop = 2.0 * k * each
         parts = {"memory": flop / _rate(case, row, each, 1, EXPERTS)}
-        nbytes = k * row.share * one
-        return stage(layer, "experts", CPU_LANE, flop=flop, nbytes=nbytes, parts=parts)
-    seconds = nbytes = 0.0
+        return stage(layer, "experts", CPU_LANE, flop=flop, nbytes=k * one, parts=parts)
+    flop = seconds = nbytes = 0.0
     for start in range(0, tokens, CHUNK):
         chunk = min(CHUNK, tokens - start)
-        used = touched(chunk, experts, k, load)
-        nbytes += used * row.share * one
-        rate = _rate(case, row, each, chunk * k / used, EXPERTS)
-        seconds += 2.0 * chunk * k * row.share * each / rate
+        if not (used := touched(chunk, chances_E)):
+            break  # nobody chooses any of them
+        nbytes += used * one
+        work = 2.0 * chunk * k * each
+        flop += work
+        seconds += work / _rate(case, row, each, chunk * k / used, EXPERTS)
     parts = {"compute": seconds}
     return stage(layer, "experts", CPU_LANE, flop=flop, nbytes=nbytes, parts=parts)
 

@@ -6,7 +6,7 @@ Seconds come from `stage_times`, what runs beside what from a `Timeline`, bytes 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from os import PathLike, fspath
@@ -19,12 +19,13 @@ from ktlab.checkpoint.facts import read_facts
 from ktlab.checkpoint.published import published_model, published_models
 from ktlab.errors import SettingError
 from ktlab.placement import prediction_view
+from ktlab.placement.case import Case, Pass, StageTime, on_gpu
 from ktlab.placement.engines import KTLAB, Efficiency, Engine, efficiencies
 from ktlab.placement.engines import engine as engine_of
 from ktlab.placement.machine import CPU, GPU, THIS, Machine, get_machine
-from ktlab.placement.own_times import own_stage_times
+from ktlab.placement.placement import kind_of
 from ktlab.placement.plan import Plan, plan
-from ktlab.placement.stage_times import Case, StageTime, stage_times
+from ktlab.placement.stage_times import stage_times
 from ktlab.placement.timeline import Task, Timeline, schedule
 from ktlab.placement.touched import Load
 from ktlab.record import Record, unsaved
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 PHASES = ("prefill", "decode")
 BEFORE_EXPERTS = ("launch", "attention", "scores", "router")
+FEED = ("dense", "experts", "experts on the GPU", "shared")
+"""What runs side by side on what attention gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +175,7 @@ def predict(
         fits=planned.fits,
         stages={phase: added(stages) for phase, stages in passes.items()},
         efficiencies=case.shares,
-        notes=tuple(_notes(planned, how)),
+        notes=tuple(_notes(planned, case)),
         plan=planned,
         timelines=timelines,
     )
@@ -194,7 +197,8 @@ def prepare(
     """What `predict` computes on: checked, planned. Its arguments and errors."""
     how = engine_of(engine)
     where = Machine.measure() if machine == THIS else get_machine(machine)
-    _check(how, where, prompt, generate)
+    given = () if placement is None else placement.placement.devices
+    _check(how, where, prompt, generate, given)
     planned = _plan(fspath(model), how, where, format, prompt + generate, placement)
     config = _config(fspath(model))
     k = config.top_k if top_k is None else top_k
@@ -215,9 +219,8 @@ def prepare(
 def stages_of(case: Case, phase: str, prompt: int, generate: int) -> list[StageTime]:
     """Every stage of every layer of the whole prompt, or of one token at the mean context."""
     tokens, context = (prompt, 0) if phase == "prefill" else (1, prompt + generate // 2)
-    if case.engine.name == KTLAB:
-        return list(own_stage_times(case, phase, tokens, context))
-    return list(stage_times(case, phase, tokens, context, prompt + generate))
+    one = Pass(phase=phase, tokens=tokens, context=context, room=prompt + generate)
+    return list(stage_times(case, one))
 
 
 def timeline(stages: Iterable[StageTime], *, title: str = "", method: str = "") -> Timeline:
@@ -225,7 +228,7 @@ def timeline(stages: Iterable[StageTime], *, title: str = "", method: str = "") 
     return schedule(_tasks(stages), title=title, method=method)
 
 
-def _check(how: Engine, where: Machine, prompt: int, generate: int) -> None:
+def _check(how: Engine, where: Machine, prompt: int, generate: int, devices: Iterable[str]) -> None:
     """All of what cannot be, together."""
     problems = [
         f"{word}={value!r}, expected a whole number from 1"
@@ -233,6 +236,17 @@ def _check(how: Engine, where: Machine, prompt: int, generate: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1
     ]
     problems += how.problems(where)
+    there = [device.name for device in where.devices]
+    asked = [name for name in devices if kind_of(name) == "cuda"]
+    for name in asked:
+        if name not in there:
+            problems.append(
+                f"the placement has parts on {name}, and {where.name} has {', '.join(there)}"
+            )
+        elif int(name.partition(":")[2]) >= len(where.gpus):
+            problems.append(f"{where.name} gives the size of {name} and not its rates (gpus)")
+    if (asked or how.gpu) and where.gpus and "pcie" not in where.links:
+        problems.append(f'{where.name} gives no rate of its link (links: {{"pcie": bytes/s}})')
     if problems:
         raise SettingError("predict: " + "; ".join(problems))
 
@@ -270,9 +284,11 @@ def _plan(
     context: int,
     placement: "Placement | Plan | None",
 ) -> Plan:
-    """The engine's placement on that machine: what it lays where and in which format."""
+    """What lies where and in which format: by the placement, else by the engine's own rule."""
     kept = (CPU, GPU) if how.gpu else (CPU,)
-    there = replace(where, devices=tuple(d for d in where.devices if d.name in kept))
+    there = where
+    if placement is None:
+        there = replace(where, devices=tuple(d for d in where.devices if d.name in kept))
     if how.experts is not None:  # the GPU's part has its 4 bits from any format
         file_type: str | None = how.experts
     else:
@@ -291,6 +307,7 @@ def _plan(
         context=context,
         numa_copies=copies,
         placement=placement,
+        gpu_formats=how.gpu_format,
     )
 
 
@@ -301,7 +318,8 @@ def _shape_plan(model: str, format: str | None, machine: str, context: int, copi
 
 
 def _tasks(stages: Iterable[StageTime]) -> list[Task]:
-    """A layer after another; the shared experts run beside the routed ones' way to the CPU."""
+    """A layer after another; in it attention, then side by side what takes its result: on the same
+    device at once, elsewhere after the link and back over it."""
     layers: dict[int | None, dict[str, StageTime]] = {}
     for stage in stages:
         found = layers.setdefault(stage.layer, {})
@@ -309,42 +327,38 @@ def _tasks(stages: Iterable[StageTime]) -> list[Task]:
         found[stage.stage] = stage if before is None else added((before, stage))[0]
     tasks: list[Task] = []
     ends: tuple[str, ...] = ()
-    for index, found in layers.items():
-        where = "" if index is None else f"layer {index} "
 
-        def add(
-            stage: StageTime, after: tuple[str, ...], seconds: float | None = None,
-            more: str = "", where: str = where,
-        ) -> tuple[str, ...]:  # fmt: skip
-            name = f"{where}{stage.stage}{more}"
-            spent = stage.seconds if seconds is None else seconds
-            tasks.append(
-                Task(
-                    name=name,
-                    lane=stage.lane,
-                    label=name,
-                    seconds=spent,
-                    kind=stage.stage,
-                    after=after,
-                )  # fmt: skip
-            )
-            return (name,)
+    def add(
+        stage: StageTime, after: tuple[str, ...], share: float = 1.0, more: str = ""
+    ) -> tuple[str, ...]:
+        where = "" if stage.layer is None else f"layer {stage.layer} "
+        name = f"{where}{stage.stage}{more}"
+        tasks.append(
+            Task(
+                name=name,
+                lane=stage.lane,
+                label=name,
+                seconds=share * stage.seconds,
+                kind=stage.stage,
+                after=after,
+            )  # fmt: skip
+        )
+        return (name,)
 
-        for name in (*BEFORE_EXPERTS, "dense", "output"):
+    for found in layers.values():
+        for name in ("handover", *BEFORE_EXPERTS, "output"):
             if name in found:
                 ends = add(found[name], ends)
-        start = ends
-        if "experts" in found:
-            link = found.get("transfer")
-            half = None if link is None else link.seconds / 2
-            if link is not None:
-                ends = add(link, ends, half, " to the CPU")
-            ends = add(found["experts"], ends)
-            if link is not None:
-                ends = add(link, ends, half, " back")
-        beside = [found[name] for name in ("shared", "experts on the GPU") if name in found]
-        for one in beside:
-            ends = (*ends, *add(one, start))
+        feed = [found[name] for name in FEED if name in found]
+        link, start, away, done = found.get("transfer"), ends, ends, ends
+        if link is not None:
+            away = add(link, start, 0.5, " there")
+            home = found["attention"].lane
+            far = [add(one, away) for one in feed if one.lane != home]
+            done = add(link, sum(far, ()) or away, 0.5, " back")
+            feed = [one for one in feed if one.lane == home]
+        near = [add(one, start) for one in feed]
+        ends = sum(near, () if near and link is None else done)
     return tasks
 
 
@@ -361,7 +375,7 @@ def added(stages: Iterable[StageTime]) -> tuple[StageTime, ...]:
                 parts[bound] = parts.get(bound, 0.0) + seconds
         added.append(
             StageTime(
-                layer=None,
+                layer=layers[0].layer if len({one.layer for one in layers}) == 1 else None,
                 stage=name,
                 lane=layers[0].lane,
                 seconds=sum(layer.seconds for layer in layers),
@@ -374,10 +388,28 @@ def added(stages: Iterable[StageTime]) -> tuple[StageTime, ...]:
     return tuple(added)
 
 
-def _notes(planned: Plan, how: Engine) -> list[str]:
-    notes = []
+def _notes(planned: Plan, case: Case) -> Iterator[str]:
+    how, there = case.engine, any(kind_of(d) == "cuda" for d in planned.placement.devices)
     if how.experts is not None:
-        notes.append(f"{how.name} makes {how.experts} of the experts, whatever the file has")
+        yield f"{how.name} makes {how.experts} of the experts, whatever the file has"
+    if there and not how.gpu:
+        names = {"gpu_bytes_share", "gpu_flop_share", how.link}
+        names.update(name for phase in PHASES for name in how.launch[phase])
+        yield (
+            f"no speed of {how.name} with a GPU was measured or published here: "
+            f"{', '.join(sorted(names))} are usual or counted values"
+        )
+    elif how.gpu and (apart := _kept_from_gpu(planned)):
+        yield (
+            f"{', '.join(apart)} on the CPU: no published speed of {how.name} has them there; "
+            "they are taken at the rate of its experts"
+        )
     if planned.fits is False:
-        notes.append("does not fit: the speeds are those of the same machine with enough memory")
-    return notes
+        yield "does not fit: the speeds are those of the same machine with enough memory"
+
+
+def _kept_from_gpu(planned: Plan) -> list[str]:
+    """Components that a GPU engine usually has there, and this plan on the CPU."""
+    usual = ("attention", "router", "shared", "dense", "output")
+    found = (row.part.component for row in planned.rows if not on_gpu(row))
+    return sorted(set(found) & set(usual), key=usual.index)

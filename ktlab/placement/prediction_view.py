@@ -79,6 +79,7 @@ def bundle(of: "Prediction") -> dict[str, Any]:
         ("predicted", "speed", "time", "waits most for"),
     )
     parts = [speeds, *(html.table(rows(of, phase), (phase, *HEADERS[1:])) for phase in of.stages)]
+    parts += [html.Raw(f'<div class="s">{html.text(note)}</div>') for note in of.notes]
     return html.mimebundle(text(of), html.card(title(of), *parts))
 
 

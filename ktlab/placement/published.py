@@ -16,11 +16,11 @@ import numpy as np
 
 from ktlab.checkpoint.embedded import data_path
 from ktlab.placement import published_view
+from ktlab.placement.case import Case
 from ktlab.placement.engines import efficiencies
 from ktlab.placement.known import known_memory
 from ktlab.placement.plan import plan
 from ktlab.placement.predict import added, prepare, stages_of, timeline
-from ktlab.placement.stage_times import Case
 from ktlab.record import Record
 
 if TYPE_CHECKING:

@@ -9,13 +9,14 @@ if TYPE_CHECKING:
 
     from ktlab.placement.published import Published
 
-HEADERS = ("machine", "engine", "experts", "prompt", "", "published", "predicted", "error")
+HEADERS = ("model", "machine", "engine", "experts", "prompt", "", "published", "predicted", "error")
 
 
 def rows(of: "Published", kind: str) -> list[tuple[str, ...]]:
     """The speeds of a kind as text."""
     return [
         (
+            one.model,
             one.machine,
             one.engine,
             str(one.top_k),
@@ -55,7 +56,7 @@ def summary(of: "Published", kind: str) -> str:
 
 def text(of: "Published") -> str:
     """Tables in columns."""
-    widths = (17, 20, 8, 7, 8, 10, 10, 8)
+    widths = (12, 17, 20, 8, 7, 8, 10, 10, 8)
     lines = [
         f"{len(of.free)} efficiencies are free: "
         + ", ".join(f"{name} {value:.3g}" for name, value in of.free.items())
@@ -111,7 +112,8 @@ def figure(of: "Published") -> "Figure":
                 "size": 9,
             },
             hovertext=[
-                f"{one.machine}, {one.engine}<br>{one.top_k} experts, prompt {one.prompt:,}<br>"
+                f"{one.model}, {one.machine}, {one.engine}<br>"
+                f"{one.top_k} experts, prompt {one.prompt:,}<br>"
                 f"{one.published:.4g} published, {one.predicted:.4g} predicted "
                 f"({100 * one.error:+.1f} %)<br>waits for {one.bound}"
                 for one in found

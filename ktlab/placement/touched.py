@@ -32,14 +32,14 @@ def chances(experts: int, k: int, load: Load | None = None) -> NDArray[np.float6
         chosen = np.where(chosen >= 1, 1.0, 0.0)
 
 
-def touched(tokens: int, experts: int, k: int, load: Load | None = None) -> float:
+def touched(tokens: int, chances_E: NDArray[np.float64]) -> float:
     """Expected number of distinct experts that the tokens choose, each for itself."""
-    return float((1 - (1 - chances(experts, k, load)) ** tokens).sum())
+    return float((1 - (1 - chances_E) ** tokens).sum())
 
 
-def padded(tokens: int, experts: int, k: int, load: Load | None, rows: int) -> float:
+def padded(tokens: int, chances_E: NDArray[np.float64], rows: int) -> float:
     """Expected rows of activations over all experts, where each expert's are padded to `rows`.
 
     Half a tile of rows is empty on average in each touched expert (exact for rows = 1).
     """
-    return tokens * k + touched(tokens, experts, k, load) * (rows - 1) / 2
+    return float(tokens * chances_E.sum() + touched(tokens, chances_E) * (rows - 1) / 2)

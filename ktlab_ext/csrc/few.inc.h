@@ -33,7 +33,7 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
     const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
     int done = 0;
 #ifdef HAS_ROWS16
-    for (; HAS_ROWS16(format) && done + KTL_PANEL <= rows; done += KTL_PANEL)
+    for (; FEW_ROWS16(format) && done + KTL_PANEL <= rows; done += KTL_PANEL)
         dot_panel(format, row + done * row_bytes, row_bytes, cols, act, chunk_bytes, job, done);
 #endif
     for (int64_t first = 0; first < job->n; first += TOKENS) {

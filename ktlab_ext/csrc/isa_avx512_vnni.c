@@ -56,9 +56,10 @@ KTL_INLINE __m512i lookup(__m512i codes) {
 }
 #define LOOKUP(codes) lookup(codes)
 
-/* 16 x 16 words of 32 bits, a row a vector. */
-KTL_INLINE void transpose_lines(__m512i v[16]) {
-    __m512i b[16];
+KTL_INLINE void transpose16(const uint32_t *src, int stride, uint32_t *dst) {
+    __m512i v[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_si512(src + i * stride);
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
@@ -83,17 +84,10 @@ KTL_INLINE void transpose_lines(__m512i v[16]) {
         b[8 + j] = _mm512_shuffle_i32x4(even, even2, 0xdd);
         b[12 + j] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
     }
-    memcpy(v, b, sizeof b);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(dst + 16 * i, b[i]);
 }
 
-KTL_INLINE void transpose16(const uint32_t *src, int stride, uint32_t *dst) {
-    __m512i v[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_si512(src + i * stride);
-    transpose_lines(v);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) _mm512_storeu_si512(dst + 16 * i, v[i]);
-}
 #define TRANSPOSE16(src, stride, dst) transpose16(src, stride, dst)
 
 /* ---- one row of a file block in registers ------------------------------------------------------------ */

@@ -18,7 +18,8 @@
  *                  and -minima per sub-block
  *     row_load(format, row, column, cols, chunk)   row_store(chunk, code, scale, offset)
  *     dot_row(format, chunk, act, sum)             the chunk times one token's
- *     HAS_ROWS16(format), dot_rows16  if defined: the same for 16 rows at a time (rows16.inc.h)
+ *     HAS_ROWS16(format), decode_rows16, FEW_ROWS16(format), dot_rows16
+ *                  if defined: 16 rows of blocks at a time (rows16.inc.h)
  *     TRANSPOSE16(src, stride, dst)   16 x 16 words of 32 bits
  *     F16X16(src, dst) BF16X16(src, dst)   16 float16 or bfloat16 to float32
  */
@@ -126,7 +127,11 @@ KTL_INLINE void decode_packed_as(int format, const uint8_t *head, const uint8_t 
         for (int g = 0; g < groups; g++) {
             VI w[8][VN];
             unpack_in_registers(format, p + (size_t)g * 64 * (f->base_bits + f->high_bits), w);
-            memcpy(tile->code + 512 * g, w, sizeof w);
+            /* One by one: memcpy would take them through the stack, and stores are what this waits for. */
+            for (int o = 0; o < VN; o++)
+#pragma GCC unroll 8
+                for (int v = 0; v < 8; v++)
+                    *(lanes16 *)(tile->code + 512 * g + 64 * v + o * VB) = (lanes16)w[v][o];
         }
     p += (size_t)groups * 64 * (f->base_bits + f->high_bits);
     if (format == KTL_INT8_CHANNEL) {
@@ -179,6 +184,12 @@ KTL_INLINE void decode_blocks_as(int format, const uint8_t *row, int64_t row_byt
             TRANSPOSE16((const uint32_t *)line + c, KTL_CHUNK, (uint32_t *)tile->f32 + c * KTL_PANEL);
         return;
     }
+#ifdef HAS_ROWS16
+    if (HAS_ROWS16(format) && rows == KTL_PANEL) {
+        decode_rows16(format, row, row_bytes, column, cols, tile);
+        return;
+    }
+#endif
     struct KTL_ALIGNED {
         uint8_t code[KTL_PANEL][KTL_CHUNK];
         float scale[KTL_PANEL][16], offset[KTL_PANEL][16];

@@ -4,7 +4,7 @@ import pytest
 
 from ktlab.errors import SettingError
 from ktlab.kernels import dispatch, native, numba_backend, switch, threads
-from ktlab.kernels.request import NATIVE_ISAS, Request
+from ktlab.kernels.request import NATIVE_ISAS, Request, Settled
 
 Q8 = ("q8_0", "q8_0", "q8_0")
 
@@ -141,14 +141,29 @@ def test_words_are_checked(words: dict, message: str) -> None:
         Request(**words)
 
 
+def test_what_nobody_named_is_not_said_to_be_named(cpu) -> None:
+    cpu(avx512_vnni="", avx2="")
+    settled = dispatch.choose(Settled.of(Request()), Q8)
+    assert settled.layout == "packed" and "named" not in settled.reason
+    assert settled.reason.startswith("the best that is usable here, packed since")
+    assert (
+        "named (avx2), packed since" in dispatch.choose(Settled.of(Request(isa="avx2")), Q8).reason
+    )
+    assert "named (packed)" in dispatch.choose(Request(layout="packed"), Q8).reason
+
+
 def test_explain_lists_every_combination_once_with_one_chosen(cpu) -> None:
     cpu(avx512_vnni="", avx2="")
     found = dispatch.explain(Request(), Q8, tokens=3)
     rows = [(v.backend, v.isa, v.layout) for v in found]
     assert len(rows) == len(set(rows)) == 2 * len(NATIVE_ISAS) + 4
     assert [v.status for v in found].count("chosen") == 1
-    assert found.chosen.isa == "avx512_vnni" and "3 take the path for few" in found.chosen.reason
-    assert "path for many" in dispatch.explain(Request(few=2), Q8, tokens=3).chosen.reason
+    assert (
+        found.chosen.isa == "avx512_vnni"
+        and "3 tokens take the path for few" in found.chosen.reason
+    )
+    many = dispatch.explain(Request(few=2), Q8, tokens=3)
+    assert "3 tokens take the path for many" in many.chosen.reason
     lacking = {v.isa: v.reason for v in found if v.status == "rejected"}
     assert lacking["amx_int8"] == "the CPU lacks it"
     assert found._repr_mimebundle_()["text/plain"] == repr(found)

@@ -29,7 +29,7 @@ BOUND = {"f32": 1e-5, "f16": 1e-3, "bf16": 1e-2}
 """Relative error allowed; 8-bit activations may lose 1 % everywhere else."""
 LONG = ("int8_channel", "int4_group128")
 MOE_BOUND = BOUND | dict.fromkeys(LONG, 0.025)
-"""Of a whole expert: two products, SwiGLU and a third. A scale for 128 or more columns loses more."""
+"""Of a whole expert: two products, SwiGLU and a third. Long groups of columns lose more."""
 MANY = 10**6
 
 
@@ -158,8 +158,8 @@ def weighted(exact_ETD: NDArray, ids: NDArray, weights: NDArray) -> NDArray:
 
 
 def moe_bound(isa: str, *formats: str) -> float:
-    """Of all cases; one by itself is of few numbers and may lose a fifth more. AMX has one integer sum
-    for 32 columns, so no scale for every 16 of `down`'s."""
+    """Of all cases; one by itself is of few numbers and may lose a fifth more. AMX has one integer
+    sum for 32 columns, so no scale for every 16 of `down`'s."""
     whole = 0.015 if isa.startswith("amx_int8") else 0.01
     return max(MOE_BOUND.get(format, whole) for format in formats)
 
@@ -228,6 +228,18 @@ def test_bits_do_not_depend_on_the_run_the_threads_or_the_neighbours(isa, format
                 assert np.array_equal(linear(weights, isa, x, few=few, threads=threads), first)
             alone = np.concatenate([linear(weights, isa, row[None], few=few) for row in x])
             assert np.array_equal(alone, first), (layout, few)
+
+
+@pytest.mark.parametrize(("isa", "format"), PAIRS)
+def test_a_row_has_the_same_bits_in_a_whole_panel_and_in_the_last_rows(isa, format) -> None:
+    cols = 1408 if get_format(format).block_size <= 32 else 512
+    panel = make(format, 16, cols)
+    twice = np.concatenate([panel.blocks, panel.blocks[:5]])
+    tensor = QTensor(name="w", format=panel.format, shape=(21, cols), blocks=twice)
+    x = activations(9, cols)
+    for layout in ("ggml_blocks", "packed"):
+        found = linear(laid_out(tensor, layout), isa, x, few=0)
+        assert np.array_equal(found[:, 16:], found[:, :5]), layout
 
 
 @pytest.mark.parametrize("isa", [isa for isa, format in PAIRS if format == "q8_0"])

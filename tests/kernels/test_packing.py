@@ -47,6 +47,15 @@ def test_packed_and_back_is_bit_exact(format: str) -> None:
     np.testing.assert_array_equal(back.blocks, tensor.blocks)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of random scales
+@pytest.mark.parametrize("format", [*FORMATS, "mxfp4", "fp8_e4m3"])
+def test_rows_are_decoded_to_the_same_bits(format: str) -> None:
+    tensor = random_tensor(format)[0]
+    found = packing.rows(tensor)
+    np.testing.assert_array_equal(found, tensor.dequantize())
+    found[0] = 0  # a copy of one's own, also of f32
+
+
 @needs_native
 @pytest.mark.parametrize("format", FORMATS)
 def test_native_and_numba_pack_the_same_bytes(format: str) -> None:

@@ -125,7 +125,7 @@ def test_ktlab_on_a_machine_that_was_not_measured() -> None:
 def test_a_gpus_rates_on_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same code on the CPU: no GPU here gives none, and rates are rates."""
     device = torch.device("cpu")
-    assert gpu_rates.product_rate(device, 64) > 1e6
+    assert gpu_rates.product_rate(device, torch.float32, 64) > 1e6
     assert gpu_rates.copy_rate(device, 1 << 20) > 1e6
     assert gpu_rates.link_rate(device, 1 << 20) > 1e6
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -125,6 +125,27 @@ def test_only_what_changed_moves(model: Model, usual: Placement) -> None:
     assert type(model.layers[3].experts) is type(ktlab.load("tiny").layers[3].experts)
 
 
+def stages(model: Model) -> dict[tuple[int, str], int]:
+    """What stands where, by identity."""
+    return {(b.index, name): id(stage) for b in model.layers for name, stage in vars(b).items()}
+
+
+def test_an_override_moves_the_difference_and_gives_the_same_parts_back(
+    model: Model, usual: Placement
+) -> None:
+    seat = StrictSeat("cuda:0")
+    model.place(usual, stand_in={"cuda:0": seat})
+    before = stages(model)
+    held, one = dict(seat.here_bytes), placed_bank(model, 3)
+    with model.override(placement=usual.put("experts", "cuda:0", layers=[3], experts=[1])):
+        more = seat.here_bytes["weights"] - held["weights"]
+        assert more == 4 * 3 * one.width * one.hidden_size, "one expert, in float32"
+        with model.override(placement=Placement.everywhere(model.config, "cpu")):
+            assert model.layers[2].seats is None
+    assert seat.here_bytes == held
+    assert stages(model) == before
+
+
 def test_a_cache_moves_with_attention(model: Model, cpu: Placement) -> None:
     cache = model.new_cache(context=64)
     prompt = model.forward(IDS, cache)

@@ -1,17 +1,23 @@
 """The control room without a browser: choices, engine, results, what is shown and what is kept."""
 
+import re
 import threading
 import time
+from dataclasses import replace
+from math import inf
 from typing import Any
 
 import pytest
 
 from ktlab.checkpoint.synthesis import TINY_QWEN3MOE_CONFIG, TINY_TEST_CONFIG, synthesize
 from ktlab.errors import ContextError, SettingError
+from ktlab.interval import Interval
 from ktlab.model.model import Model
 from ktlab.notebook import control_room, control_room_controls
+from ktlab.notebook import control_room_plane as plane
 from ktlab.notebook.control_room_choice import ALL, OWN, Choice, Library
 from ktlab.notebook.control_room_elsewhere import elsewhere, prediction
+from ktlab.notebook.control_room_results import Point
 
 TEXTS = {
     "prose": "The cat sat on the mat, and the dog looked on. " * 20,
@@ -19,7 +25,7 @@ TEXTS = {
 }
 QUICK: dict[str, Any] = {
     "max_tokens": 192, "window": 64, "repeats": 2, "new_tokens": 12, "stage_tokens": 48,
-    "stage_steps": 2, "stage_repeats": 1, "preview_tokens": 16,
+    "stage_steps": 2, "stage_repeats": 3, "preview_tokens": 16,
 }  # fmt: skip
 WAIT_S = 60
 
@@ -49,12 +55,33 @@ def test_everything_is_measured_and_reachable(room, model):
     assert results.histogram.after_LE.sum() * 4 == results.histogram.before_LE.sum() * 3
     assert not results.histogram.preliminary
     assert set(results.stages.prefill) == {"before", "after"}
+    check_intervals(room)
     assert results.speed_ratio("decode").n == 2
     assert len(results.generations.before) == 12
     assert {point.label for point in room.points} == {"k=3", "k=4"}
     assert room.front and set(room.front) <= set(room.points)
     assert set(room.figures) == {"router", "plane"}
     assert model.settings == before, "the reader's model was changed"
+
+
+def check_intervals(room) -> None:
+    """Time by stage and the router's numbers: each with its interval, on screen and as objects."""
+    stages, found = room.results.stages, room.results.histogram
+    assert stages.repeats == QUICK["stage_repeats"]
+    for phase in ("prefill", "decode"):
+        total, ratio = stages.total(phase, "after"), stages.ratio(phase)
+        assert total.low < total.value < total.high and ratio.low < ratio.high
+        assert str(total) in room.screen.html["stages"].value
+        assert f"×{ratio} of the time" in room.screen.html["stages"].value
+        parts = stages.runs[phase]["after"]
+        assert total.n == len(parts) and total.high == max(sum(run.values()) for run in parts)
+    layer = room.state.layer
+    entropy, moved = found.entropy("after", layer), found.divergence(layer)
+    assert entropy.low < entropy.value < entropy.high <= 4.0
+    assert 0 < moved.low < moved.value < moved.high, "divergence has no interval"
+    assert found.experts_a_token("after", layer).value == 3
+    shown = room.screen.html["router"].value
+    assert str(replace(entropy, unit="")) in shown and str(replace(moved, unit="")) in shown
 
 
 def test_a_model_of_another_family():
@@ -218,7 +245,8 @@ def test_rules_formats_and_forms_have_labels_and_expressions(room):
     assert room.state.choice.label == "top-p 0.8, k≤4 · q4_0 · naive"
     assert "rule=ktlab.CumulativeProbability(p=0.8" in room.state.choice.expression
     assert room.wait(WAIT_S) and room.message == ""
-    assert room.results.histogram.experts_a_token("after").max() <= 4
+    found = room.results.histogram
+    assert all(found.experts_a_token("after", layer).high <= 4 for layer in found.layers)
 
 
 def test_static_picture_and_bundle(room):
@@ -231,6 +259,27 @@ def test_static_picture_and_bundle(room):
     bundle = room._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert "text/html" in bundle and "k=2 against k=4" in bundle["text/plain"]
+
+
+def test_the_plane_as_a_picture_has_axes_and_intervals():
+    def point(*ends: tuple[float, float, float], **rest: Any) -> Point:
+        speed, kl = (Interval(value=value, low=low, high=high) for value, low, high in ends)
+        return Point(speed=speed, kl=kl, **rest)
+
+    base = point((1, 1, 1), (0, 0, 0), label="k=8", on_front=True, current=False)
+    fast = point((1.2, 1.1, 1.3), (0.02, 0.01, 0.03), label="k=6", on_front=True, current=True)
+    once = point((1.1, 0, inf), (0.01, 0.01, inf), label="k=7", on_front=False, current=False)
+    picture = plane.plane([base, fast, once], "decode")
+    for words in ("decode speed, × baseline", "KL divergence, nats", ">0.02<", ">1.1<", "k=7"):
+        assert words in picture
+    dots = re.findall(r'd="M([\d.]+) ([\d.]+)H([\d.]+)M([\d.]+) ([\d.]+)V([\d.]+)"', picture)
+    (_, best, *_), (slow, y, quick, x, near, far), (left, _, right, *_) = [
+        tuple(map(float, found)) for found in dots
+    ]
+    assert slow < x < quick and near < y < far, "the intervals are drawn"
+    assert best < near, "up is closer to the baseline"
+    assert left == right, "a single repeat has no interval"
+    assert "no setting" in plane.plane([], "decode")
 
 
 def test_numbers_say_how_they_were_measured(room):

@@ -11,7 +11,7 @@ from ktlab.notebook import mla_tables, offload_tables, quantization_tables, rout
 from ktlab.notebook.excerpts import beginning, excerpt
 from ktlab.notebook.generation_view import GenerationView
 from ktlab.notebook.instrument import OWN, TextSource, numbers
-from ktlab.notebook.mla_timing import agreement, cache_bytes, measure, work
+from ktlab.notebook.mla_timing import agreement, cache_bytes, measure, times_faster, work
 from ktlab.notebook.mla_view import MLAView
 from ktlab.notebook.offload_view import OffloadView
 from ktlab.notebook.passages import experts_touched, passages, trace_passages
@@ -81,6 +81,10 @@ def test_offload_view_masks_what_it_says(view):
     assert view.before is not None and view.after is not None
     assert view.masked and all(view.after.counts_E[e] == 0 for e in view.masked)
     assert view.quality.done and not view.quality.identical
+    shown = {trace.name: trace for trace in view.snapshot().figures[0].data}
+    gone = {e for e, y in enumerate(shown["taken away"].y) if y}
+    assert gone and gone <= set(view.masked)
+    assert shown["taken away"].marker.color != shown["whole model"].marker.color
     view.count_slider.value = 0
     assert view.wait(60).quality.identical
 
@@ -92,6 +96,7 @@ def test_quantization_view_keeps_every_point(view, model):
     view.set({})
     view.sweep(["q5_0"])
     view.wait(60)
+    assert view.formats == {"experts": "q5_0"}, "the controls say what the numbers are of"
     labels = [point.label for point in view.points()]
     assert sorted(labels) == ["attention q4_0", "experts q4_0", "experts q5_0"]
     for point in view.points():
@@ -103,11 +108,15 @@ def test_quantization_view_keeps_every_point(view, model):
 
 
 def test_both_forms_agree_and_are_timed(model):
-    assert agreement(model, list(range(40))).equal
+    found = agreement(model, list(range(40)))
+    assert found.equal and found.same_top1.low < found.same_top1.value <= found.same_top1.high
+    assert found.kl.high >= found.kl.value >= 0
     naive, absorbed = (cache_bytes(model, form, 100) for form in ("naive", "absorbed"))
     assert naive > absorbed
     (point,) = measure(model, tokens=2, contexts=[64], repeats=2)
     assert len(point["naive"].seconds) == 2 and point["naive"].median_s > 0
+    faster = times_faster(point)
+    assert faster.no_change == 1 and faster.low <= faster.value <= faster.high
     assert (point["absorbed"].flop, point["absorbed"].bytes) == work(model, "absorbed", 2, 64)
     with pytest.raises(KtlabError, match="does not end at"):
         list(measure(model, tokens=8, contexts=[4]))
@@ -154,6 +163,21 @@ def test_editing_makes_it_the_readers_own_text():
     assert calls == ["two", OWN, "one"] and source.text.startswith("It was")
 
 
+def test_what_is_written_has_intervals_and_a_ceiling(model):
+    view = GenerationView(model, TEXTS, max_new_tokens=96)
+    try:
+        view.wait(60)
+        found = view.figures()
+        assert view.error == "" and len(view.written) > 64
+        speed, p = found["then, median"], found["mean probability (geometric)"]
+        assert speed.low < speed.value < speed.high and speed.unit == "tokens/s"
+        assert 0 < p.low < p.value < p.high < 1
+        assert "% of the ceiling" in str(found["of this machine's ceiling"])
+        assert str(speed) in view.snapshot().html
+    finally:
+        view.close()
+
+
 def test_excerpt_and_numbers():
     assert excerpt("a\nb\nc", 100) == "a\nb\nc"
     assert excerpt("0123\n" * 50, 22) == "0123\n" * 3 + "0123"
@@ -171,7 +195,9 @@ def test_tables_of_the_notebooks(model):
     trace = trace_passages(model, TEXTS, count=1, tokens=64)
     layer = model.moe_blocks[0].index
     assert list(router_tables.hot_set_frame(trace).index) == list(model.config.moe_layers)
-    assert "chosen on another domain" in router_tables.hot_set_verdict(trace, layer)
+    said = router_tables.hot_set_verdict(trace, layer)
+    chosen = [line for line in said.splitlines() if "chosen on" in line]
+    assert len(chosen) == 3 and all("±" in line and line.endswith(" %") for line in chosen)
     coverage = router_tables.coverage_GG(trace, layer)
     assert router_tables.coverage_plot(coverage, trace.domains).data[0].z.shape == (2, 2)
     mine = model.trace(TEXTS["one"][:64], domain="mine")

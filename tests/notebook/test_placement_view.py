@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +12,10 @@ import ktlab
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.errors import PlacementError, TraceError
 from ktlab.model.model import Model
-from ktlab.notebook.near import Routes
+from ktlab.notebook.near import Routes, part_cells
 from ktlab.notebook.passages import trace_passages
 from ktlab.notebook.placement_view import BY_HAND, SHOWN, PlacementView
+from ktlab.placement.machine import Machine, get_machine
 from ktlab.placement.strategies import get_strategy
 
 TEXTS = {
@@ -100,19 +102,60 @@ def test_bytes_of_the_plan_follow(view: PlacementView) -> None:
     assert "cuda:0" in view.ledger_html.value and "converted" in view.ledger_html.value
 
 
-def test_the_predicted_speed_follows_as_long_as_only_experts_move(view: PlacementView) -> None:
+def test_the_predicted_speed_follows_every_part(view: PlacementView) -> None:
     view.set("uniform", 0)
     view.wait(60)
-    assert view.predicted is not None
-    none = view.predicted.seconds
+    none = view.predicted["there"].decode_tokens_per_s
     assert "decode, predicted on 2x6454s+4090d" in view.figures()
     view.set("uniform", 384)
     view.wait(60)
-    assert view.predicted is not None and view.predicted.seconds < none
-    assert view.predicted.by_kind("CPU") == {"experts": 0.0}
-    view.move_part("attention", 1)
+    near = view.predicted["there"]
+    assert near.decode_tokens_per_s > none and "experts" not in near.times["decode"]
+    assert view.figures()["prefill, predicted on 2x6454s+4090d"]
+    speeds = [near.decode_tokens_per_s]
+    for component, layer in (("attention", 1), ("shared", 2), ("dense", 0), ("output", None)):
+        view.move_part(component, layer)
+        assert view.wait(60).error == ""
+        told = view.predicted["there"]
+        speeds.append(told.decode_tokens_per_s)
+        assert any(span.lane == "CPU" and span.kind == component
+                   for span in told.timelines["decode"].spans)  # fmt: skip
+        assert "no published speed" in view.note and component in view.note
+    assert len(set(speeds)) == 5
+    view.machine_choice.value = "epyc-9654+4090"
     view.wait(60)
-    assert view.predicted is None, "the engine has attention on the GPU"
+    assert view.predicted["there"].machine == "epyc-9654+4090"
+
+
+def test_held_out_loads_say_how_often_an_expert_on_the_gpu_is_asked(view: PlacementView) -> None:
+    """The CPU's time is that of the lookups that are left to it, not of the experts."""
+    view.set("uniform", 0)
+    view.wait(60)
+    everything = view.predicted["there"].times["decode"]["experts"]
+    view.set("static", 96)
+    view.wait(60)
+    left = view.predicted["there"].times["decode"]["experts"] / everything
+    assert left == pytest.approx(1 - view.hit_rate.value, abs=0.02)
+    assert left < 1 - 96 / 384 - 0.02, "the hot ones are near"
+
+
+def test_a_placement_on_the_cpu_is_predicted_and_measured_here(
+    view: PlacementView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    here = replace(get_machine("1x6454s+4090d"), name="this")
+    monkeypatch.setattr(Machine, "measure", lambda: here)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "here" not in view.predicted
+    view.set("uniform", 0)
+    parts = [cell for row in part_cells(view.routes.shape) for cell in row if cell is not None]
+    view.far = frozenset(parts)
+    view.refresh()
+    assert view.wait(120).error == ""
+    assert view.placement.devices == ("cpu",)
+    assert view.predicted["here"].engine == "ktlab" and view.speed is not None
+    assert "decode, predicted here" in view.figures() and "decode, measured here" in view.figures()
 
 
 def test_a_picture_and_what_it_says_without_a_gpu(view: PlacementView) -> None:

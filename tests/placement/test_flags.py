@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ktlab.checkpoint.facts import read_facts
 from ktlab.checkpoint.names import expected_tensors
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, TINY_V2_CONFIG
-from ktlab.errors import PlacementError
+from ktlab.errors import PlacementError, SettingError
 from ktlab.placement.flags import LlamaCpp, SGLang
 from ktlab.placement.flags.llama_cpp_writing import LAST_NORM, TENSORS
 from ktlab.placement.parts import component_of
@@ -111,6 +111,12 @@ def test_layers_divided_among_gpus() -> None:
 def test_what_can_be_wrong(words: str, expected: str) -> None:
     with pytest.raises(PlacementError, match=f"(?s)llama.cpp's options: .*{expected}"):
         LlamaCpp.parse(words)
+
+
+def test_a_pattern_that_backtracks_for_ever_is_given_up() -> None:
+    flags = LlamaCpp.parse(r"-ot '(.+)(.+)(.+)(.+)(.+)(.+)(.+)\1[!%]=CPU'")
+    with pytest.raises(SettingError, match="takes more than 1 s to look for in"):
+        flags.placement(CONFIG)
 
 
 def test_everything_wrong_is_said_at_once() -> None:

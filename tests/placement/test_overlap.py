@@ -84,7 +84,7 @@ def test_measured_on_a_model() -> None:
 
 
 def test_predicted_for_a_published_machine() -> None:
-    """The timeline without deferral is `ktlab.predict`'s; more experts near, less on the CPU."""
+    """The timeline without deferral is `ktlab.predict`'s."""
     told = predict("deepseek-v3", machine="2x6454s+4090d", engine="ktransformers-0.2.1", generate=1)
     layers, output_s = predicted_times("deepseek-v3", context=512)
     assert len(layers) == 61 and layers[0].experts == 0 and layers[3].experts == 8
@@ -92,13 +92,6 @@ def test_predicted_for_a_published_machine() -> None:
     assert plain.seconds == pytest.approx(1 / told.decode_tokens_per_s, rel=0.01)
     gain = deferral_gain(layers, after_s=output_s)
     assert 1.1 < max(gain.gains) < 2 and 0 < gain.best < 8
-    half = {layer: 0.5 for layer in range(3, 61)}
-    nearer, _ = predicted_times("deepseek-v3", context=512, near=half)
-    assert nearer[3].experts_s == pytest.approx(layers[3].experts_s / 2)
-    assert nearer[3].beside_s > layers[3].beside_s
-    assert timeline(nearer, after_s=output_s).seconds < plain.seconds
-    with pytest.raises(SettingError, match="shares from 0 to 1"):
-        predicted_times("deepseek-v3", near={3: 1.5})
     with pytest.raises(SettingError, match="nothing to overlap"):
         predicted_times("deepseek-v3", engine="llama.cpp")
 

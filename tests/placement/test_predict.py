@@ -1,18 +1,22 @@
 """Speeds that are predicted for other machines: physics, published figures, bad input."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import ktlab
 from ktlab.checkpoint.facts import read_facts
+from ktlab.checkpoint.published import published_model
 from ktlab.cli import main
 from ktlab.errors import CheckpointError, SettingError
 from ktlab.placement.engines import efficiencies, engines
 from ktlab.placement.listed import machine_names
-from ktlab.placement.machine import Machine, get_machine
+from ktlab.placement.machine import Device, Machine, get_machine
+from ktlab.placement.placement import Placement
 from ktlab.placement.predict import PHASES, Prediction
+from ktlab.placement.presets import Preset
 from ktlab.placement.published import Published, fit, published
 from ktlab.placement.touched import chances, padded, touched
 
@@ -89,15 +93,17 @@ def test_published_to_json_and_back(table: Published) -> None:
 
 
 def test_distinct_experts_follow_from_the_distribution() -> None:
-    assert touched(1, 256, 8) == pytest.approx(8)
-    assert touched(10_000, 256, 8) == pytest.approx(256)
-    assert touched(32, 256, 8) == pytest.approx(256 * (1 - (1 - 8 / 256) ** 32))
-    skewed = [10.0] * 26 + [1.0] * 230
-    assert touched(32, 256, 8, skewed) < touched(32, 256, 8)
+    even = chances(256, 8)
+    assert touched(1, even) == pytest.approx(8)
+    assert touched(10_000, even) == pytest.approx(256)
+    assert touched(32, even) == pytest.approx(256 * (1 - (1 - 8 / 256) ** 32))
+    skewed = chances(256, 8, [10.0] * 26 + [1.0] * 230)
+    assert touched(32, skewed) < touched(32, even)
+    assert touched(32, skewed[:26]) > touched(32, even[:26]), "of the hot ones nearly all"
     greedy = chances(4, 2, [0.9, 0.05, 0.03, 0.02])
     assert greedy[0] == 1
     assert greedy.sum() == pytest.approx(2)
-    assert padded(100, 16, 4, None, 1) == 400
+    assert padded(100, chances(16, 4), 1) == 400
     with pytest.raises(ValueError, match="4 shares"):
         chances(4, 2, [1.0, 2.0])
 
@@ -265,3 +271,148 @@ def test_the_embedded_models_load_is_measured() -> None:
     assert measured.times["prefill"] != ktlab.predict("tiny", **here, loads=even).times["prefill"]
     trace = ktlab.load("tiny").trace("def quicksort(items):")
     assert ktlab.predict("tiny", **here, loads=trace).prefill_tokens_per_s > 0
+
+
+# ------------------------------------------------------------------ every part of a placement
+
+
+def _on_gpu(**elsewhere: str) -> Placement:
+    """KTransformers' rule for V3, with some components elsewhere."""
+    found = Placement.everywhere(published_model("deepseek-v3").config, "cuda:0")
+    for component, device in {"experts": "cpu", "embedding": "cpu", **elsewhere}.items():
+        found = found.put(component, device)
+    return found
+
+
+def test_the_engines_rule_as_a_placement_is_the_engines_rule() -> None:
+    usual, same = ktlab.predict("deepseek-v3", **V3), _on_gpu()
+    told = ktlab.predict("deepseek-v3", **V3, placement=same)
+    assert told.times == usual.times and not told.notes
+    assert told.decode_tokens_per_s == usual.decode_tokens_per_s
+
+
+@pytest.mark.parametrize("component", ["attention", "router", "shared", "dense", "output"])
+@pytest.mark.parametrize("engine", ["ktransformers-0.2.1", "ktlab"])
+def test_times_follow_each_component(component: str, engine: str) -> None:
+    """On the CPU it takes the CPU's time, on its lane; the others stay as they are."""
+    asked = {**V3, "engine": engine}
+    near = ktlab.predict("deepseek-v3", **asked, placement=_on_gpu())
+    far = ktlab.predict("deepseek-v3", **asked, placement=_on_gpu(**{component: "cpu"}))
+    for phase in PHASES:
+        assert near.times[phase][component] != far.times[phase][component]
+        lanes = {s.stage: s.lane for s in far.stages[phase]}
+        assert lanes[component] == "CPU" and near.stages[phase] != far.stages[phase]
+        others = {"experts", "shared", "dense", "output"} - {component}
+        for name in others:
+            assert near.times[phase][name] == pytest.approx(far.times[phase][name])
+    if engine != "ktlab":
+        assert far.decode_tokens_per_s < near.decode_tokens_per_s
+        assert component in far.notes[0] and "no published speed" in far.notes[0]
+    assert far.memory["cuda:0"] < near.memory["cuda:0"]
+
+
+def test_the_embedding_on_the_gpu_saves_a_crossing() -> None:
+    far, near = (
+        ktlab.predict("deepseek-v3", **V3, placement=_on_gpu(embedding=where))
+        for where in ("cpu", "cuda:0")
+    )
+    hidden = published_model("deepseek-v3").config.hidden_size
+    (moved,) = [s for s in far.stages["prefill"] if s.stage == "handover"]
+    assert moved.bytes == V3["prompt"] * hidden * 2
+    assert "handover" not in near.times["prefill"]
+    assert near.prefill_tokens_per_s > far.prefill_tokens_per_s
+
+
+def test_a_machine_half_used_hands_over_where_attention_moves() -> None:
+    """Whole layers on the CPU: no launches, no way there and back, one crossing at each seam."""
+    split = _on_gpu()
+    for component in ("attention", "shared", "router"):
+        split = split.put(component, "cpu", layers=range(30, 61))
+    told = ktlab.predict("deepseek-v3", **V3, placement=split)
+    stages = told.plan.placement
+    assert stages == split
+    spans = told.timelines["decode"].spans
+    handed = [s.label for s in spans if s.kind == "handover"]
+    assert handed == ["layer 0 handover", "layer 30 handover", "handover"]
+    there = [s.label for s in spans if s.kind == "transfer" and s.label.endswith("there")]
+    assert there == [f"layer {i} transfer there" for i in range(3, 30)]
+    lanes = {s.label: s.lane for s in spans}
+    assert lanes["layer 29 launch"] == "GPU" and lanes["layer 30 launch"] == "CPU"
+    bare = ktlab.predict("deepseek-v3", **V3, placement=Placement.everywhere(split.model, "cpu"))
+    assert bare.timelines["decode"].lanes == ("CPU",)
+
+
+def test_what_is_computed_elsewhere_waits_for_the_link() -> None:
+    told = ktlab.predict("deepseek-v3", **V3, placement=_on_gpu(shared="cpu"))
+    spans = {s.label: s for s in told.timelines["prefill"].spans}
+    there, back = spans["layer 9 transfer there"], spans["layer 9 transfer back"]
+    for name in ("experts", "shared"):
+        one = spans[f"layer 9 {name}"]
+        assert one.lane == "CPU" and there.end_s <= one.start_s and one.end_s <= back.start_s
+    assert spans["layer 10 launch"].start_s >= back.end_s
+
+
+def test_loads_say_what_experts_on_the_gpu_take_from_the_cpu() -> None:
+    """A quarter of the experts with 9 in 10 choices leaves one in ten to the CPU."""
+    config = published_model("deepseek-v3").config
+    hot = [27.0] * 64 + [1.0] * 192
+    loads = dict.fromkeys(config.moe_layers, hot)
+    near = _on_gpu().put("experts", "cuda:0", experts=range(64))
+    every = ktlab.predict("deepseek-v3", **V3, loads=loads, placement=_on_gpu())
+    told = ktlab.predict("deepseek-v3", **V3, loads=loads, placement=near)
+    assert told.times["decode"]["experts"] == pytest.approx(
+        0.1 * every.times["decode"]["experts"], rel=0.01
+    )
+    even = ktlab.predict("deepseek-v3", **V3, placement=near)
+    assert even.times["decode"]["experts"] == pytest.approx(
+        0.75 * every.times["decode"]["experts"], rel=0.01
+    )
+    never = dict.fromkeys(config.moe_layers, [1.0] * 64 + [0.0] * 192)
+    for engine in ("ktlab", "ktransformers-0.2.1", "ktransformers-0.3"):
+        asked = {**V3, "engine": engine}
+        idle = ktlab.predict("deepseek-v3", **asked, loads=never, placement=near)
+        assert all(idle.times[phase]["experts"] == 0 for phase in PHASES)
+
+
+def test_ktlab_on_a_gpu_says_that_nobody_measured_it() -> None:
+    here: dict[str, Any] = {"machine": "2x6454s+4090d", "engine": "ktlab", "prompt": 500}
+    config = published_model("deepseek-v2-lite").config
+    cpu = ktlab.predict("deepseek-v2-lite", **here)
+    assert cpu.memory.keys() == {"cpu"} and not cpu.notes, "where ktlab.load puts it"
+    placement = Preset("gpu").of(config)
+    told = ktlab.predict("deepseek-v2-lite", **here, placement=placement)
+    assert "own_gpu_layer_s" in told.notes[0] and "own_gpu_layer_s" in told.efficiencies
+    assert told.notes[0] in str(told) and "no speed of ktlab with a GPU" in told.notes[0]
+    assert told.notes[0] in told._repr_mimebundle_()["text/html"]
+    bf16 = ktlab.plan(
+        "deepseek-v2-lite", format="q4_k_m", machine="2x6454s+4090d", context=500 + 128,
+        placement=placement, gpu_formats="bf16",
+    )  # fmt: skip
+    assert told.memory["cuda:0"] == bf16["cuda:0"].needed, "what model.place puts there"
+    assert told.prefill_tokens_per_s > cpu.prefill_tokens_per_s
+    assert told.times["decode"]["experts"] == cpu.times["decode"]["experts"]
+    faster = ktlab.predict(
+        "deepseek-v2-lite", **here, placement=placement, changes={"own_gpu_layer_s": 1e-5}
+    )
+    assert faster.decode_tokens_per_s > 1.5 * told.decode_tokens_per_s
+
+
+def test_placements_on_machines_that_lack_a_device() -> None:
+    machine = get_machine("2x6454s+4090d")
+    bare = replace(machine, gpus=(), devices=machine.devices[:1])
+    second = replace(machine, devices=(*machine.devices, Device(name="cuda:1", capacity=None)))
+    unlinked = replace(machine, links={})
+    for where, placement, words in (
+        (bare, _on_gpu(), "parts on cuda:0, and 2x6454s.4090d has cpu$"),
+        (machine, _on_gpu(output="cuda:1"), "parts on cuda:1"),
+        (second, _on_gpu(output="cuda:1"), "size of cuda:1 and not its rates"),
+        (unlinked, _on_gpu(), "no rate of its link"),
+    ):
+        for engine in ("ktlab", "llama.cpp"):
+            asked: dict[str, Any] = {"machine": where, "engine": engine}
+            with pytest.raises(SettingError, match=words):
+                ktlab.predict("deepseek-v3", **asked, placement=placement)
+    two = replace(second, gpus=machine.gpus * 2)
+    told = ktlab.predict("deepseek-v3", machine=two, engine="ktransformers-0.2.1",
+                         placement=_on_gpu(output="cuda:1"))  # fmt: skip
+    assert {"GPU", "GPU 1"} <= set(told.timelines["decode"].lanes)

@@ -2,13 +2,17 @@
 
 import os
 from pathlib import Path
+from time import process_time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ktlab.checkpoint.embedded import data_path
+from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.errors import RuleError
+from ktlab.model.model import Model
+from ktlab.placement.patterns import LIMIT_S, Pattern, SlowPatternError
 from ktlab.placement.rules import RuleSet
 from ktlab.placement.rules.reading import LIMIT_BYTES, LIMIT_PATTERN
 
@@ -207,6 +211,60 @@ def test_where_a_regular_expression_breaks(written: str, offset: int) -> None:
     column = len("    name: ") + offset + 1
     with pytest.raises(RuleError, match=f"line 2, column {column}: .* no regular expression: "):
         RuleSet.parse(text)
+
+
+SLOW = r"(.+)(.+)(.+)(.+)(.+)(.+)(.+)\1[!%]"
+"""Tries every way to cut a module's name into seven, of which there are more than anybody waits
+for; `re` takes as long for a repeat inside a repeat."""
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"^(model[.a-z]+)+%$", r"^(\w+\.?)+[!%]$", r"^(.*)*(.*)*(.*)*[!%]$"]
+)
+def test_a_repeat_inside_a_repeat_does_no_harm(pattern: str) -> None:
+    rules = RuleSet.parse(f"- match:\n    name: '{pattern}'\n  replace:\n    class: default\n")
+    begun = process_time()
+    preview = rules.preview(Model(synthesize(TINY_TEST_CONFIG)))
+    assert "no module here has such a name" in str(preview) and process_time() - begun < 30
+
+
+def test_a_pattern_that_backtracks_for_ever_is_given_up() -> None:
+    """All of them together, by line and column; a class that does not fit is not searched for."""
+    model = Model(synthesize(TINY_TEST_CONFIG))
+    text = "".join(
+        f"- match:\n    name: '{name}'\n{more}  replace:\n    class: default\n"
+        for name, more in (
+            (SLOW, ""), ("^model", "    class: torch.nn.Linear\n"), (SLOW.replace("!", "+"), "")
+        )
+    )  # fmt: skip
+    rules = RuleSet.parse(text, "slow.yaml")
+    for use in (rules.preview, rules.apply, rules.placement):
+        before, begun = repr(model.settings), process_time()
+        with pytest.raises(RuleError) as caught:
+            use(model)
+        assert process_time() - begun < 60 and repr(model.settings) == before
+        lines = str(caught.value).splitlines()
+        assert lines[0] == "slow.yaml: 2 problems"
+        assert (
+            lines[1].startswith(f"  line 2, column 11: rule 1: {SLOW} takes")
+            and "repeat" in lines[1]
+        )
+        assert lines[2].startswith("  line 11, column 11: rule 3: ")
+
+
+def test_slow_searches_add_up() -> None:
+    """A pattern that is just fast enough for one name is not for a hundred thousand."""
+    pattern, name = Pattern(SLOW), "a"
+    while pattern._left_s > LIMIT_S - 0.002:
+        pattern.search(name := name + "a")
+    with pytest.raises(SlowPatternError, match="takes more than 1 s"):
+        for _ in range(10_000):
+            pattern.search(name)
+    with pytest.raises(SlowPatternError):
+        pattern.search("b")
+    quick = Pattern(r"^model\.layers\.(?!.*kv_b).*$")
+    names = [f"model.layers.{i}.mlp.gate" for i in range(1000)]
+    assert all(map(quick.search, names)) and quick._left_s > 0.9
 
 
 def test_everything_wrong_is_said_at_once() -> None:

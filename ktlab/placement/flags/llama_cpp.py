@@ -25,6 +25,7 @@ from ktlab.checkpoint.names import expected_tensors
 from ktlab.errors import PlacementError, nearest, short
 from ktlab.placement.flags import llama_cpp_writing
 from ktlab.placement.parts import component_of
+from ktlab.placement.patterns import PATTERN_ERRORS, Pattern
 from ktlab.placement.placement import FOLLOW, Placement
 from ktlab.placement.ranges import write_ranges
 from ktlab.record import Record
@@ -113,7 +114,7 @@ class LlamaCpp(Record):
         names: dict[tuple[int | None, str], dict[str, list[str]]] = {}
         used = [0] * len(self.overrides)
         # Compiled once: --n-cpu-moe 999 is more than `re` keeps.
-        patterns = [re.compile(override.pattern) for override in self.overrides]
+        patterns = [Pattern(override.pattern) for override in self.overrides]
         for name, shape in expected_tensors(config).items():
             layer, component = component_of(name, config)
             at = next((n for n, each in enumerate(patterns) if each.search(name)), None)
@@ -332,8 +333,8 @@ def _wrong_pattern(pattern: str) -> Iterator[str]:
         yield f"{found[0]} at character {found.start() + 1}: write out the class, such as [0-9]"
         return
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        Pattern(pattern)
+    except PATTERN_ERRORS as error:
         place = getattr(error, "pos", None)
         where = "" if place is None else f" at character {place + 1}"
         yield f"no regular expression{where}: {getattr(error, 'msg', error)}"

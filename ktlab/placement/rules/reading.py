@@ -5,8 +5,7 @@ The grammar is KTransformers' (optimize/optimize.py, gen_optimize_config): a lis
 it is small, plain (no anchors, aliases or tags) and shallow before anything is built from it.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from ktlab.errors import RuleError, nearest, short
+from ktlab.placement.patterns import PATTERN_ERRORS, Pattern
 from ktlab.placement.rules import vocabulary
 from ktlab.placement.rules.modules import known_class, nearest_class
 from ktlab.placement.rules.own import parameters, wrong_words
@@ -45,6 +45,8 @@ class Rule:
     """Whether the modules below a match are looked at, too."""
     own: type | None = None
     """The user's class that `replace_class` names."""
+    name_at: tuple[int, int] = (1, 1)
+    """Line and column of `name` in the file."""
 
     @property
     def kind(self) -> str:
@@ -66,12 +68,13 @@ class Rule:
         return {name: value for name, value in self.kwargs.items() if name not in places}
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        return re.compile(self.name or "")  # asked of a hundred thousand modules: compiled once
+    def _pattern(self) -> Pattern:
+        return Pattern(self.name or "")  # asked of a hundred thousand modules: compiled once
 
     def named(self, module_name: str) -> bool:
-        """Whether the regular expression is found in a module's name."""
-        return self._pattern.search(module_name) is not None
+        """Whether the regular expression is found in a module's name; SlowPatternError where that
+        takes too long."""
+        return self._pattern.search(module_name)
 
     def __str__(self) -> str:
         wanted = [f"name {self.name}"] if self.name is not None else []
@@ -98,13 +101,28 @@ def read_rules(
     except yaml.YAMLError as error:
         raise RuleError(f"{source}: not YAML: {_words(error)}") from error
     if reader.problems:
-        shown = sorted(reader.problems)[:LIMIT_PROBLEMS]
-        lines = [f"line {line}, column {column}: {what}" for line, column, what in shown]
-        if more := len(reader.problems) - len(shown):
-            lines.append(f"and {more} more")
-        count = "1 problem" if len(reader.problems) == 1 else f"{len(reader.problems)} problems"
-        raise RuleError(f"{source}: {count}\n  " + ";\n  ".join(lines))
+        raise problems_error(source, reader.problems)
     return rules
+
+
+Problem = tuple[int, int, str]
+"""Line, column, words."""
+
+
+def problems_error(source: str, problems: Sequence[Problem]) -> RuleError:
+    """All that is wrong with a file, by line and column."""
+    shown = sorted(problems)[:LIMIT_PROBLEMS]
+    lines = [f"line {line}, column {column}: {what}" for line, column, what in shown]
+    if more := len(problems) - len(shown):
+        lines.append(f"and {more} more")
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return RuleError(f"{source}: {count}\n  " + ";\n  ".join(lines))
+
+
+def _place(node: Any) -> tuple[int, int]:
+    """Line and column where a node begins, from 1."""
+    mark = getattr(node, "start_mark", None)
+    return (mark.line + 1, mark.column + 1) if mark else (1, 1)
 
 
 def _words(error: yaml.YAMLError) -> str:
@@ -123,11 +141,10 @@ class _Reader:
     """Walks the nodes and collects what is wrong as (line, column, words)."""
 
     classes: Mapping[str, type]
-    problems: list[tuple[int, int, str]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
     def say(self, where: Any, what: str) -> None:
-        mark = getattr(where, "start_mark", None)
-        self.problems.append((mark.line + 1, mark.column + 1, what) if mark else (1, 1, what))
+        self.problems.append((*_place(where), what))
 
     def look_at(self, text: str) -> None:
         """Refuse what could blow up, before anything is built from it."""
@@ -192,6 +209,7 @@ class _Reader:
             kwargs=kwargs,
             recursive=bool(recursive),
             own=own,
+            name_at=_place(match["name"][1]) if "name" in match else (1, 1),
         )
 
     def fields(self, node: yaml.Node, known: tuple[str, ...], what: str) -> Fields:
@@ -245,8 +263,8 @@ class _Reader:
             )
             return None
         try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
+            Pattern(pattern)
+        except PATTERN_ERRORS as error:
             what = getattr(error, "msg", error)
             node, position = match["name"][1], getattr(error, "pos", None)
             mark = node.start_mark

@@ -100,7 +100,7 @@ class RuleSet:
         `as_written=True` takes it at its word. A component whose parts are put apart is where most
         of its weights are; the preview tells. Raises `RuleError` for an xpu, npu or musa.
         """
-        walk = Walk.over(modules(model), self.rules)
+        walk = Walk.over(modules(model), self.rules, self.source)
         found = placed(walk, model, default, as_written).placement
         assert found is not None
         return found
@@ -174,7 +174,7 @@ class RuleSet:
             )
 
     def _walk(self, model: Model, stand_in: StandIn | None) -> tuple[Walk, Placed]:
-        walk = Walk.over(modules(model), self.rules)
+        walk = Walk.over(modules(model), self.rules, self.source)
         walk.try_own(model)
         try:
             places = placed(walk, model, None, False)

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from ktlab.model.model import Model
+from ktlab.placement.patterns import SlowPatternError
 from ktlab.placement.rules import own
 from ktlab.placement.rules.effects import Effect, effect, on_gpu
 from ktlab.placement.rules.modules import Module
@@ -19,7 +20,7 @@ from ktlab.placement.rules.preview import (
     collapsed,
     counted,
 )
-from ktlab.placement.rules.reading import Rule
+from ktlab.placement.rules.reading import Problem, Rule, problems_error
 
 
 @dataclass
@@ -28,26 +29,51 @@ class Walk:
 
     rules: Sequence[Rule]
     root: Module
+    source: str
+    """What messages call the rules."""
     taken: dict[int, list[tuple[Module, Effect]]] = field(default_factory=dict)
     """{rule: what it does to which modules}."""
     shadowed: dict[int, dict[str, int]] = field(default_factory=dict)
     """{rule: {module that it matches: the rule that came first}}."""
+    slow: dict[int, Problem] = field(default_factory=dict)
+    """{rule: that its regular expression takes too long}."""
     stops: list[tuple[str, Rule]] = field(default_factory=list)
     """Modules below which nothing was looked at."""
     all_there: bool = False
     """Whether every device that is asked for is there (`move`)."""
 
     @classmethod
-    def over(cls, root: Module, rules: Sequence[Rule]) -> "Walk":
-        """Ask every rule about every module that is reached."""
-        walk = cls(rules=rules, root=root)
+    def over(cls, root: Module, rules: Sequence[Rule], source: str) -> "Walk":
+        """Ask every rule about every module that is reached. RuleError with every regular
+        expression that takes too long."""
+        walk = cls(rules=rules, root=root, source=source)
         walk._look_at(root)
+        walk._check_time()
         return walk
+
+    def _matches(self, rule: Rule, module: Module) -> bool:
+        """Whether class and name, where the rule gives them, are the module's."""
+        if rule.match_class is not None and not module.is_a(rule.match_class):
+            return False
+        return self._named(rule, module)
+
+    def _named(self, rule: Rule, module: Module) -> bool:
+        if rule.number in self.slow:
+            return False
+        try:
+            return rule.named(module.name)
+        except SlowPatternError as error:
+            self.slow[rule.number] = (*rule.name_at, f"rule {rule.number}: {error}")
+            return False
+
+    def _check_time(self) -> None:
+        if self.slow:
+            raise problems_error(self.source, list(self.slow.values()))
 
     def _look_at(self, module: Module) -> None:
         first = None
         for rule in self.rules:
-            if not matches(rule, module):
+            if not self._matches(rule, module):
                 continue
             if first is None:
                 first = rule
@@ -135,24 +161,18 @@ class Walk:
         return list(_below(self.root))
 
     def _why_nothing(self, rule: Rule) -> str:
-        unseen = next((module for module in self._every if matches(rule, module)), None)
+        unseen = next((module for module in self._every if self._matches(rule, module)), None)
         if unseen is not None:
             stop = next(r for name, r in self.stops if unseen.name.startswith(f"{name}."))
             return f"{unseen.name} lies below what rule {stop.number} takes whole (recursive)"
-        named = sum(rule.named(module.name) for module in self._every)
+        named = sum(self._named(rule, module) for module in self._every)
+        self._check_time()
         if not named:
             return "no module here has such a name"
         of_class = (rule.match_class or "").rpartition(".")[2]
         if rule.name is None:
             return f"no module here is a {of_class}"
         return f"{named} modules here have such a name, none of them is a {of_class}"
-
-
-def matches(rule: Rule, module: Module) -> bool:
-    """Whether class and name, where the rule gives them, are the module's."""
-    if rule.match_class is not None and not module.is_a(rule.match_class):
-        return False
-    return rule.named(module.name)
 
 
 def _below(module: Module) -> Iterator[Module]:
