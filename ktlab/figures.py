@@ -430,11 +430,12 @@ def _error(value: ArrayLike, low: ArrayLike, high: ArrayLike) -> dict[str, Any]:
 
 
 def _reference(fig: "Figure", value: float, name: str = "") -> None:
-    named = {"text": name, "font": {"color": INK, "size": 11}} if name else None
-    fig.add_hline(
-        y=value, line={"color": INK, "dash": "dot", "width": 1},
-        annotation=named, annotation_position="top right" if named else None,
-    )  # fmt: skip
+    fig.add_hline(y=value, line={"color": INK, "dash": "dot", "width": 1})
+    if name:
+        fig.add_annotation(
+            text=name, font={"color": INK, "size": 11}, showarrow=False, x=1, xref="x domain",
+            xanchor="right", y=value, yanchor="bottom",
+        )  # fmt: skip
 
 
 def _see_through(color: str) -> str:

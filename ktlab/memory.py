@@ -149,6 +149,13 @@ def process_memory() -> int | None:
     return int(psutil.Process().memory_info().rss)
 
 
+def trim() -> None:
+    """Give freed memory back to the system where the C library can (glibc keeps it otherwise)."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if give_back is not None:
+        give_back(0)
+
+
 def node_bytes(arrays: "Iterable[NDArray[Any]]", pages: int = 4096) -> dict[int, int] | None:
     """{NUMA node: bytes} of arrays, as the kernel says where their pages are; None where it does
     not. Up to so many pages of each array are asked for, spread evenly. Source: move_pages(2)."""

@@ -46,12 +46,15 @@ class Recorder(Probe):
         self._chunks: dict[str, list[Tensor]] = {}
         self._wanted: dict[str, bool] = {}
 
+    def wants(self, name: str) -> bool:
+        """Whether a pattern matches."""
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
     def record(self, name: str, values: Tensor) -> None:
         wanted = self._wanted.get(name)
         if wanted is None:
             self.seen.add(name)
-            wanted = any(fnmatchcase(name, pattern) for pattern in self.patterns)
-            self._wanted[name] = wanted
+            wanted = self._wanted[name] = self.wants(name)
         if wanted:
             self._chunks.setdefault(name, []).append(values.detach().clone())
 

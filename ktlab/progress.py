@@ -6,33 +6,48 @@ from typing import TextIO
 
 WIDTH = 24
 EVERY_S = 0.1
+PATIENCE_S = 3.0
+"""What takes no longer need not say how far it is."""
 
 
 class ProgressBar:
     """Called with (done, total), e.g. in bytes.
 
-    `shown` says whether anything is printed; by default where `stream` is a terminal, and in a
-    notebook.
+    `stream` is by default a notebook's output, elsewhere that of errors, so that results can be
+    piped. `shown` says whether anything is printed; by default where `stream` is a terminal, and
+    in a notebook. What is over `after_s` seconds after the bar was made prints nothing.
 
     The time left is judged by what was done since the first call: a resumed work does not count
     what it found.
     """
 
-    def __init__(self, what: str, stream: TextIO, *, shown: bool | None = None) -> None:
-        self.what, self.stream = what, stream
-        self.shown = stream.isatty() or in_notebook() if shown is None else shown
+    def __init__(
+        self,
+        what: str,
+        stream: TextIO | None = None,
+        *,
+        shown: bool | None = None,
+        after_s: float = 0.0,
+    ) -> None:
+        here = sys.stdout if in_notebook() else sys.stderr
+        self.what, self.stream = what, here if stream is None else stream
+        self.shown = self.stream.isatty() or in_notebook() if shown is None else shown
         self._start: tuple[float, float] | None = None
-        self._latest = -EVERY_S
+        self._made = monotonic()
+        self._latest = self._made + after_s - EVERY_S
+        self._drawn = False
 
     def __call__(self, done: float, total: float) -> None:
         now = monotonic()
         if self._start is None:
             self._start = (now, done)
         over = done >= total
-        if not self.shown or (now - self._latest < EVERY_S and not over):
+        if not self.shown or (now - self._latest < EVERY_S and not (over and self._drawn)):
             return
+        self._drawn = True
         self._latest = now
-        line = self.line(done, total, now - self._start[0], done - self._start[1])
+        since = self._made if over else self._start[0]
+        line = self.line(done, total, now - since, done - self._start[1])
         print(f"\r\033[K{line}", end="\n" if over else "", file=self.stream, flush=True)
 
     def line(self, done: float, total: float, seconds: float, gained: float) -> str:

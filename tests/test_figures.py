@@ -180,3 +180,10 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     ratio = np.array(to_xyz) @ rgb / [0.9505, 1, 1.089]
     f = np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16 / 116)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_the_line_at_uniform_has_no_words_on_the_bars():
+    fig = figures.router_histogram([1.0, 2.0], [1.5, 1.5])
+    assert len(fig.layout.shapes) == 1 and not fig.layout.annotations
+    named = figures.entropy_bars([1], [2.0], [1.9], [2.1], 3.0)
+    assert [a.text for a in named.layout.annotations] == ["all experts alike: 3 bits"]

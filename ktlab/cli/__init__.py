@@ -157,7 +157,6 @@ def _compare(options: argparse.Namespace) -> int:
         max_tokens=options.max_tokens,
         window=options.window,
         speed=not options.no_speed,
-        progress=_progress if sys.stderr.isatty() else None,
     )
     print(comparison.to_json() if options.json else comparison)
     return 0
@@ -181,10 +180,6 @@ def _trace(options: argparse.Namespace) -> int:
     print(trace)
     print(f"saved to {path}", file=sys.stderr)
     return 0
-
-
-def _progress(done: int, total: int) -> None:
-    print(f"\r{done:,} of {total:,} tokens", end="\n" if done >= total else "", file=sys.stderr)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """A matrix of the dense part, computed on its quantized values by the same kernels as experts."""
 
 import copy
+from collections.abc import Collection
 
 from torch import Tensor
 
@@ -76,6 +77,11 @@ class Linear(Computed):
         changed = copy.copy(self)
         changed.stacks, changed._kernel = (kept,), None
         return changed
+
+    def let_go(self, keep: Collection[str] = ()) -> None:
+        """Forget requantized copies but those in the formats `keep`; who uses one still has it."""
+        for format in [name for name in self._requantized if name not in keep]:
+            self._requantized.pop(format, None)
 
     @property
     def nbytes(self) -> int:

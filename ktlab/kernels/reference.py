@@ -11,6 +11,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from ktlab.quantization.qtensor import QTensor
 
+ROWS = 8192
+"""The output matrix of a large vocabulary would take 0.8 to 4 GB as float32."""
+
 
 def silu(values: NDArray[Any]) -> NDArray[Any]:
     """x * sigmoid(x), written so that large negative values do not overflow."""
@@ -20,8 +23,10 @@ def silu(values: NDArray[Any]) -> NDArray[Any]:
 def linear(
     weight: QTensor, x_TK: NDArray[np.float32], dtype: DTypeLike = np.float32
 ) -> NDArray[Any]:
-    """x W^T, (T, N) in `dtype`, for W (N, K)."""
-    return x_TK.astype(dtype) @ weight.dequantize().astype(dtype).T
+    """x W^T, (T, N) in `dtype`, for W (N, K), of which `ROWS` rows at a time are floats."""
+    x_TK = x_TK.astype(dtype)
+    rows = (weight[start : start + ROWS] for start in range(0, weight.shape[0], ROWS))
+    return np.concatenate([x_TK @ some.dequantize().astype(dtype).T for some in rows], axis=1)
 
 
 def moe(

@@ -80,7 +80,12 @@ class Stack:
         """The encoded numbers in `layout`; packed at first use, with the threads of `kernel`."""
         if layout == BLOCKS:
             return self.operand(BLOCKS, lambda: packing.blocks(self.tensor))
-        return self.operand(PACKED, lambda: packing.pack(packing.blocks(self.tensor), kernel))
+        return self.operand(PACKED, lambda: self._packed(kernel))
+
+    def _packed(self, kernel: Kernel | Request | None) -> Weights:
+        packed = packing.pack(packing.blocks(self.tensor), kernel)
+        packing.drop_pages(self.tensor.blocks)  # of a mapped file; they come again if asked for
+        return packed
 
     def adopt(self, packed: Weights) -> None:
         """Take weights that were packed before, e.g. mapped from a cache."""

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 from ktlab import html
 from ktlab.errors import KtlabError
 from ktlab.interval import Interval
+from ktlab.measurement.pace import readable
 from ktlab.measurement.provenance import Provenance
 from ktlab.measurement.quality import Quality, measure_quality
 from ktlab.measurement.speed import SpeedComparison, measure_speed
 from ktlab.measurement.sweep import sweep
 from ktlab.measurement.tokens import BaselineCache
 from ktlab.measurement.windows import Text, label, settings_of
+from ktlab.progress import PATIENCE_S, ProgressBar
 from ktlab.record import Record
 
 if TYPE_CHECKING:
@@ -97,6 +99,7 @@ def compare(
     speed: bool = True,
     repeats: int = 6,
     seed: int = 0,
+    seconds: float | None = None,
     cancel: threading.Event | None = None,
     baseline: BaselineCache | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -107,11 +110,15 @@ def compare(
 
     `text`: one text, or several by name, which then are strata of the intervals and get a row
     each. `a`, `b`: what `model.override` takes; `model` is not touched. `max_tokens` in all
-    (None: everything). `progress(done, total)` is called after every window of text. `seed` draws
+    (None: everything), of a slow model as many as it reads in `seconds`. `progress(done, total)` is
+    called after every window of text; without it a bar is drawn where it takes long. `seed` draws
     nothing in the quality part, which reads all windows in order. Raises ContextError, SettingError
     on impossible input, and `Cancelled` if `cancel` was set before the first window was done;
     later, what was measured so far comes back (`.quality.done` is False).
     """
+    if seconds is not None:
+        max_tokens = readable(model, seconds, 2, max_tokens)
+    tell = progress or ProgressBar("compare", after_s=PATIENCE_S)
     quality = measure_quality(
         model,
         text,
@@ -121,7 +128,7 @@ def compare(
         max_tokens=max_tokens,
         cancel=cancel,
         baseline=baseline,
-        progress=progress,
+        progress=tell,
     )
     if quality is None:
         raise Cancelled("the comparison was cancelled before its first window; nothing to show")

@@ -1,17 +1,20 @@
 """Many settings against one baseline: a table, and which of them nothing else beats."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ktlab import html
 from ktlab.errors import SettingError
+from ktlab.measurement.pace import readable
 from ktlab.measurement.provenance import Provenance
 from ktlab.measurement.quality import Quality, measure_quality
 from ktlab.measurement.speed import Speed, measure_speed
 from ktlab.measurement.tokens import BaselineCache
 from ktlab.measurement.windows import Text, label, settings_of
+from ktlab.progress import PATIENCE_S, ProgressBar
 from ktlab.record import Record
 
 if TYPE_CHECKING:
@@ -78,6 +81,11 @@ class Sweep(Record):
             table.append(line)
         return pd.DataFrame(table)
 
+    @property
+    def _title(self) -> str:
+        tokens = self.rows[0].quality.tokens if self.rows else 0
+        return f"against {self.baseline} on {tokens:,} tokens; front: KL divergence and {self.axis}"
+
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         lines: list[tuple[str, ...]] = []
         headers = ("settings", "KL, mean", "same top-1", "perplexity ratio", "decode", "front")
@@ -107,12 +115,13 @@ class Sweep(Record):
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in (headers, *lines)
         ]
-        return "\n".join([f"Sweep against {self.baseline}; front: KL and {self.axis}", *text])
+        return "\n".join([f"Sweep {self._title}", *text])
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         headers, lines = self._table()
-        title = f"sweep against {self.baseline}; front: KL divergence and {self.axis}"
-        body = html.card(title, html.table(lines, headers), self.provenance.to_html())
+        body = html.card(
+            f"sweep {self._title}", html.table(lines, headers), self.provenance.to_html()
+        )
         return html.mimebundle(str(self), body)
 
 
@@ -127,21 +136,32 @@ def sweep(
     speed: bool = True,
     repeats: int = 6,
     seed: int = 0,
+    seconds: float | None = None,
     cancel: threading.Event | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Sweep:
     """Measure each of `settings` against `baseline` (default: the model as it is set).
 
     >>> ktlab.sweep(model, text, [dict(top_k=k) for k in range(1, 13)], baseline=dict(top_k=8))
 
     The baseline's predictions are computed once; speeds are measured with all settings in one
-    alternation. Cancelled, it returns the rows that are complete.
+    alternation. Of a slow model only as much text is read as fits in `seconds`, all settings
+    together. `progress(done, total)` is called after every window of text; without it a bar is
+    drawn where it takes long. Cancelled, it returns the rows that are complete.
     """
     if not settings:
         raise SettingError("no settings: expected a list such as [dict(top_k=4), dict(top_k=6)]")
+    if seconds is not None:
+        max_tokens = readable(model, seconds, len(settings) + 1, max_tokens)
+    tell = progress or ProgressBar("sweep", after_s=PATIENCE_S)
     origin = dict(baseline or {})
-    cache = BaselineCache(max_bytes=512 << 20)
+    cache = BaselineCache()
     measured: list[tuple[Mapping[str, Any], Quality]] = []
-    for change in settings:
+
+    def told(number: int, done: int, total: int) -> None:
+        tell(number * total + done, len(settings) * total)
+
+    for number, change in enumerate(settings):
         quality = measure_quality(
             model,
             text,
@@ -151,6 +171,7 @@ def sweep(
             max_tokens=max_tokens,
             cancel=cancel,
             baseline=cache,
+            progress=partial(told, number),
         )
         if quality is None or not quality[0].done:
             break

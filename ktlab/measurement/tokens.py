@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MIB = 1 << 20
+CHUNK_BYTES = 16 * MIB
+"""Of log-probabilities compared at a time: some arrays of that size are made on the way, and of a
+window of 256 tokens and a vocabulary of 100 thousand they would be 105 MB each."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +76,7 @@ class TokenComparison:
         return cls(
             ids_T=ids_T,
             bytes_T=bytes_T,
-            kl_T=divergence(a.logprobs_TV.float(), b.logprobs_TV.float()).numpy(),
+            kl_T=divergence(a.logprobs_TV, b.logprobs_TV).numpy(),
             same_top1_T=(a.top1_T == b.top1_T).numpy(),
             logprob_a_T=a.target_T.numpy(),
             logprob_b_T=b.target_T.numpy(),
@@ -93,6 +96,12 @@ def divergence(logprobs_a_TV: Tensor, logprobs_b_TV: Tensor) -> Tensor:
     for normalised distributions, and make each term non-negative and of second order in d. So
     rounding does not drown small divergences, as it does in the plain sum of p d.
     """
+    rows = max(1, CHUNK_BYTES // (4 * logprobs_a_TV.shape[-1]))
+    pairs = zip(logprobs_a_TV.split(rows), logprobs_b_TV.split(rows), strict=True)
+    return torch.cat([_divergence(a_TV.float(), b_TV.float()) for a_TV, b_TV in pairs])
+
+
+def _divergence(logprobs_a_TV: Tensor, logprobs_b_TV: Tensor) -> Tensor:
     d_TV = logprobs_a_TV - logprobs_b_TV
     p_TV = logprobs_a_TV.exp()
     near_TV = p_TV * (torch.expm1(-d_TV) + d_TV)

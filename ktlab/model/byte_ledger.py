@@ -17,8 +17,8 @@ from ktlab.kernels.device_linear import DeviceLinear
 from ktlab.kernels.seat import TorchSeat
 from ktlab.kernels.stack import Stack
 from ktlab.memory import node_bytes, process_memory, resident_bytes
+from ktlab.model.components import component_stages
 from ktlab.model.residency import stacks
-from ktlab.model.settings import component_stages
 from ktlab.record import Record
 
 if TYPE_CHECKING:

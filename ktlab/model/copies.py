@@ -5,7 +5,7 @@ Another format makes a second copy of what it names, `layout="packed"` one of wh
 without a word; so nothing is allocated before the bytes are known to fit.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktlab.checkpoint.facts import model_files
@@ -15,7 +15,9 @@ from ktlab.html import decimal_bytes
 from ktlab.kernels.computed import Computed
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.request import PACKED
-from ktlab.memory import memory
+from ktlab.kernels.stack import Stack
+from ktlab.memory import memory, trim
+from ktlab.model.components import every_product
 from ktlab.quantization import fallback_format, get_format
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 FLOAT_BYTES = 4
 KEPT_SHARE = 4
 """Where memory cannot hold the file anyway, copies may still take one part in so many."""
+UNUSED_BYTES, UNUSED_SHARE = 256 << 20, 16
+"""Copies that nobody uses now are kept for a toggle back while all take no more than this, or one
+part in so many of the room: a small model's all, of a large one the latest."""
 
 
 def room(model: "Model") -> int | None:
@@ -76,7 +81,7 @@ def prepared_bytes(products: Iterable[Computed]) -> int:
 def check_formats(model: "Model", wanted: Iterable[tuple[str, Sequence[Computed], str]]) -> None:
     """`SettingError` if copies in other formats do not fit; (component, its products, format).
 
-    Copies of experts that nobody uses now are let go first.
+    Copies that are not wanted are let go first, where they do not fit or take much.
     """
     wanted = list(wanted)
     needed: dict[str, int] = {}
@@ -85,12 +90,45 @@ def check_formats(model: "Model", wanted: Iterable[tuple[str, Sequence[Computed]
         if found:
             name = f"{component} as {format}"
             needed[name] = needed.get(name, 0) + found
-    if not needed or fits(model, sum(needed.values())):
+    if not needed:
         return
-    keep = {format for _, _, format in wanted}
-    for bank in model.experts:
-        bank.let_go(keep)
-    refuse(model, sum(needed.values()), " and ".join(needed), "another copy of these weights")
+    total, free = sum(needed.values()), room(model)
+    if free is not None:
+        allowed = max(UNUSED_BYTES, free // UNUSED_SHARE)
+        if total > free or total + kept_bytes(model) > allowed:
+            let_go(model, wanted)
+    refuse(model, total, " and ".join(needed), "another copy of these weights")
+
+
+def kept_bytes(model: "Model") -> int:
+    """Bytes of all copies in other formats, with what kernels made of them."""
+    return sum(
+        stack.nbytes + sum(stack.operand_bytes.values())
+        for product in every_product(model)
+        for stack in requantized(product)
+    )
+
+
+def requantized(product: Computed) -> Iterator[Stack]:
+    """The stacks of a product's copies; what a copy shares with the stored weights is none."""
+    assert isinstance(product, ExpertBank | Linear)
+    for copies in product._requantized.values():
+        for stack in copies if isinstance(copies, tuple) else (copies,):
+            if not stack.as_loaded:
+                yield stack
+
+
+def let_go(model: "Model", wanted: Iterable[tuple[str, Sequence[Computed], str]]) -> None:
+    """Forget all copies but those of these products in these formats."""
+    keep: dict[int, list[str]] = {}
+    for _, products, format in wanted:
+        for product in products:
+            assert isinstance(product, ExpertBank | Linear)
+            keep.setdefault(id(product._requantized), []).append(format)  # clones share it
+    for product in every_product(model):
+        assert isinstance(product, ExpertBank | Linear)
+        product.let_go(keep.get(id(product._requantized), ()))
+    trim()
 
 
 def check_prepared(model: "Model", before: int, products: Iterable[Computed]) -> None:
@@ -110,11 +148,6 @@ def check_use(
     return lambda: check_prepared(model, before, banks)
 
 
-def fits(model: "Model", needed: int) -> bool:
-    free = room(model)
-    return free is None or needed <= free
-
-
 def refuse(model: "Model", needed: int, what: str, copies: str) -> None:
     """`SettingError` unless `needed` bytes fit."""
     free = room(model)
@@ -127,10 +160,3 @@ def refuse(model: "Model", needed: int, what: str, copies: str) -> None:
         f"such as {{{layers[len(layers) // 2]}: ...}} instead of a bare word, or a component "
         "without the experts"
     )
-
-
-def products_of(stage: Any) -> list[Computed]:
-    """What kernels compute in a stage: the bank, or its matrices."""
-    if isinstance(stage, ExpertBank):
-        return [stage]
-    return [stage] if isinstance(stage, Linear) else list(stage.linears.values())

@@ -51,6 +51,10 @@ from ktlab.quantization import QTensor
 Ids = Sequence[int] | NDArray[np.integer[Any]] | Tensor
 
 ROUTER_NAMES = ("layers.*.router.*",)
+HEAD_NAMES = ("norm", "logits")
+"""Activations behind the layers."""
+CHUNK, HEAD_TOKENS = 512, 256
+"""Tokens of a prompt that pass the layers at a time, and of a traced text the output matrix."""
 
 
 class Model:
@@ -156,7 +160,7 @@ class Model:
         *,
         lengths: Sequence[int] | None = None,
         probe: Probe = NO_PROBE,
-        chunk: int = 512,
+        chunk: int = CHUNK,
     ) -> Tensor:
         """Logits, float32: (T,) ids give (T, V), (B, T) ids give (B, T, V).
 
@@ -177,7 +181,7 @@ class Model:
         *,
         lengths: Sequence[int] | None = None,
         probe: Probe = NO_PROBE,
-        chunk: int = 512,
+        chunk: int = CHUNK,
     ) -> Tensor:
         """(B, V) logits after the last (true) token of each sequence: what decoding needs."""
         ids_BT, _ = self._ids(ids)
@@ -439,12 +443,13 @@ class Model:
         """Run a text and keep what happened: by default every router's decision and stage times.
 
         `names` are shell patterns over activations, e.g. "layers.3.*"; `domain` labels the tokens.
+        The output matrix is multiplied where `names` ask for something of it, or are not given.
         """
         ids_T = self._prompt_ids(text_or_ids)
         patterns = ROUTER_NAMES if names is None else (names,) if isinstance(names, str) else names
         recorder = Recorder(tuple(patterns))
         start = perf_counter()
-        self.forward(ids_T, probe=recorder)
+        self._watched(ids_T, recorder, head=names is None or any(map(recorder.wants, HEAD_NAMES)))
         seconds = perf_counter() - start
         arrays = recorder.joined()
         if not arrays:
@@ -461,6 +466,14 @@ class Model:
             model=self.identity,
             settings=self.settings.to_dict(),
         )
+
+    @torch.inference_mode()
+    def _watched(self, ids_T: Tensor, probe: Probe, *, head: bool) -> None:
+        """A forward pass for the probe alone, which never holds the logits of all tokens."""
+        ids_BT, _ = self._ids(ids_T)
+        hidden_BTD = self._hidden(ids_BT, self._cache_for(ids_BT, None), None, probe, CHUNK)
+        for some_BTD in hidden_BTD.split(HEAD_TOKENS, dim=1) if head else ():
+            self._head(some_BTD, probe)
 
     # Showing it ------------------------------------------------------------------------------
 

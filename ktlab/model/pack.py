@@ -8,8 +8,7 @@ from ktlab.errors import SettingError
 from ktlab.kernels.pack_run import PackedTensor, PackReport
 from ktlab.kernels.packed_file import PackCache, file_identity
 from ktlab.kernels.threads import default_threads
-from ktlab.model.copies import products_of
-from ktlab.model.settings import component_stages
+from ktlab.model.components import every_product
 
 if TYPE_CHECKING:
     from ktlab.model.model import Model
@@ -26,14 +25,13 @@ def pack_model(
     left: dict[str, str] = {}
     for block in model.layers:
         block.let_go()  # or the blocks that packing lets go would stay
-    for _, holder, name in component_stages(model):
-        for product in products_of(getattr(holder, name)):
-            try:
-                report = product.pack(folder, identity=identity, threads=threads)
-            except SettingError as error:  # no kernel computes a format of it
-                left.update({stack.name: str(error) for stack in product.stacks})
-                continue
-            packed += report.tensors
+    for product in every_product(model):
+        try:
+            report = product.pack(folder, identity=identity, threads=threads)
+        except SettingError as error:  # no kernel computes a format of it
+            left.update({stack.name: str(error) for stack in product.stacks})
+            continue
+        packed += report.tensors
     return PackReport(tensors=tuple(packed), left=left, threads=threads or default_threads())
 
 

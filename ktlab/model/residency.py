@@ -14,8 +14,8 @@ from ktlab.html import decimal_bytes
 from ktlab.kernels.stack import Stack
 from ktlab.memory import memory, resident_bytes
 from ktlab.model.block import MoEBlock
+from ktlab.model.components import component_stages
 from ktlab.model.from_disk import FromDisk, from_disk
-from ktlab.model.settings import component_stages
 from ktlab.record import Record
 
 if TYPE_CHECKING:

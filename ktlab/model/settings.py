@@ -12,7 +12,8 @@ from ktlab.kernels import dispatch
 from ktlab.kernels.computed import Computed
 from ktlab.kernels.request import AUTO, REQUEST_WORDS
 from ktlab.model.block import Layer, MoEBlock
-from ktlab.model.copies import check_formats, check_prepared, prepared_bytes, products_of
+from ktlab.model.components import COMPONENTS, component_stages, every_product, products_of
+from ktlab.model.copies import check_formats, check_prepared, prepared_bytes
 from ktlab.quantization import get_format
 from ktlab.routing.rules import FixedK, SelectionRule, with_k
 
@@ -24,8 +25,6 @@ SWITCHES = (
     "placement", "stand_in", *REQUEST_WORDS,
 )  # fmt: skip
 """What `override` and `set` accept."""
-COMPONENTS = ("attention", "dense", "experts", "shared", "output")
-"""What `quantize=` can name; `experts` is what a bare format means."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,26 +162,6 @@ def tensor_formats(stage: Any) -> list[str]:
     return [linear.stack.format.name for linear in stage.linears.values()]
 
 
-def _every_product(model: "Model") -> Iterator[Computed]:
-    for _, holder, name in component_stages(model):
-        yield from products_of(getattr(holder, name))
-
-
-def component_stages(model: "Model") -> Iterator[tuple[str, Any, str]]:
-    """(component, object that holds it, attribute) of everything that `quantize=` can change."""
-    for block in model.layers:
-        yield "attention", block, "attention"
-        if isinstance(block, MoEBlock):
-            yield "experts", block, "experts"
-            if block.shared is not None:
-                yield "shared", block, "shared"
-        else:
-            yield "dense", block, "mlp"
-        for name in block.in_prefill:
-            yield "dense" if name == "mlp" else name, block.in_prefill, name
-    yield "output", model, "output"
-
-
 class Rules(Protocol):
     """What the switch `rules` takes; `ktlab.RuleSet` is one."""
 
@@ -250,7 +229,7 @@ def apply(
             "stand_in says what computes in a device's stead; give placement or rules, too"
         )
     heavy = any(words.get(word) is not None for word in ("backend", "layout", "isa"))
-    before = prepared_bytes(_every_product(model)) if heavy else 0
+    before = prepared_bytes(every_product(model)) if heavy else 0
     moe: dict[int, MoEBlock] = {b.index: b for b in model.moe_blocks}
     every: dict[int, Layer] = {b.index: b for b in model.layers}
     for index, new_rule in _per_layer("rule", rule, moe).items():
@@ -270,7 +249,7 @@ def apply(
         change.set(every[index].attention, "form", form)
     _set_kernels(model, change, words)
     if heavy:
-        check_prepared(model, before, _every_product(model))
+        check_prepared(model, before, every_product(model))
     for block in moe.values():
         block.router.check()
         _check_deferred(block)

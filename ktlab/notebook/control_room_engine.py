@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 from ktlab.errors import KtlabError
+from ktlab.measurement.pace import pace
 from ktlab.measurement.quality import Quality, stream_quality
 from ktlab.measurement.speed import stream_speed
 from ktlab.measurement.tokens import BaselineCache, Prediction
@@ -26,7 +27,6 @@ from ktlab.notebook.control_room_choice import OWN, Choice, Library
 from ktlab.notebook.control_room_kernels import OFF, twin_sides
 from ktlab.notebook.control_room_phases import Glance, Options
 from ktlab.notebook.control_room_results import Progress, Results
-from ktlab.notebook.pace import pace
 from ktlab.notebook.worker import Worker
 
 SWITCH_S = 0.0005

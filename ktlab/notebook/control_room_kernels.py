@@ -19,8 +19,7 @@ from ktlab.kernels.request import (
 )
 from ktlab.measurement.synthetic import MIXES, shapes
 from ktlab.measurement.twin import Side
-from ktlab.model.copies import products_of
-from ktlab.model.settings import component_stages
+from ktlab.model.components import component_stages, products_of
 from ktlab.placement.presets import PRESETS, stand_ins
 from ktlab.quantization import fallback_format
 

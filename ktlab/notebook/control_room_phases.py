@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ktlab.measurement.pace import Pace
 from ktlab.measurement.quality import Quality, summarize
 from ktlab.measurement.tokens import Prediction, TokenComparison
 from ktlab.measurement.windows import TokenBytes
@@ -27,7 +28,6 @@ from ktlab.notebook.control_room_results import (
     Stages,
     StageTimes,
 )
-from ktlab.notebook.pace import Pace
 from ktlab.probe import Recorder
 from ktlab.routing import intervals
 

@@ -68,6 +68,8 @@ def verdict(results: Results) -> str:
     name, base = results.choice.label, results.baseline.label
     if found.identical:
         return f"{name} is the baseline: no change"
+    if not isfinite(found.kl_mean.high):
+        return f"{name} against {base}: too few tokens yet for a verdict"
     if not found.significant("kl_mean"):
         return f"no change: {name} and {base} differ by rounding at most"
     ratio = found.perplexity_ratio

@@ -17,8 +17,7 @@ from ktlab.errors import ContextError
 from ktlab.interval import Interval
 from ktlab.measurement import intervals
 from ktlab.measurement.blocks import Blocks
-from ktlab.model.copies import products_of
-from ktlab.model.settings import component_stages
+from ktlab.model.components import every_product
 from ktlab.probe import Recorder
 
 if TYPE_CHECKING:
@@ -63,9 +62,6 @@ def agreement(model: "Model", ids: Sequence[int]) -> Agreement:
     a, b = logits["naive"], logits["absorbed"]
     difference = float((a - b).abs().max())
     log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
-    computed = [
-        p for _, holder, n in component_stages(twin) for p in products_of(getattr(holder, n))
-    ]
     blocks = Blocks.cut([len(a)])
     kl_T = (log_a.exp() * (log_a - log_b)).sum(-1).clamp(min=0).numpy()
     same_T = (a.argmax(-1) == b.argmax(-1)).numpy()
@@ -75,7 +71,7 @@ def agreement(model: "Model", ids: Sequence[int]) -> Agreement:
         relative=difference / float(a.abs().max()),
         same_top1=intervals.share(same_T, blocks),
         kl=intervals.mean(kl_T, blocks, scale="log", unit="nats"),
-        rounded=any(p.kernel.backend not in EXACT for p in computed),
+        rounded=any(p.kernel.backend not in EXACT for p in every_product(twin)),
     )
 
 

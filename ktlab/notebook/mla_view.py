@@ -13,6 +13,7 @@ import numpy as np
 
 from ktlab import figures, html
 from ktlab.attention.cache import FORMS
+from ktlab.measurement.pace import pace
 from ktlab.measurement.roofline import measure_machine
 from ktlab.notebook.css import style
 from ktlab.notebook.instrument import Instrument, Snapshot, TextSource, live, numbers
@@ -28,7 +29,6 @@ from ktlab.notebook.mla_timing import (
     times_faster,
     work,
 )
-from ktlab.notebook.pace import pace
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

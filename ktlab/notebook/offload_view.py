@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 
 from ktlab import figures, html
+from ktlab.measurement.pace import pace
 from ktlab.measurement.quality import Quality, stream_quality
 from ktlab.measurement.tokens import BaselineCache
 from ktlab.notebook.css import style
@@ -24,7 +25,6 @@ from ktlab.notebook.expert_choice import (
     pick,
 )
 from ktlab.notebook.instrument import Instrument, Snapshot, TextSource, live, numbers
-from ktlab.notebook.pace import pace
 
 if TYPE_CHECKING:
     from ktlab.model.generation import Generation

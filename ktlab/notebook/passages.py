@@ -4,15 +4,14 @@ A passage starts on a new line somewhere in its text; passages are far enough ap
 different texts, so halves of them can be held out.
 """
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ktlab.errors import ContextError
+from ktlab.measurement.pace import pace
 from ktlab.notebook.excerpts import excerpt
-from ktlab.notebook.pace import pace
 from ktlab.progress import ProgressBar, duration
 
 if TYPE_CHECKING:
@@ -51,19 +50,19 @@ def trace_passages(
     if not texts:
         raise ContextError("no texts: expected a mapping such as ktlab.domain_texts()")
     tokens = min(tokens, model.config.context_length)
-    asked = f"{count} passages of {tokens} tokens"
+    asked = f"{count} passage{'s' if count > 1 else ''} of {tokens} tokens"
     whole, each = count * tokens, pace(model).read(seconds / len(texts), count * tokens, least=16)
     if each < whole:
         # Two are what can be held against each other; a short passage says little of its text.
         count = min(count, max(2, each // SHORT))
         tokens = min(tokens, max(LEAST_TOKENS, each // count))
-        counted = f"{len(texts)} texts" if len(texts) > 1 else "the text"
+        counted = f"each of {len(texts)} texts" if len(texts) > 1 else "the text"
         would = duration(whole * len(texts) * pace(model).pass_s / pace(model).tokens)
         print(
-            f"{asked} from each of {counted} would take about {would} with this model: "
+            f"{asked} from {counted} would take about {would} with this model: "
             f"{count} of {tokens} are traced. With seconds=math.inf it would be all."
         )
-    bar = ProgressBar("tracing", sys.stdout, shown=None if each < whole else False)
+    bar = ProgressBar("tracing", shown=None if each < whole else False)
     traces = []
     for number, (name, text) in enumerate(texts.items()):
         bar(number, len(texts))

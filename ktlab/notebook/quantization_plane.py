@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ktlab import figures
 from ktlab.measurement.quality import Quality
-from ktlab.model.settings import COMPONENTS
+from ktlab.model.components import COMPONENTS
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -11,12 +11,13 @@ import numpy as np
 
 from ktlab import figures, html
 from ktlab.errors import SettingError
+from ktlab.measurement.pace import pace
 from ktlab.measurement.quality import Quality, stream_quality
 from ktlab.measurement.tokens import BaselineCache
-from ktlab.model.settings import COMPONENTS, component_formats
+from ktlab.model.components import COMPONENTS
+from ktlab.model.settings import component_formats
 from ktlab.notebook.css import style
 from ktlab.notebook.instrument import Instrument, Snapshot, TextSource, live, numbers
-from ktlab.notebook.pace import pace
 from ktlab.notebook.quantization_plane import AS_LOADED, Tried, empty_plane, label, label_places
 from ktlab.notebook.requantizing import planned_bytes, requantize_all, some_layers
 from ktlab.progress import duration

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ktlab.errors import SettingError
 from ktlab.experts.bank import ExpertBank
 from ktlab.kernels.linear import Linear
-from ktlab.model.copies import check_formats, products_of
-from ktlab.model.settings import COMPONENTS, component_stages, formatted
+from ktlab.model.components import COMPONENTS, component_stages, products_of
+from ktlab.model.copies import check_formats
+from ktlab.model.settings import formatted
 from ktlab.quantization import QTensor, fallback_format
 from ktlab.quantization.qtensor import QuantizationError
 

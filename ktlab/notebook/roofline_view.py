@@ -11,6 +11,7 @@ from ktlab.errors import SettingError
 from ktlab.kernels.switch_measurement import SwitchCurve
 from ktlab.measurement.kernel_points import TOKENS, KernelRoofline, stream_points
 from ktlab.model.block import MoEBlock
+from ktlab.model.copies import let_go
 from ktlab.notebook.css import style
 from ktlab.notebook.instrument import Instrument, Snapshot, live
 
@@ -24,7 +25,7 @@ SHAPES = ("deepseek-v2-lite", "deepseek-v2", "deepseek-v3")
 FORMATS = ("q4_k_m", "q8_0", "int8_channel", "q4_0", "bf16")
 LARGE_TOKENS = 6
 COMPARED_WEIGHTS = 6e8
-"""Of experts, whose float32 copies take four bytes each."""
+"""Of experts, which the slowest kernels compute within seconds."""
 SLOTS = 32
 """Curves that the live figure has room for: it keeps its traces."""
 
@@ -198,7 +199,7 @@ def kernel_frame(
     products of the stored weights.
 
     A setting that cannot compute this model says why. Of a large model only the first layers run,
-    since float32 copies of all would not fit; their name is on the column."""
+    and copies in other formats are let go again; the column says how many layers."""
     import numpy as np
     import pandas as pd
 
@@ -216,10 +217,13 @@ def kernel_frame(
         with model.override(**words):
             logits = model.forward(ids, probe=recorder).numpy()
             kernel = str(model.moe_blocks[0].experts.kernel)
+        if count < every:
+            let_go(model, [])
         found = recorder.joined()
         return found[name].numpy(), np.sort(found[chosen].numpy()), logits, kernel
 
-    exact, exact_ids_TK, exact_logits, _ = outputs({"backend": "torch"})
+    # NumPy holds one expert's floats at a time, torch all of them.
+    exact, exact_ids_TK, exact_logits, _ = outputs({"backend": "numpy"})
     rows = []
     for label, words in settings.items():
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktlab import html
 from ktlab.errors import RuleError
-from ktlab.notebook.pace import pace
+from ktlab.measurement.pace import pace
 from ktlab.placement.rules import Preview, RuleSet
 from ktlab.placement.rules.preview import TONES
 

@@ -13,11 +13,11 @@ import torch
 from ktlab import html
 from ktlab.checkpoint.embedded import data_path
 from ktlab.errors import RuleError
+from ktlab.measurement.pace import pace
 from ktlab.measurement.quality import Quality, stream_quality
 from ktlab.measurement.tokens import BaselineCache
 from ktlab.notebook.css import style
 from ktlab.notebook.instrument import Instrument, Snapshot, numbers
-from ktlab.notebook.pace import pace
 from ktlab.notebook.rules_tables import preview_html, problems_html
 from ktlab.placement.rules import Preview, RuleSet
 from ktlab.placement.rules.own import Classes, by_name

@@ -175,3 +175,21 @@ def test_the_progress_bar_judges_the_time_left_by_what_this_run_did() -> None:
     assert bar.line(60, 100, 10.0, 20).endswith("60 %, 20 s left")
     assert bar.line(100, 100, 65.0, 60).endswith("100 %, took 1 min 5 s")
     assert duration(7300) == "2 h 1 min"
+
+
+def test_what_is_quickly_done_draws_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from ktlab import progress
+
+    now = [0.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    quick, slow = (io.StringIO() for _ in range(2))
+    for stream, step_s in ((quick, 0.5), (slow, 2.0)):
+        bar = ProgressBar("read", stream, shown=True, after_s=3.0)
+        for done in range(1, 5):
+            now[0] += step_s
+            bar(done, 4)
+    assert not quick.getvalue()
+    assert "50 %" in slow.getvalue() and slow.getvalue().endswith("100 %, took 8 s\n")
+    assert "25 %" not in slow.getvalue()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ktlab.kernels import computed, linear, native
+from ktlab.kernels import computed, linear, native, reference
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.norm import rms_norm
 from ktlab.quantization import QTensor
@@ -32,6 +32,22 @@ def test_by_head_multiplies_each_head_by_its_own_matrix(
     found = heads.by_head(x_THK)
     assert found.shape == (tokens, 4, 48)
     assert float((found - expected).norm() / expected.norm()) < bound
+
+
+def test_the_reference_holds_some_rows_as_floats_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = matrix((50, 64), "q8_0").weight
+    x_TK = np.random.default_rng(1).standard_normal((3, 64), np.float32)
+    whole, shapes = reference.linear(weight, x_TK), []
+    monkeypatch.setattr(reference, "ROWS", 16)
+    floats = QTensor.dequantize
+
+    def dequantize(self: QTensor) -> np.ndarray:
+        shapes.append(self.shape)
+        return floats(self)
+
+    monkeypatch.setattr(QTensor, "dequantize", dequantize)
+    assert np.allclose(reference.linear(weight, x_TK), whole)
+    assert shapes == [(16, 64)] * 3 + [(2, 64)]
 
 
 @needs_native

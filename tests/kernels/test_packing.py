@@ -17,6 +17,7 @@ from ktlab.checkpoint.writer import write_gguf
 from ktlab.errors import CheckpointError, FormatError, SettingError
 from ktlab.kernels import codings, native, numba_backend, packed_file, packing
 from ktlab.kernels.packed_file import HEADER_BYTES, Header, PackCache, open_packed
+from ktlab.kernels.request import BLOCKS, PACKED
 from ktlab.kernels.stack import Stack
 from ktlab.kernels.weights import aligned_bytes
 from ktlab.model.model import Model
@@ -341,6 +342,17 @@ def test_pages_of_a_mapped_file_are_given_back(tmp_path) -> None:
     np.testing.assert_array_equal(mapped, before)
     assert not packing.drop_pages(np.zeros(10, np.uint8))
     assert not packing.drop_pages(np.memmap(path, np.uint8, mode="c")), "it may hold changes"
+
+
+def test_what_was_packed_gives_its_mapped_pages_back(tmp_path, monkeypatch) -> None:
+    dropped: list[np.ndarray] = []
+    monkeypatch.setattr(packing, "drop_pages", dropped.append)
+    stack = Stack(random_tensor("q8_0"))
+    stack.weights(BLOCKS)
+    assert not dropped
+    stack.weights(PACKED)
+    stack.weights(PACKED)
+    assert len(dropped) == 1 and dropped[0] is stack.tensor.blocks
 
 
 # Conversion at load ------------------------------------------------------------------------------

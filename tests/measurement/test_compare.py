@@ -9,7 +9,7 @@ import pytest
 
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG
 from ktlab.errors import KtlabError, SettingError
-from ktlab.measurement import provenance
+from ktlab.measurement import pace, provenance
 from ktlab.measurement.compare import Cancelled, Comparison, compare
 from ktlab.measurement.provenance import Provenance
 from ktlab.measurement.sweep import Sweep, pareto, sweep
@@ -110,6 +110,22 @@ def test_sweep_cancelled_keeps_complete_rows(model, ids):
     assert len(found) == 0 and "Sweep" in str(found)
     with pytest.raises(SettingError, match="no settings"):
         sweep(model, ids, [])
+
+
+def test_a_slow_model_reads_what_fits_in_the_seconds(model, ids, monkeypatch, capsys):
+    slow = pace.Pace(token_s=0.4, pass_s=4.0, tokens=64)  # 16 tokens a second
+    monkeypatch.setattr(pace, "pace", lambda _: slow)
+    seen = []
+    found = sweep(
+        model, ids, [{"top_k": 2}, {"top_k": 1}], max_tokens=300, window=100, speed=False,
+        seconds=27, progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert [row.quality.tokens for row in found] == [144, 144]  # 27 / 3 passes * 16
+    assert "on 144 tokens" in str(found)
+    assert seen == [(100, 288), (144, 288), (244, 288), (288, 288)]
+    compared = compare(model, ids, a={}, b={"top_k": 1}, speed=False, seconds=1, max_tokens=300)
+    assert compared.quality.tokens == pace.LEAST_TOKENS, "less says nothing"
+    assert not any(capsys.readouterr()), "pytest is neither a terminal nor a notebook"
 
 
 def test_pareto_against_the_definition():

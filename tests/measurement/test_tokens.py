@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from ktlab.measurement import tokens
 from ktlab.measurement.tokens import (
     Baseline,
     BaselineCache,
@@ -144,3 +145,18 @@ def test_cache_under_threads():
 def test_window_key_is_the_tokens():
     assert window_key(torch.tensor([1, 2])) == window_key(torch.tensor([1, 2]))
     assert window_key(torch.tensor([1, 2])) != window_key(torch.tensor([2, 1]))
+
+
+def test_a_large_vocabulary_is_compared_piece_by_piece(monkeypatch):
+    a, b = (torch.randn(37, 50, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    a, b = a.log_softmax(-1), b.log_softmax(-1)
+    whole, rows = divergence(a, b), []
+    monkeypatch.setattr(tokens, "CHUNK_BYTES", 10 * 50 * 4)
+    one = tokens._divergence
+
+    def counted(a, b):
+        rows.append(len(a))
+        return one(a, b)
+
+    monkeypatch.setattr(tokens, "_divergence", counted)
+    assert torch.allclose(divergence(a, b), whole) and rows == [10, 10, 10, 7]

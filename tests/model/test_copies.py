@@ -9,7 +9,7 @@ from ktlab.checkpoint.synthesis import TINY_V2_CONFIG, synthesize
 from ktlab.errors import SettingError
 from ktlab.memory import memory
 from ktlab.model import copies
-from ktlab.model.copies import format_bytes, prepared_bytes, room
+from ktlab.model.copies import format_bytes, kept_bytes, prepared_bytes, room
 
 Q8 = {"*_exps*": "q8_0", "*": "f32"}
 
@@ -104,3 +104,21 @@ def test_the_models_own_file_keeps_its_place(
     assert room(tiny) == 9 * own and room(model) == 10 * own
     available(monkeypatch, own)  # cannot be held beside anything: a small copy may still be made
     assert room(tiny) == own // copies.KEPT_SHARE
+
+
+def test_copies_of_a_large_model_stay_only_while_they_are_wanted(
+    model: ktlab.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with model.override(quantize={"experts": "q5_0", "attention": "q5_0"}):
+        pass
+    kept = kept_bytes(model)
+    with model.override(quantize={"attention": "q4_0"}):
+        pass
+    assert kept_bytes(model) > kept, "little is kept for a toggle back"
+    monkeypatch.setattr(copies, "UNUSED_BYTES", kept)
+    monkeypatch.setattr(copies, "UNUSED_SHARE", 1 << 40)
+    with model.override(quantize={"experts": "q5_0", "attention": "q8_0"}):
+        assert {bank.kept_formats for bank in model.experts} == {("q5_0",)}, "asked for again"
+        for block in model.layers:
+            made = [linear._requantized for linear in block.attention.linears.values()]
+            assert all(set(formats) == {"q8_0"} for formats in made)

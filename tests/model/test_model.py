@@ -7,8 +7,9 @@ import torch
 
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, TINY_V2_CONFIG, synthesize
 from ktlab.errors import CheckpointError, ContextError, SettingError, StageError, TraceError
+from ktlab.model import model as model_module
 from ktlab.model.model import Model
-from ktlab.probe import Recorder
+from ktlab.probe import Probe, Recorder
 from ktlab.routing import CumulativeProbability, FixedK, RelativeThreshold
 
 IDS = torch.randint(0, 256, (60,), generator=torch.manual_seed(3))
@@ -238,6 +239,26 @@ def test_trace(model: Model) -> None:
     other = Model(synthesize(TINY_V2_CONFIG)).trace("some text")
     with pytest.raises(TraceError):
         trace.merge(other)
+
+
+def test_a_trace_holds_no_logits_that_nobody_asked_for(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = list(range(1, 12))
+    assert "output" in model.trace(ids).stages, "stage times are whole by default"
+    sizes, head = [], Model._head
+
+    def counted(self: Model, hidden_BTD: torch.Tensor, probe: Probe) -> torch.Tensor:
+        sizes.append(hidden_BTD.shape[1])
+        return head(self, hidden_BTD, probe)
+
+    monkeypatch.setattr(Model, "_head", counted)
+    monkeypatch.setattr(model_module, "HEAD_TOKENS", 4)
+    model.trace(ids, names="layers.*.router.ids")
+    assert not sizes
+    logits_TV = torch.from_numpy(model.trace(ids, names=["logits"])["logits"])
+    assert sizes == [4, 4, 3]
+    torch.testing.assert_close(logits_TV, model.forward(ids))
 
 
 def test_cost_counts_what_the_shapes_say(model: Model) -> None:

@@ -17,6 +17,7 @@ from ktlab.notebook import control_room, control_room_controls
 from ktlab.notebook import control_room_plane as plane
 from ktlab.notebook.control_room_choice import ALL, OWN, Choice, Library
 from ktlab.notebook.control_room_elsewhere import elsewhere, prediction
+from ktlab.notebook.control_room_quality import verdict
 from ktlab.notebook.control_room_results import Point
 
 TEXTS = {
@@ -280,6 +281,16 @@ def test_the_plane_as_a_picture_has_axes_and_intervals():
     assert best < near, "up is closer to the baseline"
     assert left == right, "a single repeat has no interval"
     assert "no setting" in plane.plane([], "decode")
+
+
+def test_the_first_few_tokens_give_no_verdict(room):
+    room.set(top_k=2)
+    room.wait(WAIT_S)
+    sure = room.results
+    wide = replace(sure.quality.kl_mean, low=0.0, high=inf)
+    few = replace(sure, quality=replace(sure.quality, kl_mean=wide))
+    assert "no change" not in verdict(few) and "too few tokens" in verdict(few)
+    assert "too few tokens" not in verdict(sure)
 
 
 def test_numbers_say_how_they_were_measured(room):

@@ -184,7 +184,7 @@ def test_the_switch_is_drawn_with_the_border_in_force():
 
 
 def test_errors_of_settings_against_float32(model):
-    settings = {"exact": {"backend": "numpy"}, "coarse": {"quantize": "q4_0"}}
+    settings = {"exact": {"backend": "torch"}, "coarse": {"quantize": "q4_0"}}
     before = model.settings
     frame = kernel_frame(model, settings, list(range(2, 20)))
     assert list(frame.index) == ["exact", "coarse"] and model.settings == before

@@ -17,6 +17,8 @@ from ktlab.checkpoint import write_gguf
 from ktlab.checkpoint.synthesis import TINY_QWEN3MOE_CONFIG, TINY_V2_CONFIG, synthesize
 from ktlab.checkpoint.tokenizer import byte_tokenizer
 from ktlab.errors import SettingError
+from ktlab.measurement import pace
+from ktlab.measurement.pace import Pace
 from ktlab.model.load import MODEL_VARIABLE
 from ktlab.notebook import (
     ControlRoom,
@@ -31,11 +33,10 @@ from ktlab.notebook import (
 from ktlab.notebook.instrument import Instrument
 from ktlab.notebook.mla_tables import cache_frame
 from ktlab.notebook.mla_view import MLAView
-from ktlab.notebook.pace import Pace
 from ktlab.notebook.roofline_view import kernel_frame
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-PACED = (control_room_engine, mla_view, offload_view, passages, quantization_view,
+PACED = (control_room_engine, mla_view, offload_view, pace, passages, quantization_view,
          rules_tables, rules_view)  # fmt: skip
 CLOCK = re.compile(r"\b(roofline|curve)\b|RooflineView\(|doctor\(|\.measure\(")
 """Cells that time the machine, not the model: 45 s in all."""
@@ -101,7 +102,7 @@ def test_mla_of_a_model_without_it(tmp_path: Path) -> None:
 
 def test_a_setting_that_cannot_compute_this_model_says_why() -> None:
     model = ktlab.Model(synthesize(TINY_V2_CONFIG, formats={"*_exps*": "q8_0", "*": "f32"}))
-    settings = {"float32": dict(backend="torch"), "emulated": dict(isa="amx_bf16_emulated")}
+    settings = {"float32": dict(backend="numpy"), "emulated": dict(isa="amx_bf16_emulated")}
     frame = kernel_frame(model, settings, [1, 2, 3])
     assert "cannot compute" in frame.loc["emulated", "kernel"]
     assert frame.loc["float32", "logits"] == "0 %"

@@ -9,6 +9,8 @@ from ktlab import html
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.errors import SettingError
 from ktlab.experts.caches import replay
+from ktlab.measurement import pace as pace_module
+from ktlab.measurement.pace import Pace, pace
 from ktlab.model.load import load
 from ktlab.model.model import Model
 from ktlab.notebook import (
@@ -22,14 +24,10 @@ from ktlab.notebook import (
     quantization_view,
     requantizing,
 )
-from ktlab.notebook import (
-    pace as pace_module,
-)
 from ktlab.notebook.control_room_phases import Options
 from ktlab.notebook.mla_timing import affordable
 from ktlab.notebook.mla_view import MLAView
 from ktlab.notebook.offload_view import OffloadView
-from ktlab.notebook.pace import Pace, pace
 from ktlab.notebook.passages import trace_passages
 from ktlab.notebook.quantization_view import QuantizationView
 from ktlab.notebook.requantizing import some_layers
@@ -108,6 +106,8 @@ def test_a_trace_is_cut_to_its_seconds_and_says_so(
     assert "2 of 64 are traced" in said
     assert len(trace_passages(model, TEXTS, count=1, tokens=64, seconds=math.inf)) == 128
     assert not capsys.readouterr().out
+    trace_passages(model, {"mine": TEXTS["one"]}, count=1, tokens=200, seconds=1)
+    assert "1 passage of 200 tokens from the text would take about" in capsys.readouterr().out
     frame = offload_tables.touched_frame(model, trace, model.moe_blocks[0].index, [1, 32, 256])
     assert list(frame.index) == [1, 32], "no text of this trace has 256 tokens"
 
@@ -177,9 +177,14 @@ def test_of_a_large_model_kernels_are_compared_on_its_first_layers(
     assert [b.index for b in first.moe_blocks] == [model.moe_blocks[0].index]
     assert len(model.layers) > len(first.layers)
     monkeypatch.setattr("ktlab.notebook.roofline_view.beginning", lambda m: beginning(m, 1))
-    frame = kernel_frame(model, {"float32": dict(backend="torch")}, [1, 2, 3])
+    settings = {"float32": dict(backend="numpy"), "coarse": dict(quantize="q4_0")}
+    frame = kernel_frame(model, settings, [1, 2, 3])
     column = f"logits of the first {len(first.layers)} layers"
-    assert frame.loc["float32", column] == "0 %"
+    assert frame.loc["float32", column] == "0 %" != frame.loc["coarse", column]
+    bank = first.moe_blocks[0].experts
+    for stack in (*bank.stacks, *first.output.stacks):
+        assert "float32" not in stack.operand_bytes
+    assert not bank.kept_formats, "a large model's copies are large"
 
 
 def test_the_format_that_a_tensor_has_is_no_point_of_its_errors() -> None:

@@ -20,8 +20,9 @@ from ktlab.checkpoint.synthesis import (
 from ktlab.errors import RuleError
 from ktlab.kernels import native
 from ktlab.memory import memory
+from ktlab.model import copies
 from ktlab.model.model import Model
-from ktlab.placement.rules import Preview, RuleSet, ruleset
+from ktlab.placement.rules import Preview, RuleSet
 from ktlab.placement.rules.modules import Module, modules
 from ktlab.placement.rules.preview import collapsed
 from tests.placement.test_rule_files import EXPERTS, FIRST_RELEASE, GPU_AND_CPU, LINEAR
@@ -369,11 +370,11 @@ def test_experts_that_do_not_fit_in_memory_are_refused_before(
     needed = rules.preview(model).new_bytes
     assert any("other formats take" in line for line in rules.preview(model).summary)
     for bytes_, fits in ((needed - 1024, False), (needed, True)):
-        monkeypatch.setattr(ruleset, "memory", lambda n=bytes_: replace(memory(), available=n))
+        monkeypatch.setattr(copies, "memory", lambda n=bytes_: replace(memory(), available=n))
         if fits:
             rules.apply(model).undo()
         else:
-            with pytest.raises(RuleError, match="1.0 KiB more than is available; name fewer"):
+            with pytest.raises(RuleError, match="1.0 KiB more than is free beside the model"):
                 rules.apply(model)
         assert model.settings == settings
     assert needed == sum(bank.quantized("int8_channel").nbytes for bank in model.experts)

@@ -22,7 +22,7 @@ from ktlab import html
 from ktlab.checkpoint.embedded import data_path
 from ktlab.errors import RuleError, nearest
 from ktlab.kernels.computed import Computed
-from ktlab.memory import memory
+from ktlab.model.copies import room
 from ktlab.model.model import Model
 from ktlab.model.place import StandIn, apply_placement
 from ktlab.model.settings import Change, ask
@@ -163,14 +163,12 @@ class RuleSet:
             change.undo()
 
     def _check_memory(self, model: Model, needed: int) -> None:
-        found = memory()
-        available = min((n for n in (found.available, found.limit) if n is not None), default=None)
-        if available is not None and needed > available:
-            more = html.byte_size(needed - available)
+        free = room(model)
+        if free is not None and needed > free:
             raise RuleError(
                 f"{self.source}: the experts of {model.name} in another format need "
-                f"{html.byte_size(needed)} of memory, {more} more than is available; name fewer "
-                "layers, or a format with fewer bits"
+                f"{html.byte_size(needed)} of memory, {html.byte_size(needed - free)} more than is "
+                "free beside the model; name fewer layers, or a format with fewer bits"
             )
 
     def _walk(self, model: Model, stand_in: StandIn | None) -> tuple[Walk, Placed]:

@@ -4,6 +4,7 @@ A budget is seconds, not tokens: a small model reads everything that an instrume
 large one as much as fits, and what is shown says how much that was.
 """
 
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ IDLE_FLOPS, IDLE_BYTES_PER_S = 2e10, 2e9
 """What any machine does that is not busy with something else: a small model on a busy one is
 waited for, and reads as much as ever, so that its numbers are those of another day."""
 ENOUGH_S = 0.5
+LEAST_TOKENS = 128
+"""Of a text that settings are compared on: with less, an interval says nothing."""
 PROBE = 64
 """Tokens of the timed pass. A longer one is quicker a token, so what is judged by this is short."""
 
@@ -68,6 +71,12 @@ def pace(model: "Model") -> Pace:
         if found is None:
             found = _paces[model.checkpoint] = _timed(model)
         return found
+
+
+def readable(model: "Model", seconds: float, passes: int, most: int | None) -> int:
+    """Tokens of text, `most` of them, that the model reads so many times over in `seconds`."""
+    most = sys.maxsize if most is None else most
+    return pace(model).read(seconds / passes, most, least=min(LEAST_TOKENS, most))
 
 
 def _timed(model: "Model") -> Pace:
