@@ -41,6 +41,7 @@ class Prediction:
     def of(cls, logits_TV: Tensor, targets_T: Tensor) -> "Prediction":
         """Log-softmax in float32 of logits, with the targets' share picked out."""
         logprobs_TV = torch.log_softmax(logits_TV.float(), dim=-1)
+        del logits_TV  # of a large vocabulary 100 MB, if nobody else wants them
         target_T = logprobs_TV.gather(1, targets_T[:, None])[:, 0]
         return cls(logprobs_TV=logprobs_TV, target_T=target_T, top1_T=logprobs_TV.argmax(dim=-1))
 
