@@ -92,6 +92,8 @@ def snr_plot(tensor: QTensor) -> "Figure":
         marker={"size": 9, "color": figures.BLUE}, textfont={"color": figures.INK},
         hovertemplate="%{text}: %{x:.4g} bits, %{y:.1f} dB<extra></extra>",
     )  # fmt: skip
+    room = 0.5  # bits, for a name beside the outermost points
+    fig.update_xaxes(range=[found[0].bits_per_weight - room, found[-1].bits_per_weight + room])
     return fig.update_layout(showlegend=False)
 
 

@@ -211,6 +211,7 @@ def test_tables_of_the_notebooks(model):
     assert len(quantization_tables.formats_frame()) == len(FORMATS)
     plot = quantization_tables.snr_plot(model.moe_blocks[0].experts.gate[0])
     assert " q4_0 " in plot.data[1].text and " q4_k " not in plot.data[1].text  # rows of 64
+    assert plot.layout.xaxis.range[0] <= min(plot.data[1].x) - 0.5, "a name beside it is cut"
 
 
 def test_cache_of_a_token_as_published(model):
