@@ -5,7 +5,7 @@ E experts, N rows (output features), K columns (input features).
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
@@ -124,6 +124,19 @@ class Stack:
             self._unpacked, self._tensor = weakref.ref(self._tensor), None
             for key in [k for k in self._operands if BLOCKS in k]:
                 del self._operands[key]
+
+    @property
+    def operands(self) -> frozenset[Any]:
+        """The keys of what was made so far."""
+        return frozenset(self._operands)
+
+    def forget(self, keep: Collection[Any] = ()) -> None:
+        """Let go of all that was made but `keep`, and but packed weights without blocks; who
+        computes with some of it now still has it."""
+        with self._lock:
+            for key in self.operands - frozenset(keep):
+                if self._tensor is not None or PACKED not in key:
+                    self._operands.pop(key, None)
 
     @property
     def operand_bytes(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ without a word; so nothing is allocated before the bytes are known to fit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ktlab.checkpoint.facts import model_files
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 FLOAT_BYTES = 4
 KEPT_SHARE = 4
 """Where memory cannot hold the file anyway, copies may still take one part in so many."""
-UNUSED_BYTES, UNUSED_SHARE = 256 << 20, 16
+UNUSED_BYTES, UNUSED_SHARE = 256 << 20, 64
 """Copies that nobody uses now are kept for a toggle back while all take no more than this, or one
 part in so many of the room: a small model's all, of a large one the latest."""
 
@@ -94,10 +95,14 @@ def check_formats(model: "Model", wanted: Iterable[tuple[str, Sequence[Computed]
         return
     total, free = sum(needed.values()), room(model)
     if free is not None:
-        allowed = max(UNUSED_BYTES, free // UNUSED_SHARE)
-        if total > free or total + kept_bytes(model) > allowed:
+        if total > free or total + kept_bytes(model) > unused(free):
             let_go(model, wanted)
     refuse(model, total, " and ".join(needed), "another copy of these weights")
+
+
+def unused(free: int | None) -> int:
+    """Bytes that copies which nobody uses may keep."""
+    return max(UNUSED_BYTES, (free or 0) // UNUSED_SHARE)
 
 
 def kept_bytes(model: "Model") -> int:
@@ -116,6 +121,24 @@ def requantized(product: Computed) -> Iterator[Stack]:
         for stack in copies if isinstance(copies, tuple) else (copies,):
             if not stack.as_loaded:
                 yield stack
+
+
+@contextmanager
+def passing(model: "Model") -> Iterator[None]:
+    """Copies that are made meanwhile, in other formats or for kernels, are forgotten at the end."""
+    before = [(s, s.operands) for product in every_product(model) for s in product.stacks]
+    try:
+        yield
+    finally:
+        for stack, operands in before:
+            stack.forget(operands)
+        let_go(model, [])
+
+
+def let_go_unused(model: "Model") -> None:
+    """Forget all copies in other formats where they take much: nobody is about to ask for them."""
+    if kept_bytes(model) > unused(room(model)):
+        let_go(model, [])
 
 
 def let_go(model: "Model", wanted: Iterable[tuple[str, Sequence[Computed], str]]) -> None:

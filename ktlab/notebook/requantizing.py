@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 Formats = Mapping[str, str] | Mapping[str | int, str]
 """Component, or layer for its experts -> format: what `override(quantize=...)` takes."""
-QUICK_WEIGHTS = 1.2e9
-"""Weights that two cores requantize within about half a minute; of a larger model an instrument
-begins with the experts of some layers."""
+QUICK_WEIGHTS = 6e8
+"""Weights that two cores requantize within a quarter of a minute, to half a gigabyte; of a larger
+model an instrument begins with the experts of some layers."""
 SAMPLED_ROWS = 1024
 """Rows of each tensor from which an error is estimated, spread over the whole tensor."""
 

@@ -22,7 +22,7 @@ from ktlab import html
 from ktlab.checkpoint.embedded import data_path
 from ktlab.errors import RuleError, nearest
 from ktlab.kernels.computed import Computed
-from ktlab.model.copies import room
+from ktlab.model.copies import let_go_unused, room
 from ktlab.model.model import Model
 from ktlab.model.place import StandIn, apply_placement
 from ktlab.model.settings import Change, ask
@@ -155,12 +155,15 @@ class RuleSet:
     def applied(
         self, model: Model, *, strict: bool = False, stand_in: StandIn | None = None
     ) -> Iterator[Model]:
-        """`apply` for the length of a `with`; everything is restored on leaving."""
+        """`apply` for the length of a `with`; everything is restored on leaving, and copies that
+        took much are let go."""
         change = self.apply(model, strict=strict, stand_in=stand_in)
         try:
             yield model
         finally:
             change.undo()
+            del change  # which still holds what was there meanwhile
+            let_go_unused(model)
 
     def _check_memory(self, model: Model, needed: int) -> None:
         free = room(model)
