@@ -85,7 +85,7 @@ for few up to 64 all the same: its activations have 16 bits there.
 On 2 cores of an AMD EPYC of the fourth generation, 4096 x 7168: avx512_vnni packed 6 tokens with
 long scales, 12 to 24 else; on blocks 2 (q8_0) to 12 (q4_k, whose rows go 16 at a time). avx512_bf16
 packed 4 with bf16; on integers it is faster than avx512_vnni at no number of tokens: it is for
-those who want to lose 0.4 % instead of 1.2."""
+those who want to lose 0.4 % instead of 0.9."""
 
 
 def threshold(isa: str, layout: str, formats: Sequence[str]) -> Threshold:

@@ -88,16 +88,16 @@ KTL_INLINE void take(waiting *w) {
 /* Adds `rows` tokens of them, from row `from` on. */
 KTL_INLINE void int8_add(int format, const waiting *w, place at, int from, int rows,
                          const ktl_tile *tiles, const ktl_job *job) {
-    const int sub = sub_of(format), group = sub > KTL_GROUP ? sub : KTL_GROUP;
+    const int sub = sub_of(format), first = at.s * sub / KTL_FINE; /* the place of its scale */
     const int has_offset = ktl_formats[format].has_min || format == KTL_Q2_K, s = at.s;
     const ktl_tile *tile = tiles + at.p;
     const rows_f scales[2] = {*(const rows_f *)tile[0].scale[s], *(const rows_f *)tile[1].scale[s]};
     const int end = from + rows < at.tokens ? from + rows : at.tokens;
     for (int i = from; i < end; i++) {
         const ktl_act *a = (const ktl_act *)job->act + at.t + i;
-        int32_t init = a->init[s];
-        if (at.next) init += ((const ktl_act *)((const uint8_t *)a + at.next))->init[s];
-        const float scale = a->scale[s * sub / group], sum = a->sum[s];
+        int32_t init = a->init[first];
+        if (at.next) init += ((const ktl_act *)((const uint8_t *)a + at.next))->init[first];
+        const float scale = a->scale[first], sum = a->sum[s];
         rows_f *to = (rows_f *)(ktl_sums(job, at.t + i) + at.p * KTL_PANEL);
 #pragma GCC unroll 2
         for (int b = 0; b < 2; b++) {
@@ -324,9 +324,9 @@ static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int gro
 
 #define INT8_KERNELS                                                                                \
     {int8_act_key, int8_prepare, int8_decode_packed, int8_decode_blocks, int8_multiply,             \
-     NULL,         NULL,         1,                  ktl_silu_mul,    ktl_scale_row,                   \
-     ktl_add_row,  NULL,         NULL}
+     NULL,         NULL,         1,                  0,                  ktl_silu_mul,               \
+     ktl_scale_row, ktl_add_row, NULL,               NULL}
 #define BF16_KERNELS                                                                                \
     {bf16_act_key, bf16_prepare, bf16_decode_packed, bf16_decode_blocks, bf16_multiply,             \
-     NULL,         NULL,         0,                  ktl_silu_mul,    ktl_scale_row,                   \
-     ktl_add_row,  bf16_attend,  bf16_attend_many}
+     NULL,         NULL,         0,                  0,                  ktl_silu_mul,               \
+     ktl_scale_row, ktl_add_row, bf16_attend,        bf16_attend_many}

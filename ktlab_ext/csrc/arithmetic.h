@@ -65,35 +65,4 @@ static inline void ktl_attend_softmax(const ktl_attend_part *a) {
     }
 }
 
-/* 256 activations to int8: absmax / 127 is the scale of each group, codes are rounded to nearest.
- * A group with a NaN or an infinity gets the scale NaN, so that it shows in every product.
- * `most_of_span` is the largest magnitude of a group that is longer than the chunk. */
-KTL_INLINE void ktl_quantize_act(ktl_act_key key, const float *x, float most_of_span, ktl_act *a) {
-    const int group = key.group < KTL_CHUNK ? key.group : KTL_CHUNK;
-    for (int g = 0; g < KTL_CHUNK / group; g++) {
-        const float *v = x + g * group;
-        const float most = key.group > KTL_CHUNK ? most_of_span : ktl_largest(v, group);
-        const int finite = most <= 3.4028235e38f, some = finite && most > 1e-35f;
-        const float inverse = some ? 127.0f / most : 0;
-        a->scale[g] = finite ? (some ? most / 127.0f : 0) : 0.0f * most * (most - most);
-        int8_t *q = a->q + g * group;
-        if (some)
-            for (int i = 0; i < group; i++) {
-                /* Rounds as adding 1.5 * 2^23 does; the integer is then in the low bits. */
-                float shifted = v[i] * inverse + 12582912.0f;
-                int32_t bits;
-                memcpy(&bits, &shifted, 4);
-                q[i] = (int8_t)(bits - 0x4b400000);
-            }
-        else
-            memset(q, 0, (size_t)group);
-    }
-    for (int s = 0; s < KTL_CHUNK / key.sub; s++) {
-        int32_t total = 0;
-        for (int i = 0; i < key.sub; i++) total += a->q[s * key.sub + i];
-        a->init[s] = -key.zero * total;
-        a->sum[s] = a->scale[s * key.sub / group] * (float)total;
-    }
-}
-
 #endif

@@ -85,13 +85,13 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
 KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const uint8_t *p, int groups,
                                 const ktl_act *const *act, float *const *acc) {
     const ktl_format_info *f = &ktl_formats[format];
-    const int sub = f->sub, half = sub < KTL_GROUP ? sub : KTL_GROUP;
+    const int sub = f->sub, step = sub > KTL_GROUP ? KTL_GROUP : KTL_FINE;
     const int group_bytes = 64 * (f->base_bits + f->high_bits), subs = KTL_CHUNK / sub;
     const uint8_t *scales = p + groups * group_bytes;
     const uint8_t *mins = scales + subs * KTL_PANEL;
     float d[KTL_PANEL] KTL_ALIGNED, dmin[KTL_PANEL] KTL_ALIGNED;
     const int share = (int)(ktl_chunk_bytes(format, KTL_CHUNK / KTL_GROUP) * KTL_GROUP / KTL_CHUNK);
-    VF sum[FEW][VN];
+    VF sum[FEW][VN], part[FEW][VN]; /* part: of what shares the weights' scale */
     VI dot[FEW][VN];
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++)
@@ -108,16 +108,16 @@ KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const ui
         if (!f->has_scale && f->d_cols && g * KTL_GROUP % f->d_cols == 0)
             F16X16(scales + 32 * (g * KTL_GROUP / f->d_cols), d);
 #pragma GCC unroll 2
-        for (int h = 0; h < KTL_GROUP; h += half) {
-            const int s = (g * KTL_GROUP + h) / sub;
+        for (int h = 0; h < KTL_GROUP; h += step) {
+            const int column = g * KTL_GROUP + h, s = column / sub;
 #pragma GCC unroll 4
             for (int t = 0; t < T; t++) {
                 const ktl_act *a = act[t];
 #pragma GCC unroll 2
                 for (int o = 0; o < VN; o++) {
-                    if ((g * KTL_GROUP + h) % sub == 0) dot[t][o] = SET1I(a->init[s]);
+                    if (step == KTL_FINE || column % sub == 0) dot[t][o] = SET1I(a->init[column / KTL_FINE]);
 #pragma GCC unroll 8
-                    for (int v = h / 4; v < (h + half) / 4; v++) {
+                    for (int v = h / 4; v < (h + step) / 4; v++) {
                         int32_t four;
                         memcpy(&four, a->q + g * KTL_GROUP + 4 * v, 4);
                         dot[t][o] = wide(format) ? DOT_WIDE(dot[t][o], w[v][o], SET1I(four))
@@ -126,7 +126,14 @@ KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const ui
                 }
             }
             if (sub > KTL_GROUP && (g + 1) * KTL_GROUP % sub && g + 1 < groups) continue;
-            const int group = sub > KTL_GROUP ? sub : KTL_GROUP;
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++)
+#pragma GCC unroll 2
+                for (int o = 0; o < VN; o++) {
+                    const VF one = TO_FLOAT(dot[t][o]), by = SET1F(act[t]->scale[column / KTL_FINE]);
+                    part[t][o] = step == KTL_FINE && column % sub ? FMA(one, by, part[t][o]) : MULF(one, by);
+                }
+            if (step == KTL_FINE && (column + step) % sub) continue;
 #pragma GCC unroll 2
             for (int o = 0; o < VN; o++) {
                 const int at = o * (VB / 4);
@@ -149,11 +156,9 @@ KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const ui
                 }
 #pragma GCC unroll 4
                 for (int t = 0; t < T; t++) {
-                    const ktl_act *a = act[t];
-                    const VF x = MULF(scale, SET1F(a->scale[(g * KTL_GROUP + h) / group]));
-                    sum[t][o] = FMA(TO_FLOAT(dot[t][o]), x, sum[t][o]);
+                    sum[t][o] = FMA(part[t][o], scale, sum[t][o]);
                     if (has_offset(format))
-                        sum[t][o] = FNMA(offset, SET1F(a->sum[s]), sum[t][o]);
+                        sum[t][o] = FNMA(offset, SET1F(act[t]->sum[s]), sum[t][o]);
                 }
             }
         }

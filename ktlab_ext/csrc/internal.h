@@ -64,15 +64,17 @@ typedef struct {
 } ktl_raw;
 
 /* ---- activations ------------------------------------------------------------------------------ */
-/* 256 activations of one token as int8 with a scale per group of columns (ktl_act_key). `sum` and
- * `init` are per sub-block: scale * (sum of q), and -zero * (sum of q), the starting value of the
- * integer sums that turns unsigned codes back into signed ones. */
+/* 256 activations of one token as int8 with a scale per group of columns (ktl_act_key), which stands at
+ * each KTL_FINE of them. `init`, at the first KTL_FINE columns of what shares the scales of both sides (else
+ * 0): -zero * (sum of q), the starting value of the integer sums that turns unsigned codes back into
+ * signed ones. `sum`, per sub-block: the sum of scale * q. */
+enum { KTL_FINE = 16 };
+#define KTL_START 12582912.0f /* 1.5 * 2^23: many.inc.h's integer sums start from it */
 typedef struct KTL_ALIGNED {
     int8_t q[KTL_CHUNK];
-    float scale[8];
+    float scale[KTL_CHUNK / KTL_FINE];
     float sum[16];
-    int32_t init[16];
-    uint8_t padding[32];
+    int32_t init[KTL_CHUNK / KTL_FINE];
 } ktl_act;
 
 typedef enum { KTL_ACT_INT8, KTL_ACT_F32, KTL_ACT_BF16 } ktl_act_kind;
@@ -84,7 +86,7 @@ enum { KTL_SPAN = 2 * KTL_CHUNK };
 typedef struct {
     int kind;
     int sub, zero; /* int8 only */
-    int group;     /* int8: columns that share a scale; KTL_SPAN: two chunks do */
+    int group;     /* int8: columns that share a scale, KTL_FINE or more; KTL_SPAN: two chunks do */
     /* int8: 2 adds what rounding left over, rounded once more: 16 bits in all. For q8_0, whose users
      * want its values and not twice its rounding error. */
     int terms;
@@ -139,6 +141,7 @@ KTL_INLINE void ktl_fetch(ktl_ahead *a, int64_t part, int64_t whole) {
 typedef struct {
     const void *act; /* of the chunk: rows of ktl_act_bytes */
     int64_t act_next; /* bytes from there to the next chunk's, where `multiply` takes two */
+    int fine; /* whether the activations have a scale every KTL_FINE columns */
     const int32_t *act_index;
     float *acc;
     int64_t acc_stride;
@@ -268,6 +271,7 @@ typedef struct {
     void (*dot_packed)(int format, const uint8_t *head, const uint8_t *chunk, int groups,
                        const ktl_job *job);
     int spans; /* whether `multiply` takes packed int8_channel by two chunks, `groups` up to 16 */
+    int fine;  /* where activations have a scale every KTL_FINE columns: 1 where that costs little, 2 always */
     void (*silu_mul)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
     void (*scale_row)(float *x, float factor, int64_t count);
     void (*add_row)(float *x, const float *more, int64_t count);

@@ -122,7 +122,7 @@ KTL_INLINE void row_store(const row_chunk *chunk, uint8_t *code, float *scale, f
 
 /* 256 codes of one row against one token: eight vectors of 8 sums, each of four columns. */
 KTL_INLINE __m256 dot_row(int format, const row_chunk *chunk, const ktl_act *act, __m256 sum) {
-    const int sub = ktl_formats[format].sub, group = sub > KTL_GROUP ? sub : KTL_GROUP;
+    const int sub = ktl_formats[format].sub;
     const int is_wide = ktl_formats[format].zero == 128;
     const int zero = is_wide ? WIDE_ZERO : ktl_formats[format].zero;
     for (int v = 0; v < 8; v++) {
@@ -132,7 +132,8 @@ KTL_INLINE __m256 dot_row(int format, const row_chunk *chunk, const ktl_act *act
         const int s = 32 * v / sub;
         __m256 w = _mm256_set1_ps(chunk->scale[s]);
         if (sub == 16) w = _mm256_blend_ps(w, _mm256_set1_ps(chunk->scale[s + 1]), 0xf0);
-        w = _mm256_mul_ps(w, _mm256_set1_ps(act->scale[32 * v / group]));
+        w = _mm256_mul_ps(w, _mm256_blend_ps(_mm256_set1_ps(act->scale[2 * v]),
+                                             _mm256_set1_ps(act->scale[2 * v + 1]), 0xf0));
         sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(d), w, sum);
     }
     /* Without a starting value (lanes are columns here) the zero of the codes is one more offset. */

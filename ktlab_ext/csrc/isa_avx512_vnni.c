@@ -275,10 +275,9 @@ KTL_INLINE void row_store(const row_chunk *chunk, uint8_t *code, float *scale, f
 KTL_INLINE __m512 dot_row(int format, const row_chunk *chunk, const ktl_act *act, __m512 sum) {
     const int sub = ktl_formats[format].sub, zero = ktl_formats[format].zero;
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    /* Weight scales are per `sub` columns, activation scales per group of at least 32. */
-    __m512 act_scale = _mm512_zextps256_ps512(_mm256_loadu_ps(act->scale));
-    if (sub == 16) act_scale = _mm512_permutexvar_ps(_mm512_srli_epi32(lane, 1), act_scale);
-    const __m512 both = _mm512_mul_ps(chunk->scale, act_scale);
+    /* Weight scales are per `sub` columns, activation scales per 16. */
+    const __m512i whose = _mm512_srli_epi32(lane, sub == 16 ? 0 : sub == 32 ? 1 : sub == 128 ? 3 : 4);
+    const __m512 both = MULF(_mm512_permutexvar_ps(whose, chunk->scale), LOADF(act->scale));
     /* Without a starting value (lanes are columns here) the zero of the codes is one more offset. */
     const __mmask16 subs = (__mmask16)((1u << (KTL_CHUNK / sub)) - 1);
     const __m512 offset = zero ? MULF(chunk->scale, SET1F(-(float)zero)) : chunk->offset;
@@ -289,8 +288,7 @@ KTL_INLINE __m512 dot_row(int format, const row_chunk *chunk, const ktl_act *act
         const __m512i d = _mm512_dpbusd_epi32(_mm512_setzero_si512(), chunk->code[v],
                                               LOADI(act->q + 64 * v));
         /* Lane l of vector v holds columns 64v + 4l to 64v + 4l + 3. */
-        const __m512i which = _mm512_srli_epi32(_mm512_add_epi32(lane, SET1I(16 * v)),
-                                                sub == 16 ? 2 : sub == 32 ? 3 : sub == 128 ? 5 : 6);
+        const __m512i which = _mm512_srli_epi32(_mm512_add_epi32(lane, SET1I(16 * v)), 2);
         const __m512 scale = _mm512_permutexvar_ps(which, both);
         __m512 *to = &part[(v + 1) % 2];
         *to = v ? FMA(TO_FLOAT(d), scale, *to) : MULF(TO_FLOAT(d), scale);

@@ -5,6 +5,13 @@
 #include "arithmetic.h"
 #include "blocks.h"
 
+static void transpose16(const uint32_t *src, int stride, uint32_t *dst) {
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) dst[16 * j + i] = src[i * stride + j];
+}
+#define TRANSPOSE16(src, stride, dst) transpose16(src, stride, dst)
+#include "activations.inc.h"
+
 static ktl_act_key act_key(int format) {
     const ktl_act_key floats = {KTL_ACT_F32, 0, 0, 0, 1};
     return ktl_is_float(format) ? floats : ktl_act_int8(format, ktl_formats[format].zero);
@@ -14,7 +21,7 @@ static void prepare(ktl_act_key key, const float *x, int cols, float most, void 
     float padded[KTL_CHUNK] = {0};
     memcpy(padded, x, (size_t)cols * sizeof(float));
     if (key.kind == KTL_ACT_F32) memcpy(out, padded, sizeof padded);
-    else ktl_quantize_act(key, padded, most, out);
+    else quantize_act(key, padded, most, out);
 }
 
 /* A table's levels are made unsigned by adding 128, so that every format has codes and a zero. */
@@ -129,13 +136,13 @@ static void multiply(int format, const ktl_tile *tiles, int panels, int groups, 
                 for (int c = 0; c < cols; c++) sum += tile->f32[c * KTL_PANEL + r] * x[c];
             } else {
                 const ktl_act *a = (const ktl_act *)job->act + t;
-                const int group = f->sub > KTL_GROUP ? f->sub : KTL_GROUP;
-                for (int s = 0; s * f->sub < cols; s++) {
-                    int32_t dot = a->init[s];
-                    for (int c = s * f->sub; c < (s + 1) * f->sub && c < cols; c++)
+                for (int first = 0; first < cols; first += KTL_FINE) {
+                    const int s = first / f->sub;
+                    int32_t dot = a->init[first / KTL_FINE];
+                    for (int c = first; c < first + KTL_FINE; c++)
                         dot += tile->codes[c / 4 * 64 + 4 * r + c % 4] * a->q[c];
-                    sum += (float)dot * tile->scale[s][r] * a->scale[s * f->sub / group];
-                    if (has_offset) sum += tile->offset[s][r] * a->sum[s];
+                    sum += (float)dot * tile->scale[s][r] * a->scale[first / KTL_FINE];
+                    if (has_offset && first % f->sub == 0) sum += tile->offset[s][r] * a->sum[s];
                 }
             }
             acc[row] = sum;
@@ -162,5 +169,5 @@ static void attend(const ktl_attend_part *a) {
 }
 
 const ktl_kernels ktl_kernels_serial = {act_key, prepare, decode_packed, decode_blocks, multiply,
-                                        NULL,    NULL,    0,             ktl_silu_mul,  ktl_scale_row,
-                                        ktl_add_row, attend, NULL};
+                                        NULL,    NULL,    0,             2,             ktl_silu_mul,
+                                        ktl_scale_row, ktl_add_row, attend, NULL};

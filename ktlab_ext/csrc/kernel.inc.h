@@ -214,6 +214,8 @@ KTL_INLINE void decode_blocks_as(int format, const uint8_t *row, int64_t row_byt
 }
 
 /* ---- activations ---------------------------------------------------------------------------------- */
+#include "activations.inc.h"
+
 static void prepare(ktl_act_key key, const float *x, int cols, float most, void *out) {
     float padded[KTL_CHUNK] KTL_ALIGNED;
     if (key.kind == KTL_ACT_F32) {
@@ -226,7 +228,7 @@ static void prepare(ktl_act_key key, const float *x, int cols, float most, void 
         memset(padded + cols, 0, (size_t)(KTL_CHUNK - cols) * 4);
         x = padded;
     }
-    ktl_quantize_act(key, x, most, (ktl_act *)out);
+    quantize_act(key, x, most, out);
 }
 
 #include "few.inc.h"
@@ -276,5 +278,5 @@ static void dot_packed(int format, const uint8_t *head, const uint8_t *chunk, in
 
 #define KERNELS                                                                                     \
     {act_key,    prepare,    decode_packed, decode_blocks, multiply,                                \
-     dot_blocks, dot_packed, 0,             ktl_silu_mul,  ktl_scale_row, ktl_add_row,                 \
-     attend,     NULL}
+     dot_blocks, dot_packed, 0,             1,             ktl_silu_mul, ktl_scale_row,                \
+     ktl_add_row, attend,    NULL}

@@ -104,7 +104,7 @@ void ktl_pool_unlock(ktl_pool *pool);
 /* Grow-only, 64-byte aligned, kept by the pool. slot: 0..threads-1 private to workers,
  * threads..threads+KTL_SHARED-1 shared by a series of runs. NULL if memory is short. Needs the
  * lock; a worker may ask for its own slot inside a task. */
-enum { KTL_SHARED = 16 };
+enum { KTL_SHARED = 21 }; /* the last four are layer.c's */
 void *ktl_pool_scratch(ktl_pool *pool, int slot, size_t bytes);
 
 /* ---- operations ---------------------------------------------------------------------------------- */

@@ -7,7 +7,7 @@
 #include <math.h>
 
 /* Shared scratch slots, counted from ktl_pool_threads(): what is called in between has the others. */
-enum { SLOT_TOKEN = 12, SLOT_LAYER = 13, SLOT_IDS = 14, SLOT_ROUTER = 15 };
+enum { SLOT_TOKEN = KTL_SHARED - 4, SLOT_LAYER, SLOT_IDS, SLOT_ROUTER };
 
 static float *floats(ktl_pool *pool, int slot, int64_t count) {
     return ktl_pool_scratch(pool, ktl_pool_threads(pool) + slot, (size_t)count * sizeof(float));

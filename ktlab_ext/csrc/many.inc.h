@@ -1,8 +1,8 @@
 /* Many tokens against decoded tiles: the inner loops, in the words of kernel.inc.h. */
 enum { RV = PANELS * VN }; /* vectors of one column: PANELS x 16 rows */
 
-/* The integer sums start from 1.5 * 2^23, as the bits of that float: what they hold is then a float
- * already, 1.5 * 2^23 + sum, as long as |sum| < 2^22 (32 columns of codes up to 255: 2^20). One FMA
+/* The integer sums start from 1.5 * 2^23 (KTL_START), as the bits of that float: what they hold is then a
+ * float already, 1.5 * 2^23 + sum, as long as |sum| < 2^22 (32 columns of codes up to 255: 2^20). One FMA
  * scales it and takes the start off again, exactly, because a float16 scale leaves bits to spare.
  * Two halves of 16 columns share what is taken off: between them half a unit of the second sum is
  * rounded away, 1e-4 of a product where rounding the activations costs 6e-3. */
@@ -17,6 +17,9 @@ enum { FLOAT_START = 0x4b400000 };
     _Pragma("GCC unroll 8") for (int t = 0; t < (T); t++)                                           \
         _Pragma("GCC unroll 4") for (int p = 0; p < (panels); p++)                                  \
             __builtin_prefetch(next[t] + p * KTL_PANEL)
+
+/* Scales of the r-th vector of rows in sub-block s. */
+#define SCALE_OF(r, s) (tile[(r) / VN].scale[s] + (r) % VN * (VB / 4))
 
 /* Columns [at, at + columns) of R vectors of rows times T tokens. */
 #define STEP_OF(T, R, columns, is_wide)                                                             \
@@ -33,10 +36,12 @@ enum { FLOAT_START = 0x4b400000 };
         }                                                                                           \
     }
 
-/* T tokens x PANELS tiles, a scale for every 16 or 32 columns: the float sums stay in registers. */
-KTL_INLINE void multiply_short(int T, int sub, int mins, int is_wide, const ktl_tile *tile,
+/* T tokens x PANELS tiles, a scale for every 16 or 32 columns: the float sums stay in registers.
+ * fine: activations with a scale for every 16. */
+KTL_INLINE void multiply_short(int T, int sub, int mins, int is_wide, int fine, const ktl_tile *tile,
                                int groups, const ktl_act *act, float *const *acc,
                                float *const *next) {
+    const int unit = fine ? KTL_FINE : sub;
     const uint8_t *codes[PANELS];
     VF sum[8][RV];
 #pragma GCC unroll 8
@@ -50,43 +55,45 @@ KTL_INLINE void multiply_short(int T, int sub, int mins, int is_wide, const ktl_
         VF part[8][RV], start[RV];
         const int64_t s0 = g * (KTL_GROUP / sub);
 #pragma GCC unroll 4
-        for (int r = 0; r < RV; r++) {
-            VF scales = LOADF(tile[r / VN].scale[s0] + r % VN * (VB / 4));
-            if (sub < KTL_GROUP)
-                scales = ADDF(scales, LOADF(tile[r / VN].scale[s0 + 1] + r % VN * (VB / 4)));
-            start[r] = MULF(scales, SET1F(-12582912.0f));
+        for (int r = 0; r < RV && !fine; r++) {
+            VF scales = LOADF(SCALE_OF(r, s0));
+            if (sub < KTL_GROUP) scales = ADDF(scales, LOADF(SCALE_OF(r, s0 + 1)));
+            start[r] = MULF(scales, SET1F(-KTL_START));
         }
         FETCH_ACTS(T, sizeof(ktl_act), 64 * g);
 #pragma GCC unroll 2
-        for (int h = 0; h < KTL_GROUP / sub; h++) {
+        for (int h = 0; h < KTL_GROUP / unit; h++) {
             VI dot[8][RV];
-            const int64_t s = s0 + h, at = g * KTL_GROUP + h * sub;
+            const int64_t at = g * KTL_GROUP + h * unit, s = at / sub, i = at / KTL_FINE;
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
-                const VI init = mins ? SET1I(FLOAT_START) : ADDI(SET1I(act[t].init[s]), SET1I(FLOAT_START));
+                const VI init = mins ? SET1I(FLOAT_START) : ADDI(SET1I(act[t].init[i]), SET1I(FLOAT_START));
 #pragma GCC unroll 4
                 for (int r = 0; r < RV; r++) dot[t][r] = init;
             }
-            STEP_OF(T, RV, sub, is_wide)
+            STEP_OF(T, RV, unit, is_wide)
 #pragma GCC unroll 4
             for (int r = 0; r < RV; r++) {
-                const VF scale = LOADF(tile[r / VN].scale[s] + r % VN * (VB / 4));
+                const VF scale = LOADF(SCALE_OF(r, s)), minus = MULF(scale, SET1F(-KTL_START));
 #pragma GCC unroll 8
-                for (int t = 0; t < T; t++)
-                    part[t][r] = FMA(AS_FLOAT(dot[t][r]), scale, h ? part[t][r] : start[r]);
-                if (!mins) continue;
+                for (int t = 0; t < T; t++) {
+                    const VF product = AS_FLOAT(dot[t][r]), factor = SET1F(act[t].scale[i]);
+                    if (!fine) part[t][r] = FMA(product, scale, h ? part[t][r] : start[r]);
+                    else sum[t][r] = FMA(FMA(product, scale, minus), factor, sum[t][r]);
+                }
+                if (!mins || (at + unit) % sub) continue;
                 const VF offset = LOADF(tile[r / VN].offset[s] + r % VN * (VB / 4));
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++)
                     sum[t][r] = FMA(offset, SET1F(act[t].sum[s]), sum[t][r]);
             }
         }
+        if (fine) continue;
 #pragma GCC unroll 8
-        for (int t = 0; t < T; t++) {
-            const VF scale = SET1F(act[t].scale[g]);
+        for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
-            for (int r = 0; r < RV; r++) sum[t][r] = FMA(part[t][r], scale, sum[t][r]);
-        }
+            for (int r = 0; r < RV; r++)
+                sum[t][r] = FMA(part[t][r], SET1F(act[t].scale[2 * g]), sum[t][r]);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++)
@@ -109,7 +116,7 @@ KTL_INLINE void multiply_long(int T, int sub, int is_wide, const ktl_tile *tile,
         VI dot[8][LV];
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
-            const VI init = SET1I(act[t].init[s]);
+            const VI init = SET1I(act[t].init[c / KTL_FINE]);
 #pragma GCC unroll 4
             for (int r = 0; r < LV; r++) dot[t][r] = init;
         }
@@ -119,11 +126,11 @@ KTL_INLINE void multiply_long(int T, int sub, int is_wide, const ktl_tile *tile,
         }
 #pragma GCC unroll 4
         for (int r = 0; r < LV; r++) {
-            const VF scale = LOADF(tile[r / VN].scale[s] + r % VN * (VB / 4));
+            const VF scale = LOADF(SCALE_OF(r, s));
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
                 float *to = acc[t] + r * (VB / 4);
-                STOREF(to, FMA(MULF(TO_FLOAT(dot[t][r]), scale), SET1F(act[t].scale[s]), LOADF(to)));
+                STOREF(to, FMA(MULF(TO_FLOAT(dot[t][r]), scale), SET1F(act[t].scale[c / KTL_FINE]), LOADF(to)));
             }
         }
     }
@@ -164,9 +171,9 @@ typedef void (*inner_loop)(const ktl_tile *, int, const void *act, float *const 
                      float *const *next) {                                                          \
         call;                                                                                       \
     }
-#define SHORT_LOOP(T, sub, mins, is_wide)                                                           \
-    LOOP(int8_##sub##_##mins##is_wide##_##T,                                                        \
-         multiply_short(T, sub, mins, is_wide, tile, groups, act, acc, next))
+#define SHORT_LOOP(T, sub, mins, is_wide, fine)                                                     \
+    LOOP(int8_##sub##_##mins##is_wide##fine##_##T,                                                  \
+         multiply_short(T, sub, mins, is_wide, fine, tile, groups, act, acc, next))
 #define LONG_LOOP(T, sub, is_wide)                                                                  \
     LOOP(int8_##sub##_0##is_wide##_##T, multiply_long(T, sub, is_wide, tile, groups, act, acc, next))
 #define F32_LOOP(T)                                                                                 \
@@ -180,31 +187,35 @@ typedef void (*inner_loop)(const ktl_tile *, int, const void *act, float *const 
 #define TABLE_6(name) {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
-JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 16, 0, 0)
-JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 16, 1, 0)
-JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 32, 0, 0)
-JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 32, 0, 1)
-JOIN(UP_TO_, TOKENS)(SHORT_LOOP, 32, 1, 0)
+#define COARSE_AND_FINE(sub, mins, is_wide)                                                         \
+    JOIN(UP_TO_, TOKENS)(SHORT_LOOP, sub, mins, is_wide, 0)                                         \
+    JOIN(UP_TO_, TOKENS)(SHORT_LOOP, sub, mins, is_wide, 1)
+COARSE_AND_FINE(16, 0, 0)
+COARSE_AND_FINE(16, 1, 0)
+COARSE_AND_FINE(32, 0, 0)
+COARSE_AND_FINE(32, 0, 1)
+COARSE_AND_FINE(32, 1, 0)
 JOIN(UP_TO_, TOKENS)(F32_LOOP)
 JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 128, 0)
 JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 256, 1)
 
-static const inner_loop *loops_of(int format) {
+static const inner_loop *loops_of(int format, int fine) {
 #define SHORTS JOIN(TABLE_, TOKENS)
 #define LONGS JOIN(TABLE_, LONG_TOKENS)
-    static const inner_loop f32[] = SHORTS(f32), s16[] = SHORTS(int8_16_00),
-                            s16m[] = SHORTS(int8_16_10), s32[] = SHORTS(int8_32_00),
-                            s32w[] = SHORTS(int8_32_01), s32m[] = SHORTS(int8_32_10),
+#define BOTH(name) {SHORTS(name##0), SHORTS(name##1)}
+    static const inner_loop f32[] = SHORTS(f32), s16[2][TOKENS] = BOTH(int8_16_00),
+                            s16m[2][TOKENS] = BOTH(int8_16_10), s32[2][TOKENS] = BOTH(int8_32_00),
+                            s32w[2][TOKENS] = BOTH(int8_32_01), s32m[2][TOKENS] = BOTH(int8_32_10),
                             s128[] = LONGS(int8_128_00), s256[] = LONGS(int8_256_01);
     const ktl_format_info *f = &ktl_formats[format];
     if (ktl_is_float(format)) return f32;
-    if (f->sub == 16) return format == KTL_Q2_K ? s16m : s16;
-    if (f->sub == 32) return f->has_min ? s32m : wide(format) ? s32w : s32;
+    if (f->sub == 16) return format == KTL_Q2_K ? s16m[fine] : s16[fine];
+    if (f->sub == 32) return f->has_min ? s32m[fine] : wide(format) ? s32w[fine] : s32[fine];
     return f->sub == 128 ? s128 : s256;
 }
 
 static void multiply(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job) {
-    const inner_loop *loops = loops_of(format);
+    const inner_loop *loops = loops_of(format, job->fine);
     const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
     const int is_long = ktl_formats[format].sub > KTL_GROUP;
     const int most = is_long ? LONG_TOKENS : TOKENS, step = is_long ? LONG_PANELS : PANELS;

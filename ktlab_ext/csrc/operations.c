@@ -13,13 +13,17 @@ enum {
     SMALL_WORK = 1 << 17 /* multiplications below which another thread's part costs more than it saves */
 };
 
+/* How a matrix meets its tokens: decoded into tiles by the kernels for many or for few, or decoded and
+ * multiplied at once by those for few. LISTS: gate and up may differ in each. */
+typedef enum { MANY, FEW, FUSED, WAYS, LISTS = 2 * WAYS } way;
+
 /* Shared scratch slots, counted from ktl_pool_threads(). */
 enum {
-    SLOT_ACTS = 0, /* to 3 */
-    SLOT_GATHERED = 4, /* to 7 */
-    SLOT_HIDDEN = 8,
-    SLOT_HIDDEN_ACTS = 9, /* and 10 */
-    SLOT_GROUPS = 11
+    SLOT_ACTS = 0, /* LISTS of them */
+    SLOT_GATHERED = LISTS,
+    SLOT_HIDDEN = 2 * LISTS,
+    SLOT_GROUPS,
+    SLOT_HIDDEN_ACTS /* WAYS of them */
 };
 
 static void run(ktl_pool *pool, int small, ktl_task task, void *context, int64_t tasks) {
@@ -68,7 +72,7 @@ static void acts_fill(const acts *a, int64_t row, const void *x, int x_type, int
         const ktl_act *first = (const ktl_act *)to;
         float rest[KTL_CHUNK];
         for (int i = 0; i < n; i++)
-            rest[i] = from[i] - (float)first->q[i] * first->scale[i / a->key.group];
+            rest[i] = from[i] - (float)first->q[i] * first->scale[i / KTL_FINE];
         a->kernels->prepare(a->key, rest, n, 0, to + a->term_bytes);
     }
 }
@@ -77,11 +81,24 @@ static const void *x_row(const void *x, int x_type, int64_t stride, int64_t row)
     return (const uint8_t *)x + row * stride * (x_type == KTL_X_BF16 ? 2 : 4);
 }
 
-/* Up to `few` tokens, avx* fuse decoding and products; amx_* and avx512_bf16 leave the tokens to avx512, which fuses
- * up to the number from which a tile that is decoded once pays. */
-static int fuses(int isa, int few, int64_t tokens) {
-    return tokens <= few && ktl_kernels_of(isa, 1)->dot_packed &&
-           (isa <= KTL_AVX512_VNNI || tokens <= FUSED_ON_AVX512);
+/* Up to `few` tokens, avx* fuse decoding and products; amx_* and avx512_bf16 leave the tokens to avx512,
+ * which fuses up to the number from which a tile that is decoded once pays. */
+static way way_of(int isa, int few, int64_t tokens) {
+    if (tokens > few) return MANY;
+    return ktl_kernels_of(isa, 1)->dot_packed && (isa <= KTL_AVX512_VNNI || tokens <= FUSED_ON_AVX512)
+               ? FUSED : FEW;
+}
+
+/* How activations are wanted. A scale every 16 columns instead of 32 loses a fifth less. Where weights are
+ * decoded and multiplied at once it costs no time: memory is waited for. On tiles 3 to 6 % of an expert's
+ * where only `down` has it: there, behind gate, up and SwiGLU with its heavy tails, it is worth it, as
+ * there a scale over two chunks is not. */
+static ktl_act_key key_of(const ktl_kernels *kernels, way w, int format, int down) {
+    ktl_act_key key = kernels->act_key(format);
+    const int fine = w == FUSED || down ? kernels->fine > 0 : kernels->fine > 1;
+    if (key.group == KTL_GROUP && fine) key.group = KTL_FINE;
+    if (key.group > KTL_CHUNK && down) key.group = KTL_CHUNK;
+    return key;
 }
 
 /* The memory of the next KTL_TILES tiles: `cols` columns from `column` on of at most `rows` rows. */
@@ -143,6 +160,7 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
         const int cols = (int)(m->cols - c < span ? m->cols - c : span);
         const int groups = (cols + KTL_GROUP - 1) / KTL_GROUP;
         ktl_job part = *job;
+        part.fine = a->key.group == KTL_FINE;
         const uint8_t *terms = act + c / KTL_CHUNK * a->chunk_bytes;
         for (int64_t first = 0; first < rows; first += KTL_TILES * KTL_PANEL) {
             int used = 0;
@@ -196,7 +214,8 @@ static int worker_scratch(ktl_pool *pool, int64_t sums) {
 typedef struct {
     ktl_pool *pool;
     const ktl_kernels *kernels;
-    int fuse, x_type;
+    int x_type;
+    way way;
     const ktl_matrix *w;
     int64_t first, heads, tokens, x_stride, x_head, y_stride, y_head, task_rows;
     const void *x;
@@ -222,7 +241,7 @@ static void linear_rows(void *context, int64_t task, int worker) {
     const int64_t stride = size + SPREAD;
     memset(acc, 0, (size_t)(l->tokens * stride) * sizeof(float));
     ktl_job job = {.acc = acc, .acc_stride = stride, .n = l->tokens};
-    rows_times(l->kernels, l->fuse, l->w, l->first + head, row0, rows, &l->a, head * l->tokens, &job,
+    rows_times(l->kernels, l->way == FUSED, l->w, l->first + head, row0, rows, &l->a, head * l->tokens, &job,
                tiles);
     float *y = l->y + head * l->y_head + row0;
     for (int64_t t = 0; t < l->tokens; t++)
@@ -241,13 +260,13 @@ int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t fi
     for (int64_t t = 0; t < tokens && !error; t += MAX_TOKENS) {
         int64_t n = tokens - t < MAX_TOKENS ? tokens - t : MAX_TOKENS;
         linear_work l = {.pool = pool, .kernels = ktl_kernels_of(isa, n <= few),
-                         .fuse = fuses(isa, few, n), .x_type = x_type, .w = w, .first = first,
+                         .way = way_of(isa, few, n), .x_type = x_type, .w = w, .first = first,
                          .heads = heads, .tokens = n, .x_stride = x_stride, .x_head = x_head,
                          .y_stride = y_stride, .y_head = y_head,
                          .task_rows = task_rows(pool, w->rows, heads),
                          .x = x_row(x, x_type, x_stride, t), .y = y + t * y_stride};
         l.a.kernels = l.kernels;
-        l.a.key = l.kernels->act_key(w->format);
+        l.a.key = key_of(l.kernels, l.way, w->format, 0);
         error = acts_alloc(pool, SLOT_ACTS, &l.a, n * heads, w->cols);
         if (!error) error = worker_scratch(pool, n * (l.task_rows + SPREAD));
         if (error) break;
@@ -262,12 +281,12 @@ int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t fi
 /* ---- moe ------------------------------------------------------------------------------------------- */
 typedef struct {
     int64_t expert, first, n; /* slots [first, first + n) */
-    int few, fuse;
+    way way;
 } group;
 
 typedef struct {
     ktl_pool *pool;
-    const ktl_kernels *kernels[2]; /* [few] */
+    const ktl_kernels *kernels[WAYS];
     const ktl_matrix *gate, *up, *down;
     const void *x;
     int x_type;
@@ -277,11 +296,11 @@ typedef struct {
     int32_t *token;  /* of a slot */
     int32_t *group_of; /* of a slot */
     float *weight;   /* of a slot */
-    acts list[4], gathered[4]; /* rows are tokens; slots in expert order */
+    acts list[LISTS], gathered[LISTS]; /* rows are tokens; slots in expert order */
     int lists, gather;
-    int inner_acts[2][2]; /* [few][gate, up], index into list */
-    float *hidden;                /* [slot][F] */
-    acts hidden_acts[2];          /* [few] */
+    int inner_acts[WAYS][2]; /* [way][gate, up], index into list */
+    float *hidden;           /* [slot][F] */
+    acts hidden_acts[WAYS];
 } moe_work;
 
 /* Slots in expert order, tokens ascending within an expert; a token that names an expert twice
@@ -306,7 +325,7 @@ static int moe_group(moe_work *m, const int64_t *ids, const float *weights, int6
     m->groups = 0;
     for (int64_t e = 0; e < experts; e++) {
         int64_t n = next[e + 1];
-        if (n) m->group[m->groups++] = (group){e, next[e], n, n <= few, fuses(isa, few, n)};
+        if (n) m->group[m->groups++] = (group){e, next[e], n, way_of(isa, few, n)};
         next[e + 1] += next[e];
     }
     m->slots = next[experts];
@@ -328,8 +347,8 @@ static int moe_group(moe_work *m, const int64_t *ids, const float *weights, int6
 }
 
 /* Index of the prepared activations that this kernel wants for x; shared where the key is. */
-static int moe_acts(moe_work *m, const ktl_kernels *kernels, int format) {
-    acts a = {kernels->act_key(format), kernels, NULL, 0, 0};
+static int moe_acts(moe_work *m, way w, int format) {
+    acts a = {key_of(m->kernels[w], w, format, 0), m->kernels[w], NULL, 0, 0};
     for (int i = 0; i < m->lists; i++)
         if (!memcmp(&m->list[i].key, &a.key, sizeof a.key)) return i;
     int error = acts_alloc(m->pool, SLOT_ACTS + m->lists, &a, m->tokens, m->gate->cols);
@@ -351,10 +370,10 @@ static void moe_gather(void *context, int64_t slot, int worker) {
     moe_work *m = context;
     const group *g = &m->group[m->group_of[slot]];
     (void)worker;
-    if (g->fuse) return;
+    if (g->way == FUSED) return;
     for (int i = 0; i < m->lists; i++) {
         const acts *from = &m->list[i], *to = &m->gathered[i];
-        if (i != m->inner_acts[g->few][0] && i != m->inner_acts[g->few][1]) continue;
+        if (i != m->inner_acts[g->way][0] && i != m->inner_acts[g->way][1]) continue;
         const size_t bytes = ktl_act_bytes(from->key.kind);
         for (int64_t c = 0; c < chunks_of(m->gate->cols); c++)
             for (int term = 0; term < from->key.terms; term++)
@@ -371,16 +390,17 @@ static void moe_gate_up(void *context, int64_t task, int worker) {
     const group *g = &m->group[task / blocks];
     const int64_t row0 = task % blocks * size, rows = width - row0 < size ? width - row0 : size;
     const int64_t stride = size + SPREAD;
-    const ktl_kernels *kernels = m->kernels[g->few];
+    const ktl_kernels *kernels = m->kernels[g->way];
+    const int fuse = g->way == FUSED;
     ktl_tile *tiles = ktl_pool_scratch(m->pool, worker, 0);
     float *sums[2] = {(float *)(tiles + KTL_TILES), (float *)(tiles + KTL_TILES) + g->n * stride};
     memset(sums[0], 0, (size_t)(2 * g->n * stride) * sizeof(float));
     for (int i = 0; i < 2; i++) {
-        const int list = m->inner_acts[g->few][i];
-        ktl_job job = {.act_index = g->fuse ? m->token + g->first : NULL, .acc = sums[i],
+        const int list = m->inner_acts[g->way][i];
+        ktl_job job = {.act_index = fuse ? m->token + g->first : NULL, .acc = sums[i],
                        .acc_stride = stride, .n = g->n};
-        rows_times(kernels, g->fuse, i ? m->up : m->gate, g->expert, row0, rows,
-                   g->fuse ? &m->list[list] : &m->gathered[list], g->fuse ? 0 : g->first, &job, tiles);
+        rows_times(kernels, fuse, i ? m->up : m->gate, g->expert, row0, rows,
+                   fuse ? &m->list[list] : &m->gathered[list], fuse ? 0 : g->first, &job, tiles);
     }
     kernels->silu_mul(sums[0], sums[1], g->n * stride);
     for (int64_t i = 0; i < g->n; i++) {
@@ -394,7 +414,7 @@ static void moe_gate_up(void *context, int64_t task, int worker) {
 static void moe_prepare_hidden(void *context, int64_t slot, int worker) {
     moe_work *m = context;
     (void)worker;
-    acts_fill(&m->hidden_acts[m->group[m->group_of[slot]].few], slot,
+    acts_fill(&m->hidden_acts[m->group[m->group_of[slot]].way], slot,
               m->hidden + slot * m->down->cols, KTL_X_F32, m->down->cols);
 }
 
@@ -409,16 +429,17 @@ static void moe_down(void *context, int64_t task, int worker) {
     for (int64_t i = 0; i < m->groups; i++) {
         const group *g = &m->group[i];
         const int32_t *token = m->token + g->first;
+        const int fuse = g->way == FUSED;
         ktl_job job = {.acc = acc, .acc_stride = stride, .acc_index = token, .n = g->n};
-        if (!g->fuse) { /* rows one after the other, as tiles want them */
+        if (!fuse) { /* rows one after the other, as tiles want them */
             job.acc = acc + m->tokens * stride;
             job.acc_index = NULL;
             memset(job.acc, 0, (size_t)(g->n * stride) * sizeof(float));
         }
-        rows_times(m->kernels[g->few], g->fuse, m->down, g->expert, row0, rows,
-                   &m->hidden_acts[g->few], g->first, &job, tiles);
-        for (int64_t t = 0; !g->fuse && t < g->n; t++)
-            m->kernels[g->few]->add_row(acc + token[t] * stride, job.acc + t * stride, rows);
+        rows_times(m->kernels[g->way], fuse, m->down, g->expert, row0, rows,
+                   &m->hidden_acts[g->way], g->first, &job, tiles);
+        for (int64_t t = 0; !fuse && t < g->n; t++)
+            m->kernels[g->way]->add_row(acc + token[t] * stride, job.acc + t * stride, rows);
     }
     for (int64_t t = 0; t < m->tokens; t++)
         memcpy(m->y + t * m->y_stride + row0, acc + t * stride, (size_t)rows * sizeof(float));
@@ -428,38 +449,37 @@ static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64
                     int few) {
     int error = moe_group(m, ids, weights, top_k, isa, few);
     if (error) return error;
-    int64_t most[2] = {0, 0};
+    int64_t largest = 0;
+    int used[WAYS] = {0};
     for (int64_t g = 0; g < m->groups; g++) {
-        int64_t *n = &most[m->group[g].few];
-        *n = *n > m->group[g].n ? *n : m->group[g].n;
+        used[m->group[g].way] = 1;
+        largest = largest > m->group[g].n ? largest : m->group[g].n;
     }
-    for (int f = 0; f < 2; f++) {
-        if (!most[f]) continue;
+    for (way w = 0; w < WAYS; w++) {
+        if (!used[w]) continue;
         for (int i = 0; i < 2; i++) {
-            error = moe_acts(m, m->kernels[f], i ? m->up->format : m->gate->format);
+            error = moe_acts(m, w, i ? m->up->format : m->gate->format);
             if (error < 0) return error;
-            m->inner_acts[f][i] = error;
+            m->inner_acts[w][i] = error;
         }
-        ktl_act_key key = m->kernels[f]->act_key(m->down->format);
+        ktl_act_key key = key_of(m->kernels[w], w, m->down->format, 1);
         /* A second term in `down` is lost behind what gate and up round away with one. */
         for (int i = 0; i < 2; i++)
-            if (m->list[m->inner_acts[f][i]].key.terms < key.terms) key.terms = 1;
-        /* SwiGLU's tails are heavy: over two chunks rounding would cost 12 % more of the error. */
-        if (key.group > KTL_CHUNK) key.group = KTL_CHUNK;
-        m->hidden_acts[f] = (acts){key, m->kernels[f], NULL, 0, 0};
-        error = acts_alloc(m->pool, SLOT_HIDDEN_ACTS + f, &m->hidden_acts[f], m->slots, m->down->cols);
+            if (m->list[m->inner_acts[w][i]].key.terms < key.terms) key.terms = 1;
+        m->hidden_acts[w] = (acts){key, m->kernels[w], NULL, 0, 0};
+        error = acts_alloc(m->pool, SLOT_HIDDEN_ACTS + w, &m->hidden_acts[w], m->slots, m->down->cols);
         if (error) return error;
     }
     for (int64_t g = 0; g < m->groups; g++)
-        for (int i = 0; !m->group[g].fuse && i < 2; i++) {
-            const int list = m->inner_acts[m->group[g].few][i];
+        for (int i = 0; m->group[g].way != FUSED && i < 2; i++) {
+            const int list = m->inner_acts[m->group[g].way][i];
             acts *a = &m->gathered[list];
             m->gather = 1;
             if (a->base) continue;
             error = acts_alloc(m->pool, SLOT_GATHERED + list, a, m->slots, m->gate->cols);
             if (error) return error;
         }
-    const int64_t width = m->gate->rows, largest = most[0] > most[1] ? most[0] : most[1];
+    const int64_t width = m->gate->rows;
     m->hidden = ktl_pool_scratch(m->pool, ktl_pool_threads(m->pool) + SLOT_HIDDEN,
                                  (size_t)(m->slots * width) * sizeof(float) + 64);
     if (!m->hidden) return KTL_ERR_MEMORY;
@@ -497,8 +517,7 @@ int ktl_moe(ktl_pool *pool, int isa, int few, const ktl_matrix *gate, const ktl_
                       .x_stride = x_stride, .y_stride = y_stride, .y = y + t * y_stride,
                       .x = x_row(x, x_type, x_stride, t),
                       .tokens = tokens - t < MAX_TOKENS ? tokens - t : MAX_TOKENS};
-        m.kernels[0] = ktl_kernels_of(isa, 0);
-        m.kernels[1] = ktl_kernels_of(isa, 1);
+        for (way w = 0; w < WAYS; w++) m.kernels[w] = ktl_kernels_of(isa, w != MANY);
         error = moe_pass(&m, ids + t * top_k, weights + t * top_k, top_k, isa, few);
     }
     ktl_pool_unlock(pool);

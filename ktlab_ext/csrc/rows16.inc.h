@@ -249,7 +249,7 @@ KTL_INLINE __m512i four(const ktl_act *a, int column) {
 KTL_INLINE void dot_block16(int format, int T, const rows16 *r, const ktl_act *const *act, __m512 *sum) {
     const ktl_format_info *info = &ktl_formats[format];
     const int sub = info->sub, pieces = pieces_of(format), lines = (info->block_bytes + 63) / 64;
-    __m512i dot[4][4]; /* of each field, token */
+    __m512 part[4][4]; /* of each field, token: what shares the weights' scale */
     block16 b;
     load_block16(format, r, &b);
 #pragma GCC unroll 8
@@ -266,13 +266,14 @@ KTL_INLINE void dot_block16(int format, int T, const rows16 *r, const ktl_act *c
             __asm__ volatile("" ::: "memory"); /* GCC takes 20 times as long to compile it in one piece */
 #pragma GCC unroll 4
             for (int t = 0; t < T; t++) {
-                if (column % sub == 0) dot[f][t] = SET1I(act[t]->init[s]);
+                __m512i dot = SET1I(act[t]->init[column / KTL_FINE]);
 #pragma GCC unroll 4
                 for (int k = 0; k < 4; k++)
-                    dot[f][t] = _mm512_dpbusd_epi32(dot[f][t], code[f][k], four(act[t], column + 4 * k));
-                if ((column + 16) % sub) continue;
-                const __m512 scale = MULF(b.scale[s], SET1F(act[t]->scale[column / KTL_GROUP]));
-                sum[t] = FMA(TO_FLOAT(dot[f][t]), scale, sum[t]);
+                    dot = _mm512_dpbusd_epi32(dot, code[f][k], four(act[t], column + 4 * k));
+                const __m512 one = TO_FLOAT(dot), by = SET1F(act[t]->scale[column / KTL_FINE]);
+                part[f][t] = column % sub ? FMA(one, by, part[f][t]) : MULF(one, by);
+                if ((column + KTL_FINE) % sub) continue;
+                sum[t] = FMA(part[f][t], b.scale[s], sum[t]);
                 if (ktl_has_dmin(format)) sum[t] = FMA(b.offset[s], SET1F(act[t]->sum[s]), sum[t]);
             }
         }

@@ -27,9 +27,9 @@ SLOW_ISAS = ("serial", *EMULATED)
 """Slow ones compute at most 96 tokens of a layer."""
 BOUND = {"f32": 1e-5, "f16": 1e-3, "bf16": 1e-2}
 """Relative error allowed; 8-bit activations may lose 1 % everywhere else."""
-MOE_BOUND = {"f32": 1e-5, "f16": 1e-3, "bf16": 1e-2}
-MOE_INT8 = 0.03
-"""gate, up and down lose up to 1 % each."""
+LONG = ("int8_channel", "int4_group128")
+MOE_BOUND = BOUND | dict.fromkeys(LONG, 0.025)
+"""Of a whole expert: two products, SwiGLU and a third. Long groups of columns lose more."""
 MANY = 10**6
 
 
@@ -157,12 +157,20 @@ def weighted(exact_ETD: NDArray, ids: NDArray, weights: NDArray) -> NDArray:
     return (chosen_TKD * weights[..., None]).sum(1)
 
 
+def moe_bound(isa: str, *formats: str) -> float:
+    """Of all cases; one by itself is of few numbers and may lose a fifth more. AMX has one integer
+    sum for 32 columns, so no scale for every 16 of `down`'s."""
+    whole = 0.015 if isa.startswith("amx_int8") else 0.01
+    return max(MOE_BOUND.get(format, whole) for format in formats)
+
+
 @pytest.mark.parametrize(("isa", "format"), PAIRS)
 def test_moe(isa: str, format: str) -> None:
     banks, x, exact_ETD = moe_case((format, format, format))
     weights = np.random.default_rng(7).random((len(x), 3), dtype=np.float32)
     threads = cycle((1, 2, 3, 4))
     scale = {n: rms(weighted(exact_ETD, i, weights)) for n, i in routings(len(x), 6).items()}
+    errors = []
     for tokens in (*TOKENS[:-1], 96 if isa in SLOW_ISAS else TOKENS[-1]):
         for (name, ids), layout in product(routings(tokens, 6).items(), banks):
             if tokens > 33 and name in ("some to nobody", "nobody"):
@@ -170,7 +178,9 @@ def test_moe(isa: str, format: str) -> None:
             call = (x[:tokens], ids, weights[:tokens])
             found = moe(banks[layout], isa, call, threads=next(threads))
             error = relative(found, weighted(exact_ETD, ids, weights[:tokens]), scale[name])
-            assert error <= MOE_BOUND.get(format, MOE_INT8), (tokens, name, layout, error)
+            assert error <= 1.2 * moe_bound(isa, format), (tokens, name, layout, error)
+            errors.append(error)
+    assert rms(np.array(errors)) <= moe_bound(isa, format)
 
 
 MIXES = [("q4_k", "q4_k", "q6_k"), ("q8_0", "bf16", "q5_0"), ("int8_channel", "q3_k", "f32")]
@@ -186,7 +196,8 @@ def test_gate_up_and_down_may_differ_in_format_and_layout(isa: str, formats) -> 
     for tokens in (1, 9, 40):
         ids, weights = routings(tokens, 6)["spread"], np.ones((tokens, 3), np.float32)
         found = moe([blocks[0], *packed[1:]], isa, (x[:tokens], ids, weights), threads=2)
-        assert relative(found, weighted(exact_ETD, ids, weights)) < MOE_INT8
+        error = relative(found, weighted(exact_ETD, ids, weights))
+        assert error < 1.2 * moe_bound(isa, *formats)
 
 
 INT8 = [isa for isa in ISAS if isa != "serial" and "_bf16" not in isa]
