@@ -6,7 +6,7 @@ Letters: T predicted tokens, V vocabulary.
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -38,10 +38,14 @@ class Prediction:
         )
 
     @classmethod
-    def of(cls, logits_TV: Tensor, targets_T: Tensor) -> "Prediction":
-        """Log-softmax in float32 of logits, with the targets' share picked out."""
-        logprobs_TV = torch.log_softmax(logits_TV.float(), dim=-1)
-        del logits_TV  # of a large vocabulary 100 MB, if nobody else wants them
+    def of(cls, logits_TV: Tensor, targets_T: Tensor, *, own: bool = False) -> "Prediction":
+        """Log-softmax in float32 of logits, with the targets' share picked out. `own`: they may be
+        overwritten, since nobody else wants them."""
+        values_TV = logits_TV.float()
+        logprobs_TV = values_TV if own else torch.empty_like(values_TV)
+        with torch.inference_mode():
+            for rows in _pieces(*values_TV.shape):
+                logprobs_TV[rows] = torch.log_softmax(values_TV[rows], dim=-1)
         target_T = logprobs_TV.gather(1, targets_T[:, None])[:, 0]
         return cls(logprobs_TV=logprobs_TV, target_T=target_T, top1_T=logprobs_TV.argmax(dim=-1))
 
@@ -97,9 +101,14 @@ def divergence(logprobs_a_TV: Tensor, logprobs_b_TV: Tensor) -> Tensor:
     for normalised distributions, and make each term non-negative and of second order in d. So
     rounding does not drown small divergences, as it does in the plain sum of p d.
     """
-    rows = max(1, CHUNK_BYTES // (4 * logprobs_a_TV.shape[-1]))
-    pairs = zip(logprobs_a_TV.split(rows), logprobs_b_TV.split(rows), strict=True)
+    pairs = ((logprobs_a_TV[r], logprobs_b_TV[r]) for r in _pieces(*logprobs_a_TV.shape))
     return torch.cat([_divergence(a_TV.float(), b_TV.float()) for a_TV, b_TV in pairs])
+
+
+def _pieces(tokens: int, vocab_size: int) -> Iterator[slice]:
+    """Rows that are computed at a time."""
+    count = max(1, CHUNK_BYTES // (4 * vocab_size))
+    return (slice(start, start + count) for start in range(0, tokens, count))
 
 
 def _divergence(logprobs_a_TV: Tensor, logprobs_b_TV: Tensor) -> Tensor:

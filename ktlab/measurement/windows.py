@@ -93,7 +93,7 @@ def evaluate(
             before = _baseline(clone_a, inputs_T, targets_T, baseline, groups[name], total)
             if cancel is not None and cancel.is_set():
                 return
-            after = before if identical else Prediction.of(clone_b.forward(inputs_T), targets_T)
+            after = before if identical else _predicted(clone_b, inputs_T, targets_T)
             ids = targets_T.numpy()
             yield Step(
                 text=name,
@@ -218,11 +218,15 @@ def _baseline(
 ) -> Prediction:
     """The baseline's prediction of a window, from the cache where it has it."""
     if cache is None:
-        return Prediction.of(model.forward(inputs_T), targets_T)
+        return _predicted(model, inputs_T, targets_T)
     key = (window_key(inputs_T), window_key(targets_T))
     prediction = cache.get(of, key)
     if prediction is None:
-        prediction = Prediction.of(model.forward(inputs_T), targets_T)
+        prediction = _predicted(model, inputs_T, targets_T)
         dtype = cache.dtype_for(total_tokens, prediction.logprobs_TV.shape[1])
         cache.put(of, key, prediction, dtype)
     return prediction
+
+
+def _predicted(model: "Model", inputs_T: Tensor, targets_T: Tensor) -> Prediction:
+    return Prediction.of(model.forward(inputs_T), targets_T, own=True)

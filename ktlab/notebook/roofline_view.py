@@ -2,6 +2,8 @@
 
 import math
 import threading
+from contextlib import nullcontext
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
@@ -11,9 +13,10 @@ from ktlab.errors import SettingError
 from ktlab.kernels.switch_measurement import SwitchCurve
 from ktlab.measurement.kernel_points import TOKENS, KernelRoofline, stream_points
 from ktlab.model.block import MoEBlock
-from ktlab.model.copies import let_go
+from ktlab.model.copies import passing
 from ktlab.notebook.css import style
 from ktlab.notebook.instrument import Instrument, Snapshot, live
+from ktlab.progress import ProgressBar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
 
 SHAPES = ("deepseek-v2-lite", "deepseek-v2", "deepseek-v3")
 FORMATS = ("q4_k_m", "q8_0", "int8_channel", "q4_0", "bf16")
-LARGE_TOKENS = 6
+LARGE_TOKENS, LARGE_S = 6, 45.0
+"""Of a large model: tokens that each setting runs, and seconds after which none begins any more."""
 COMPARED_WEIGHTS = 6e8
 """Of experts, which the slowest kernels compute within seconds."""
 SLOTS = 32
@@ -199,7 +203,9 @@ def kernel_frame(
     products of the stored weights.
 
     A setting that cannot compute this model says why. Of a large model only the first layers run,
-    and copies in other formats are let go again; the column says how many layers."""
+    with the settings on the experts alone; the column says how many layers. Copies are let go
+    again after each setting, and those that come after `LARGE_S` seconds, or after an interrupt,
+    are not measured."""
     import numpy as np
     import pandas as pd
 
@@ -208,29 +214,38 @@ def kernel_frame(
     layer = f"layers.{model.moe_blocks[0].index}"
     name, chosen = f"{layer}.experts.output", f"{layer}.router.ids"
     every, model = len(model.layers), beginning(model)
-    count = len(model.layers)
-    ids = ids if count == every else ids[:LARGE_TOKENS]  # serial code takes seconds a token
-    of_logits = "logits" if count == every else f"logits of the first {count} layers"
+    count, of_logits, what = len(model.layers), "logits", "experts' output"
+    large, start = count < every, monotonic()
+    if large:  # serial code takes seconds a token, and a layout is a copy of what it is set on
+        ids, of_logits = ids[:LARGE_TOKENS], f"logits of the first {count} layers"
+    tell = ProgressBar("kernels", shown=None if large else False)
 
     def outputs(words: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
         recorder = Recorder((name, chosen))
-        with model.override(**words):
+        on = {word: {"experts": value} for word, value in words.items()} if large else words
+        with passing(model) if large else nullcontext(), model.override(**on):
             logits = model.forward(ids, probe=recorder).numpy()
             kernel = str(model.moe_blocks[0].experts.kernel)
-        if count < every:
-            let_go(model, [])
         found = recorder.joined()
         return found[name].numpy(), np.sort(found[chosen].numpy()), logits, kernel
 
     # NumPy holds one expert's floats at a time, torch all of them.
     exact, exact_ids_TK, exact_logits, _ = outputs({"backend": "numpy"})
-    rows = []
-    for label, words in settings.items():
+    rows, stopped = [], ""
+    for number, (label, words) in enumerate(settings.items(), 1):
+        if large and not stopped and monotonic() - start > LARGE_S:
+            stopped = f"not measured: {LARGE_S:.0f} s are over"
+        why = stopped
         try:
-            found, ids_TK, logits, kernel = outputs(words)
+            if not why:
+                found, ids_TK, logits, kernel = outputs(words)
         except SettingError as error:
-            why = {"kernel": str(error).split(";")[0], "experts' output": "", of_logits: ""}
-            rows.append({"setting": label, **why})
+            why = str(error).split(";")[0]
+        except KeyboardInterrupt:
+            why = stopped = "not measured: interrupted"
+        tell(number, len(settings))
+        if why:
+            rows.append({"setting": label, "kernel": why, what: "", of_logits: ""})
             continue
         # Where two experts are nearly equal, rounding before the router lets it take the other one.
         same_T = (ids_TK == exact_ids_TK).all(-1)
@@ -238,9 +253,7 @@ def kernel_frame(
             {
                 "setting": label,
                 "kernel": kernel,
-                "experts' output": _relative(found[same_T], exact[same_T])
-                if same_T.any()
-                else "other experts",
+                what: _relative(found[same_T], exact[same_T]) if same_T.any() else "other experts",
                 of_logits: _relative(logits, exact_logits),
             }
         )

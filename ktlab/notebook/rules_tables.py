@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ktlab import html
 from ktlab.errors import RuleError
+from ktlab.kernels.seat import TorchSeat
 from ktlab.measurement.pace import pace
+from ktlab.model.place_room import needed_bytes
+from ktlab.placement.placement import PLACEABLE
 from ktlab.placement.rules import Preview, RuleSet
 from ktlab.placement.rules.preview import TONES
 
@@ -17,7 +20,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ktlab.model.model import Model
+    from ktlab.placement import Placement
 
+STAND_IN_BYTES = 400 << 20
+"""What stands in for a device may take so much memory of the host."""
 READ_S, LEAST_TOKENS = 4.0, 96
 """Read for each bonus: as many tokens as this model reads in so many seconds."""
 _PLACE = re.compile(r"line (\d+), column (\d+): (.*)", re.S)
@@ -64,6 +70,22 @@ def problems_html(error: RuleError, text: str) -> str:
     return html.card(count, html.Raw("".join(shown)))
 
 
+def fitting(
+    model: "Model", placement: "Placement", most_bytes: int = STAND_IN_BYTES
+) -> "Placement":
+    """As much of a placement as a stand-in has room for: all of it, or the first layers, the rest
+    on the CPU."""
+    seats = {w: TorchSeat(w, "cpu") for w in placement.devices if w.startswith("cuda:")}
+    first = placement.model.layers
+    while sum(needed_bytes(model, placement, seats).values()) > most_bytes:
+        first -= 1
+        for component in PLACEABLE:
+            there = placement.model.layers_of(component)
+            if later := [layer for layer in there if layer is None or layer >= first]:
+                placement = placement.put(component, "cpu", layers=later)
+    return placement
+
+
 def near_frame(
     model: "Model",
     text: str,
@@ -76,17 +98,18 @@ def near_frame(
     """A row for each bonus: share of slots that go to `near`, and what the text loses by it."""
     import pandas as pd
 
-    from ktlab.measurement.quality import measure_quality
+    from ktlab.measurement.quality import BaselineCache, measure_quality
 
     most = pace(model).read(READ_S, max_tokens, least=LEAST_TOKENS)
     ids = model.tokenizer.encode(text)[: most + 1]
     rows: list[Mapping[str, Any]] = []
+    baseline = BaselineCache()
     for bonus in bonuses:
         change = {"rules": rules(bonus)} if bonus else {}
         with model.clone().override(**change) as changed:
             routing = changed.trace(ids[:256]).routing
             shares = [routing.histogram(layer).load_E[list(near)].sum() for layer in routing.layers]
-        measured = measure_quality(model, ids, a={}, b=change)
+        measured = measure_quality(model, ids, a={}, b=change, baseline=baseline)
         assert measured is not None  # nobody cancels it
         quality = measured[0]
         rows.append(

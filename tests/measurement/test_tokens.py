@@ -160,3 +160,15 @@ def test_a_large_vocabulary_is_compared_piece_by_piece(monkeypatch):
 
     monkeypatch.setattr(tokens, "_divergence", counted)
     assert torch.allclose(divergence(a, b), whole) and rows == [10, 10, 10, 7]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_predictions_a_piece_at_a_time_and_in_place(rows, monkeypatch):
+    given = logits(5)
+    expected, before, targets = given.log_softmax(-1), given.clone(), given.argmin(-1)
+    monkeypatch.setattr(tokens, "CHUNK_BYTES", rows * 4 * given.shape[1])
+    found = Prediction.of(given, targets)
+    assert torch.equal(found.logprobs_TV, expected) and torch.equal(given, before)
+    own = Prediction.of(given, targets, own=True)
+    assert torch.equal(own.logprobs_TV, expected) and torch.equal(own.target_T, found.target_T)
+    assert own.logprobs_TV.data_ptr() == given.data_ptr(), "no second array of a large vocabulary"

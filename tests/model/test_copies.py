@@ -122,3 +122,40 @@ def test_copies_of_a_large_model_stay_only_while_they_are_wanted(
         for block in model.layers:
             made = [linear._requantized for linear in block.attention.linears.values()]
             assert all(set(formats) == {"q8_0"} for formats in made)
+
+
+def test_what_is_made_in_passing_is_forgotten(model: ktlab.Model) -> None:
+    model.forward([1, 2, 3])
+    stacks = [s for product in copies.every_product(model) for s in product.stacks]
+    before = [stack.operand_bytes for stack in stacks]
+    expected = model.forward([1, 2, 3])
+    with copies.passing(model), model.override(backend="torch", quantize="q4_0"):
+        model.forward([1, 2, 3])
+        assert kept_bytes(model) > 0 and [stack.operand_bytes for stack in stacks] != before
+    assert kept_bytes(model) == 0 and [stack.operand_bytes for stack in stacks] == before
+    assert model.forward([1, 2, 3]).equal(expected)
+
+
+def test_packed_weights_without_blocks_are_not_forgotten(model: ktlab.Model) -> None:
+    (stack, *_) = model.moe_blocks[0].experts.stacks
+    expected = stack.tensor.dequantize()
+    model.experts.use(layout="packed")
+    model.forward([1, 2, 3])
+    stack._tensor = None  # as `release` leaves a copy that is not mapped
+    stack.forget()
+    assert stack.packed and (stack.tensor.dequantize() == expected).all()
+
+
+def test_rules_that_were_applied_leave_no_large_copies(
+    model: ktlab.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = ktlab.RuleSet.read("amx-int8-experts")
+    with rules.applied(model):
+        pass
+    kept = kept_bytes(model)
+    assert kept > 0, "little is kept for a toggle back"
+    monkeypatch.setattr(copies, "UNUSED_BYTES", kept - 1)
+    monkeypatch.setattr(copies, "UNUSED_SHARE", 1 << 40)
+    with rules.applied(model):
+        assert kept_bytes(model) == kept
+    assert kept_bytes(model) == 0

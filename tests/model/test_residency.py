@@ -26,7 +26,9 @@ def test_a_loaded_file_is_mapped_and_becomes_resident_with_use() -> None:
     model.generate("Hello", max_new_tokens=2)
     after = model.residency()
     if before.resident is not None and after.resident is not None:
-        assert before.resident < after.resident <= after.mapped
+        # What is packed gives its pages of the file back.
+        assert before.resident < after.resident + after.converted
+        assert after.resident <= after.mapped
     floats = [block.attention.linears[name] for block in model.layers for name in ("k_b", "v_b")]
     assert after.converted >= sum(4 * linear.stack.size for linear in floats)
     assert str(after).splitlines()[0] in repr(model)

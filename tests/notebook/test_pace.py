@@ -23,6 +23,7 @@ from ktlab.notebook import (
     quantization_tables,
     quantization_view,
     requantizing,
+    roofline_view,
 )
 from ktlab.notebook.control_room_phases import Options
 from ktlab.notebook.mla_timing import affordable
@@ -185,6 +186,41 @@ def test_of_a_large_model_kernels_are_compared_on_its_first_layers(
     for stack in (*bank.stacks, *first.output.stacks):
         assert "float32" not in stack.operand_bytes
     assert not bank.kept_formats, "a large model's copies are large"
+    asked: list[object] = []
+    override = Model.override
+
+    def noted(self: Model, **words: object) -> object:
+        asked.append(words)
+        return override(self, **words)
+
+    monkeypatch.setattr(Model, "override", noted)
+    kernel_frame(model, settings, [1, 2, 3])
+    assert asked[1:] == [{"backend": {"experts": "numpy"}}, {"quantize": {"experts": "q4_0"}}]
+
+
+def test_of_a_large_model_kernels_are_compared_for_a_while(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"float32": dict(backend="numpy"), "coarse": dict(quantize="q4_0")}
+    monkeypatch.setattr(roofline_view, "LARGE_S", -1.0)
+    small = kernel_frame(model, settings, [1, 2, 3])
+    assert small.loc["coarse", "logits"], "a small model is never cut short"
+    monkeypatch.setattr(roofline_view, "beginning", lambda m: beginning(m, 1))
+    late = kernel_frame(model, settings, [1, 2, 3])
+    assert set(late["kernel"]) == {"not measured: -1 s are over"}
+    monkeypatch.setattr(roofline_view, "LARGE_S", 60.0)
+    forward, calls = Model.forward, [0]
+
+    def interrupted(self: Model, ids: object, **options: object) -> object:
+        calls[0] += 1
+        if calls[0] == 3:  # after the reference and the first setting
+            raise KeyboardInterrupt
+        return forward(self, ids, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Model, "forward", interrupted)
+    part = kernel_frame(model, settings, [1, 2, 3])
+    assert part.loc["float32", "experts' output"] == "0 %"
+    assert part.loc["coarse", "kernel"] == "not measured: interrupted"
 
 
 def test_the_format_that_a_tensor_has_is_no_point_of_its_errors() -> None:

@@ -5,9 +5,12 @@ from torch import Tensor
 
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.errors import RuleError
+from ktlab.kernels.seat import TorchSeat
 from ktlab.model.model import Model
-from ktlab.notebook.rules_tables import near_frame, problems_html
+from ktlab.model.place_room import needed_bytes
+from ktlab.notebook.rules_tables import fitting, near_frame, problems_html
 from ktlab.notebook.rules_view import OWN_TEXT, RulesView
+from ktlab.placement import Placement
 from ktlab.placement.rules import RuleSet
 from ktlab.routing import Router
 
@@ -118,3 +121,20 @@ def test_what_it_costs_to_stay_near(model: Model) -> None:
     )  # fmt: skip
     assert frame["KL divergence"][0.0] == "0" and frame["KL divergence"][10.0] != "0"
     assert frame["slots near"][10.0] == "50.0%"
+
+
+def test_a_stand_in_gets_the_first_layers_that_it_has_room_for(model: Model) -> None:
+    whole = RuleSet.read("hot-experts").placement(model)
+    assert fitting(model, whole) == whole
+
+    def needed(placement: Placement) -> int:
+        return needed_bytes(model, placement, {"cuda:0": TorchSeat("cuda:0", "cpu")})["cuda:0"]
+
+    part = fitting(model, whole, needed(whole) - 1)
+    assert 0 < needed(part) < needed(whole)
+    first, last = range(model.config.num_layers)[:: model.config.num_layers - 1]
+    assert part.device("attention", layer=first) == "cuda:0"
+    assert part.device("attention", layer=last) == part.device("output") == "cpu"
+    with model.override(placement=part, stand_in={"cuda:0": "cpu"}):
+        model.forward([1, 2, 3])
+    assert fitting(model, whole, 0).devices == ("cpu",)

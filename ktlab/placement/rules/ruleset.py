@@ -155,8 +155,8 @@ class RuleSet:
     def applied(
         self, model: Model, *, strict: bool = False, stand_in: StandIn | None = None
     ) -> Iterator[Model]:
-        """`apply` for the length of a `with`; everything is restored on leaving, and copies that took
-        much are let go."""
+        """`apply` for the length of a `with`; everything is restored on leaving, and copies that
+        took much are let go."""
         change = self.apply(model, strict=strict, stand_in=stand_in)
         try:
             yield model
