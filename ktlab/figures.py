@@ -394,7 +394,7 @@ def roofline(
             hovertemplate=f"{name}, %{{text}}: %{{y:,.3g}} {unit}<extra></extra>",
         )  # fmt: skip
     fig.update_xaxes(type="log").update_yaxes(type="log")
-    below = {"y": -0.14, "yanchor": "top", "x": 0, "xanchor": "left"}  # beside, it halves the plot
+    below = {"y": -0.28, "yanchor": "top", "x": 0, "xanchor": "left"}  # beside, it halves the plot
     return fig.update_layout(legend=below)
 
 

@@ -145,4 +145,6 @@ def _is_number(cell: object) -> bool:
         return False
     if isinstance(cell, (int, float)):
         return True
-    return str(cell).lstrip("-+×≤≥~")[:1].isdigit() and len(str(cell)) < 35  # else a sentence
+    said = str(cell)
+    sentence = len(said) >= 35 or re.search(r" of [a-z]", said)
+    return said.lstrip("-+×≤≥~")[:1].isdigit() and not sentence

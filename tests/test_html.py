@@ -18,6 +18,7 @@ def test_numbers_to_the_right_words_to_the_left():
 def test_a_sentence_that_begins_with_a_number_may_wrap():
     sentence = "82.94 tokens/s in one place and 74.36 in another: nobody knows why"
     assert aligned([(sentence,)]) == [False]
+    assert aligned([("89 % of read 13.4 GB/s", "8 of 64")]) == [False, True]
 
 
 def test_pairs_are_read_from_the_left():
