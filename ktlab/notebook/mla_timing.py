@@ -18,6 +18,7 @@ from ktlab.interval import Interval
 from ktlab.measurement import intervals
 from ktlab.measurement.blocks import Blocks
 from ktlab.model.components import every_product
+from ktlab.model.copies import room
 from ktlab.probe import Recorder
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from ktlab.model.model import Model
 
 REPEATS = 5
+CACHE_BYTES, CACHE_SHARE = 10**9, 16
+"""What the caches of a context may take, or this part of the room, if that is more."""
 EXACT = ("torch", "numpy")
 """Backends that multiply in float32."""
 
@@ -122,6 +125,14 @@ def cache_bytes(model: "Model", form: Form, context: int) -> int:
 def default_contexts(longest: int) -> list[int]:
     """Contexts to measure at: powers of two up to `longest`."""
     return [n for n in (128, 256, 512, 1024, 2048, 4096, 8192, 16384) if n <= longest]
+
+
+def in_memory(model: "Model", contexts: Sequence[int]) -> list[int]:
+    """Those of `contexts` whose caches, one of each form, fit the room beside the model; the first
+    in any case."""
+    most = max(CACHE_BYTES, (room(model) or 0) // CACHE_SHARE)
+    token = sum(block.attention.cache_bytes_per_token(f) for block in model.layers for f in FORMS)
+    return [context for i, context in enumerate(contexts) if not i or context * token <= most]
 
 
 def affordable(

@@ -25,6 +25,7 @@ from ktlab.notebook.mla_timing import (
     agreement,
     cache_bytes,
     default_contexts,
+    in_memory,
     measure,
     times_faster,
     work,
@@ -96,9 +97,8 @@ class MLAView(Instrument):
         if not self.publish(cancel, lambda: self._show_agreement(found)):
             return
         ceilings = measure_machine()
-        contexts, repeats = affordable(
-            quick.seconds(tokens), [n for n in self.contexts if n >= tokens], MEASURE_S
-        )
+        fitting = in_memory(self.model, [n for n in self.contexts if n >= tokens])
+        contexts, repeats = affordable(quick.seconds(tokens), fitting, MEASURE_S)
         points = measure(
             self.model,
             tokens=tokens,

@@ -16,6 +16,7 @@ from ktlab.model.model import Model
 from ktlab.notebook import (
     control_room,
     control_room_engine,
+    mla_timing,
     mla_view,
     offload_tables,
     offload_view,
@@ -26,7 +27,7 @@ from ktlab.notebook import (
     roofline_view,
 )
 from ktlab.notebook.control_room_phases import Options
-from ktlab.notebook.mla_timing import affordable
+from ktlab.notebook.mla_timing import affordable, in_memory
 from ktlab.notebook.mla_view import MLAView
 from ktlab.notebook.offload_view import OffloadView
 from ktlab.notebook.passages import trace_passages
@@ -95,6 +96,21 @@ def test_sizes_follow_seconds() -> None:
     assert affordable(0.001, contexts, 30) == (contexts, 5)
     assert affordable(1.0, contexts, 30) == (contexts, 2)
     assert affordable(9.0, contexts, 30) == ([128, 1024], 2)
+
+
+def test_contexts_whose_caches_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load("tiny")
+    shape = model.config.attention.cache_elements
+    token = 4 * model.config.num_layers * sum(shape.values())
+    monkeypatch.setattr(mla_timing, "CACHE_BYTES", 1000 * token)
+    for room, expected in (
+        (0, [128, 1000]),
+        (None, [128, 1000]),
+        (16 * 2000 * token, [128, 1000, 2000]),
+    ):
+        monkeypatch.setattr(mla_timing, "room", lambda model, room=room: room)
+        assert in_memory(model, [128, 1000, 2000, 2001]) == expected
+        assert in_memory(model, [9000]) == [9000]
 
 
 def test_a_trace_is_cut_to_its_seconds_and_says_so(
