@@ -167,9 +167,9 @@ class PredictView(Instrument):
         if found is None:
             return {}
         return {
-            "prefill, predicted": _about(found.prefill_tokens_per_s),
+            "prefill, predicted": f"{prediction_view.about(found.prefill_tokens_per_s)} tokens/s",
             "waits for": found.bound("prefill"),
-            "decode, predicted": _about(found.decode_tokens_per_s),
+            "decode, predicted": f"{prediction_view.about(found.decode_tokens_per_s)} tokens/s",
             "waits for ": found.bound("decode"),
             **self._error(),
             **{
@@ -203,11 +203,6 @@ class PredictView(Instrument):
         self.wait()
         charts = [stage_bars(self.prediction), lanes(self.prediction)] if self.prediction else []
         return Snapshot(self.to_html(), *charts, plain=repr(self))
-
-
-def _about(tokens_per_s: float) -> str:
-    """Two digits: errors of some per cent allow no more."""
-    return f"{float(f'{tokens_per_s:.2g}'):,.4g} tokens/s"
 
 
 def with_sockets(machine: Machine, sockets: int) -> Machine:

@@ -22,14 +22,19 @@ def title(of: "Prediction") -> str:
     return f"{of.model} in {of.format}, {of.top_k} experts, by {of.engine} on {of.machine}"
 
 
+def about(value: float) -> str:
+    """Two digits: more would say that a prediction knows them."""
+    return f"{float(f'{value:.2g}'):,.4g}"
+
+
 def text(of: "Prediction") -> str:
     """Speeds, then each phase's stages."""
     lines = [
         f"Prediction of {title(of)}",
-        f"  prefill {of.prefill_tokens_per_s:8.4g} tokens/s for {of.prompt:,} tokens: "
-        f"{of.prompt / of.prefill_tokens_per_s:.3g} s; mostly {of.bound('prefill')}",
-        f"  decode  {of.decode_tokens_per_s:8.4g} tokens/s over {of.generate:,} tokens: "
-        f"{1e3 / of.decode_tokens_per_s:.3g} ms a token; mostly {of.bound('decode')}",
+        f"  prefill {about(of.prefill_tokens_per_s):>6} tokens/s for {of.prompt:,} tokens: "
+        f"{about(of.prompt / of.prefill_tokens_per_s)} s; mostly {of.bound('prefill')}",
+        f"  decode  {about(of.decode_tokens_per_s):>6} tokens/s over {of.generate:,} tokens: "
+        f"{about(1e3 / of.decode_tokens_per_s)} ms a token; mostly {of.bound('decode')}",
         "  memory  "
         + ", ".join(f"{html.decimal_bytes(n)} of {name}" for name, n in of.memory.items()),
     ]
@@ -65,14 +70,14 @@ def bundle(of: "Prediction") -> dict[str, Any]:
         [
             (
                 "prefill",
-                f"{of.prefill_tokens_per_s:.4g} tokens/s",
-                f"{of.prompt:,} tokens in {of.prompt / of.prefill_tokens_per_s:.3g} s",
+                f"{about(of.prefill_tokens_per_s)} tokens/s",
+                f"{of.prompt:,} tokens in {about(of.prompt / of.prefill_tokens_per_s)} s",
                 of.bound("prefill"),
             ),
             (
                 "decode",
-                f"{of.decode_tokens_per_s:.4g} tokens/s",
-                f"{1e3 / of.decode_tokens_per_s:.3g} ms a token",
+                f"{about(of.decode_tokens_per_s)} tokens/s",
+                f"{about(1e3 / of.decode_tokens_per_s)} ms a token",
                 of.bound("decode"),
             ),
         ],

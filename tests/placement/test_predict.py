@@ -150,6 +150,9 @@ def test_stages_memory_and_timelines() -> None:
     back = Prediction.from_json(found.to_json())
     assert back.times == found.times
     assert "prefill" in str(found) and "<table" in found._repr_mimebundle_()["text/html"]
+    shown = str(found), found._repr_mimebundle_()["text/html"]
+    two_digits = f"{float(f'{found.decode_tokens_per_s:.2g}'):,.4g} tokens/s"
+    assert all(two_digits in text for text in shown)
     assert len(found.to_frame()) == sum(map(len, found.stages.values()))
     assert found.plot("prefill").data
 
