@@ -151,8 +151,7 @@ def process_memory() -> int | None:
 
 def trim() -> None:
     """Give freed memory back to the system where the C library can (glibc keeps it otherwise)."""
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if give_back is not None:
+    if sys.platform == "linux" and (give_back := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         give_back(0)
 
 

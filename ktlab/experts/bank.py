@@ -4,7 +4,6 @@ T tokens, D hidden, E experts, K selected, F expert width.
 """
 
 import copy
-from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -34,14 +33,12 @@ class ExpertBank(Computed):
     """What a class of the user's that stands here is called, with its words and its code's sum."""
     stacks: Stacks
     """gate, up and down, with what kernels have made of them."""
+    _stored: Stacks
 
     def __init__(self, layer: int, gate: QTensor, up: QTensor, down: QTensor) -> None:
         super().__init__()
         self.layer = layer
-        self.stacks = (Stack(gate), Stack(up), Stack(down))
-        self._stored = self.stacks
-        # By format: requantized once, shared by clones like the rest.
-        self._requantized: dict[str, Stacks] = {}
+        self.stacks = self._stored = (Stack(gate), Stack(up), Stack(down))
 
     # The weights -----------------------------------------------------------------------------
 
@@ -109,16 +106,6 @@ class ExpertBank(Computed):
                 found[name] = found.get(name, 0) + nbytes
         return found
 
-    @property
-    def kept_formats(self) -> tuple[str, ...]:
-        """Formats that it has been requantized to and still has: taking them costs nothing."""
-        return tuple(self._requantized)
-
-    def let_go(self, keep: Collection[str] = ()) -> None:
-        """Forget requantized copies but those in the formats `keep`; who uses one still has it."""
-        for format in [name for name in self._requantized if name not in keep]:
-            self._requantized.pop(format, None)
-
     # The switches ----------------------------------------------------------------------------
 
     def use(self, *, format: str | None = None, **words: Any) -> "ExpertBank":
@@ -158,7 +145,8 @@ class ExpertBank(Computed):
 
     def _in_format(self, format: str) -> Stacks:
         format = get_format(format).name
-        kept = self._requantized.pop(format, None)  # one step: another thread may drop it meanwhile
+        # One step: another thread may drop it meanwhile.
+        kept: Stacks | None = self._requantized.pop(format, None)
         if kept is not None:
             self._requantized[format] = kept  # the latest used goes last
             return kept

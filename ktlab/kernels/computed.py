@@ -1,6 +1,6 @@
 """What the expert banks and the matrices of the dense part share: a live choice of kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ktlab.kernels import dispatch
@@ -23,10 +23,30 @@ class Computed:
 
     stacks: tuple[Stack, ...]
     """The matrices, with what kernels have made of them."""
+    _stored: tuple[Stack, ...]
+    """The same as loaded."""
 
     def __init__(self) -> None:
         self._request = Request()
         self._kernel: Kernel | None = None
+        # {format: stacks}: requantized once, shared by clones.
+        self._requantized: dict[str, Any] = {}
+
+    @property
+    def kept_formats(self) -> tuple[str, ...]:
+        """Formats that it has been requantized to and still has: taking them costs nothing."""
+        return tuple(self._requantized)
+
+    @property
+    def requantized(self) -> Iterator[Stack]:
+        """The stacks of its copies; what a copy shares with the stored weights is none."""
+        for stacks in tuple(self._requantized.values()):
+            yield from (stack for stack in stacks if not stack.as_loaded)
+
+    def let_go(self, keep: Collection[str] = ()) -> None:
+        """Forget requantized copies but those in the formats `keep`; who uses one still has it."""
+        for format in [name for name in self._requantized if name not in keep]:
+            self._requantized.pop(format, None)
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """A matrix of the dense part, computed on its quantized values by the same kernels as experts."""
 
 import copy
-from collections.abc import Collection
 
 from torch import Tensor
 
@@ -23,9 +22,7 @@ class Linear(Computed):
 
     def __init__(self, weight: QTensor) -> None:
         super().__init__()
-        self._stored = Stack(weight)
-        self.stacks = (self._stored,)
-        self._requantized: dict[str, Stack] = {}
+        self.stacks = self._stored = (Stack(weight),)
 
     @property
     def weight(self) -> QTensor:
@@ -67,21 +64,18 @@ class Linear(Computed):
         """The stored matrix in another format; rows that do not fit it fall back as in llama.cpp.
 
         Always from the weights as loaded, so that errors do not add up; computed once."""
-        fitting = fallback_format(format, self._stored.shape[-1])
+        (stored,) = self._stored
+        fitting = fallback_format(format, stored.shape[-1])
         kept = self._requantized.get(format)
         if kept is None:
             kept = self._stored
-            if fitting != kept.format:
-                kept = Stack(packing.convert(kept.tensor, fitting, self._request), as_loaded=False)
+            if fitting != stored.format:
+                tensor = packing.convert(stored.tensor, fitting, self._request)
+                kept = (Stack(tensor, as_loaded=False),)
             self._requantized[format] = kept
         changed = copy.copy(self)
-        changed.stacks, changed._kernel = (kept,), None
+        changed.stacks, changed._kernel = kept, None
         return changed
-
-    def let_go(self, keep: Collection[str] = ()) -> None:
-        """Forget requantized copies but those in the formats `keep`; who uses one still has it."""
-        for format in [name for name in self._requantized if name not in keep]:
-            self._requantized.pop(format, None)
 
     @property
     def nbytes(self) -> int:

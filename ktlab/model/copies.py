@@ -14,9 +14,7 @@ from ktlab.errors import SettingError
 from ktlab.experts.bank import ExpertBank
 from ktlab.html import decimal_bytes
 from ktlab.kernels.computed import Computed
-from ktlab.kernels.linear import Linear
 from ktlab.kernels.request import PACKED
-from ktlab.kernels.stack import Stack
 from ktlab.memory import memory, trim
 from ktlab.model.components import every_product
 from ktlab.quantization import fallback_format, get_format
@@ -47,12 +45,10 @@ def room(model: "Model") -> int | None:
 
 def format_bytes(product: Computed, format: str) -> int:
     """Bytes that `product.quantized(format)` would allocate; 0 if it has been made before."""
-    assert isinstance(product, ExpertBank | Linear)
-    if format in product._requantized:
+    if format in product.kept_formats:
         return 0
-    stored = product._stored
     total = 0
-    for stack in stored if isinstance(stored, tuple) else (stored,):
+    for stack in product._stored:
         row = stack.shape[-1]
         fitting = fallback_format(format, row)
         if fitting != stack.format:
@@ -110,17 +106,8 @@ def kept_bytes(model: "Model") -> int:
     return sum(
         stack.nbytes + sum(stack.operand_bytes.values())
         for product in every_product(model)
-        for stack in requantized(product)
+        for stack in product.requantized
     )
-
-
-def requantized(product: Computed) -> Iterator[Stack]:
-    """The stacks of a product's copies; what a copy shares with the stored weights is none."""
-    assert isinstance(product, ExpertBank | Linear)
-    for copies in product._requantized.values():
-        for stack in copies if isinstance(copies, tuple) else (copies,):
-            if not stack.as_loaded:
-                yield stack
 
 
 @contextmanager
@@ -146,10 +133,8 @@ def let_go(model: "Model", wanted: Iterable[tuple[str, Sequence[Computed], str]]
     keep: dict[int, list[str]] = {}
     for _, products, format in wanted:
         for product in products:
-            assert isinstance(product, ExpertBank | Linear)
             keep.setdefault(id(product._requantized), []).append(format)  # clones share it
     for product in every_product(model):
-        assert isinstance(product, ExpertBank | Linear)
         product.let_go(keep.get(id(product._requantized), ()))
     trim()
 

@@ -90,9 +90,9 @@ static way way_of(int isa, int few, int64_t tokens) {
 }
 
 /* How activations are wanted. A scale every 16 columns instead of 32 loses a fifth less. Where weights are
- * decoded and multiplied at once it costs no time: memory is waited for. On tiles 3 to 6 % of an expert's
- * where only `down` has it: there, behind gate, up and SwiGLU with its heavy tails, it is worth it, as
- * there a scale over two chunks is not. */
+ * decoded and multiplied at once it costs no time: memory is waited for. On tiles it takes 3 to 6 % of an
+ * expert's time in `down` alone, whose input has SwiGLU's heavy tails: worth it there, and not elsewhere. For
+ * the same tails `down` has no scale over two chunks. */
 static ktl_act_key key_of(const ktl_kernels *kernels, way w, int format, int down) {
     ktl_act_key key = kernels->act_key(format);
     const int fine = w == FUSED || down ? kernels->fine > 0 : kernels->fine > 1;
