@@ -195,7 +195,7 @@ class ControlRoom:
         rest = {k: v for k, v in changes.items() if k not in CHOICE_FIELDS}
         choice = {k: v for k, v in changes.items() if k in CHOICE_FIELDS}
         if choice:
-            rest["choice"] = self.state.choice.with_(**choice).check(self.model)
+            rest["choice"] = self.state.choice.with_(**choice).check(self._engine.model)
         if rest.get("baseline") == "now":
             rest["baseline"] = self.state.choice
         if "own_text" in rest:
