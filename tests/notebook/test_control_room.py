@@ -12,8 +12,9 @@ import pytest
 from ktlab.checkpoint.synthesis import TINY_QWEN3MOE_CONFIG, TINY_TEST_CONFIG, synthesize
 from ktlab.errors import ContextError, SettingError
 from ktlab.interval import Interval
+from ktlab.kernels.computed import Computed
 from ktlab.model.model import Model
-from ktlab.notebook import control_room, control_room_controls
+from ktlab.notebook import control_room, control_room_controls, control_room_engine
 from ktlab.notebook import control_room_plane as plane
 from ktlab.notebook.control_room_choice import ALL, OWN, Choice, Library
 from ktlab.notebook.control_room_elsewhere import elsewhere, prediction
@@ -151,6 +152,28 @@ def test_stop_keeps_what_is_known_and_resume_goes_on(model):
     assert not room.busy
     with pytest.raises(SettingError, match="closed"):
         room.set(top_k=2)
+
+
+def test_the_first_number_is_the_pages_alone_for_a_while(room):
+    """What computes keeps both cores of a small machine: the page would paint the number late."""
+    assert room.wait(WAIT_S)
+    seconds: list[float] = []
+    room.screen.html["quality"].observe(lambda _: seconds.append(time.monotonic()), "value")
+    room.screen.html["router"].observe(lambda _: seconds.append(time.monotonic()), "value")
+    room.set(top_k=2)
+    assert room.wait(WAIT_S) and len(seconds) > 2
+    assert seconds[1] - seconds[0] >= control_room_engine.BREATH_S
+
+
+def test_kernels_are_chosen_when_the_room_is_opened(room, monkeypatch):
+    assert room.wait(WAIT_S)
+
+    def choose(product, request):
+        raise AssertionError(f"{product} is asked again for {request}")
+
+    monkeypatch.setattr(Computed, "_choose", choose)
+    room.set(top_k=3)
+    assert room.wait(WAIT_S) and room.phase == "done", room.message
 
 
 @pytest.mark.parametrize(
