@@ -35,6 +35,9 @@ kernel's answers to the page, of many short steps, wait for the worker at each o
 BREATH_S = 0.1
 """Between the first number and the rest, so that the page paints the number first: on two cores it
 gets to it late where a measurement keeps both."""
+EVERY_S = 0.2
+"""Between two states of one phase on the page, which draws them on the same cores and answers no
+press meanwhile. Text is written, and a known baseline read against, faster than one can look."""
 
 Update = tuple[Results, str]
 """What is known now, and the phase that is going on ("done" at the end)."""
@@ -88,6 +91,8 @@ class Engine:
         self._predicted: dict[Hashable, Prediction] = {}
         self._twins: dict[tuple[str, Side, Side], Twin | str] = {}
         self._baseline = BaselineCache()
+        self._shown = ("", 0.0)
+        """The phase that was published last, and when."""
         self.doing = ""
         """What the twin is at."""
 
@@ -140,6 +145,7 @@ class Engine:
         model = interruptible(self.model, cancel)
         usual = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S)
+        self._shown = ("", 0.0)
         try:
             for results, phase in self._phases(model, request, cancel):
                 keep = partial(self._keep, request, results, phase)
@@ -152,7 +158,10 @@ class Engine:
 
     def _keep(self, request: Request, results: Results, phase: str) -> None:
         self._results[request.key] = results
-        self._publish(results, phase)
+        shown, shown_s = self._shown
+        if phase != shown or perf_counter() - shown_s >= EVERY_S:
+            self._publish(results, phase)
+            self._shown = (phase, perf_counter())
 
     def _phases(self, model: Model, request: Request, cancel: threading.Event) -> Iterator[Update]:
         results = self.known(request) or Results(
