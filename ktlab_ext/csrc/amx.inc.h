@@ -127,7 +127,7 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
     waiting sums[2];
     place last = {0}, here = {.next = cols > KTL_CHUNK ? job->act_next : 0};
     int turn = 0;
-    const int64_t passes = ktl_ceil(job->n, 16) * (panels / 2) * ktl_ceil(cols, k);
+    const int64_t share = ktl_share(&ahead, ktl_ceil(job->n, 16) * (panels / 2) * ktl_ceil(cols, k));
     uint8_t half[2][1024] KTL_ALIGNED; /* the last 32 columns, padded to 64 */
     const ktl_act *acts = job->act;
     for (here.t = 0; here.t < job->n; here.t += 16) {
@@ -158,7 +158,7 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
                         b1 = half[1];
                     }
                     const int64_t at = c < KTL_CHUNK ? c : here.next + c - KTL_CHUNK;
-                    ktl_fetch(&ahead, 1, passes);
+                    ktl_fetch(&ahead, share);
                     TWO_PRODUCTS(a + at, sizeof(ktl_act), b0, b1, TILE_DOT_S8U8, ({
                                      int8_add(format, &sums[!turn], last, row, rows, tiles, job);
                                      row += rows;
@@ -290,6 +290,7 @@ static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int gro
     const uint16_t *acts = job->act;
     const int64_t sums_bytes = job->acc_stride * (int64_t)sizeof(float);
     ktl_ahead ahead = job->ahead;
+    const int64_t share = ktl_share(&ahead, ktl_ceil(job->n, 16) * (panels / 2));
     (void)format;
     for (int p = 0; p < panels; p += 2)
         for (int64_t t = 0; t < job->n; t += 16) {
@@ -303,7 +304,7 @@ static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int gro
                 tile_config config = config_for(tokens, 64);
                 TILE_CONFIG(&config);
             }
-            ktl_fetch(&ahead, 2 * tokens, job->n * panels);
+            ktl_fetch(&ahead, share);
             TILE_LOAD(0, sums, sums_bytes);
             TILE_LOAD(1, sums + KTL_PANEL, sums_bytes);
             for (int g = 0; g < groups; g++)

@@ -1,7 +1,7 @@
 /* Few tokens: each weight is read once, decoded and multiplied in registers; in the words of
  * kernel.inc.h. */
 
-enum { FEW = 4 /* tokens a pass on packed data, or on 16 rows of blocks */, FAR = 8192 };
+enum { FEW = 4 /* tokens a pass on packed data, or on 16 rows of blocks */ };
 
 #ifdef HAS_ROWS16
 /* ---- few tokens on file blocks: 16 rows at a time ---------------------------------------------------- */
@@ -45,8 +45,8 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
             for (int64_t column = 0; column < cols; column += KTL_CHUNK) {
                 const uint8_t *x = (const uint8_t *)act + column / KTL_CHUNK * chunk_bytes;
                 int n = (int)(cols - column < KTL_CHUNK ? cols - column : KTL_CHUNK);
-                /* Rows follow each other in memory: what comes FAR bytes on is fetched meanwhile. */
-                fetch(p + bytes_of_columns(format, column) + FAR,
+                /* Rows follow each other in memory: what comes KTL_FAR bytes on is fetched meanwhile. */
+                fetch(p + bytes_of_columns(format, column) + KTL_FAR,
                       (size_t)bytes_of_columns(format, KTL_CHUNK));
                 if (ktl_is_float(format)) {
                     float line[KTL_CHUNK] KTL_ALIGNED;
@@ -83,7 +83,7 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
 
 /* ---- few tokens on packed data: codes go from memory to the sums without a tile in between ------------ */
 KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const uint8_t *p, int groups,
-                                const ktl_act *const *act, float *const *acc) {
+                                const uint8_t *far, const ktl_act *const *act, float *const *acc) {
     const ktl_format_info *f = &ktl_formats[format];
     const int sub = f->sub, step = sub > KTL_GROUP ? KTL_GROUP : KTL_FINE;
     const int group_bytes = 64 * (f->base_bits + f->high_bits), subs = KTL_CHUNK / sub;
@@ -102,8 +102,8 @@ KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const ui
     }
     for (int g = 0; g < groups; g++) {
         VI w[8][VN];
-        /* What comes FAR bytes on: the memory must not idle while this is computed. */
-        fetch(p + FAR + g * share, (size_t)share);
+        /* The memory must not idle while this is computed. */
+        fetch(far + g * share, (size_t)share);
         unpack_in_registers(format, p + g * group_bytes, w);
         if (!f->has_scale && f->d_cols && g * KTL_GROUP % f->d_cols == 0)
             F16X16(scales + 32 * (g * KTL_GROUP / f->d_cols), d);
@@ -215,7 +215,7 @@ KTL_INLINE void dot_packed_as(int format, const uint8_t *head, const uint8_t *ch
     case T:                                                                                         \
         if (ktl_is_float(format))                                                                   \
             dot_packed_float(format, T, chunk, groups, (const float *const *)a, acc);               \
-        else dot_packed_int8(format, T, head, chunk, groups, (const ktl_act *const *)a, acc);       \
+        else dot_packed_int8(format, T, head, chunk, groups, job->far, (const ktl_act *const *)a, acc);       \
         break;
         switch (T) { PASS(1) PASS(2) PASS(3) PASS(4) }
 #undef PASS

@@ -117,6 +117,7 @@ typedef struct KTL_ALIGNED {
 } ktl_tile;
 
 enum { KTL_TILES = 4 }; /* tiles that are decoded at a time */
+enum { KTL_FAR = 8192 }; /* bytes that few tokens ask for in advance */
 
 /* Memory that will be read after this: `pieces` of `lines` x 64 bytes, `stride` bytes apart. */
 typedef struct {
@@ -125,9 +126,14 @@ typedef struct {
     int pieces, lines, piece, line;
 } ktl_ahead;
 
-/* Asks for the share of it that falls on `part` of `whole`, into L2. */
-KTL_INLINE void ktl_fetch(ktl_ahead *a, int64_t part, int64_t whole) {
-    for (int64_t n = ktl_ceil(part * a->lines * a->pieces, whole); n > 0 && a->piece < a->pieces; n--) {
+/* Lines for each of so many passes. */
+KTL_INLINE int64_t ktl_share(const ktl_ahead *a, int64_t passes) {
+    return ktl_ceil((int64_t)a->lines * a->pieces, passes);
+}
+
+/* Asks for the next `lines` of it, into L2. */
+KTL_INLINE void ktl_fetch(ktl_ahead *a, int64_t lines) {
+    for (; lines > 0 && a->piece < a->pieces; lines--) {
         __builtin_prefetch(a->data + a->line * 64, 0, 2);
         if (++a->line < a->lines) continue;
         a->line = 0;
@@ -148,6 +154,7 @@ typedef struct {
     const int32_t *acc_index;
     int64_t n;
     ktl_ahead ahead; /* for `multiply` to fetch on the way */
+    const uint8_t *far; /* for `dot_packed` to fetch on the way: as many bytes as the chunk has */
     int terms; /* for `dot_blocks`: of a token's activations, and bytes from one to the next */
     int64_t term_bytes;
 } ktl_job;
@@ -261,7 +268,7 @@ typedef struct {
     void (*decode_blocks)(int format, const uint8_t *row, int64_t row_bytes, int rows,
                           int64_t column, int cols, ktl_tile *tile);
     /* `panels` tiles (KTL_TILES, or padded to them by the caller) times job->n tokens, whose
-     * activations lie one after the other (act_index NULL). */
+     * activations and sums lie one after the other (act_index and acc_index NULL). */
     void (*multiply)(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job);
     /* Few tokens on blocks: sums[i * stride + r] += row r . act row, for `rows` rows, all columns.
      * act is [chunk][token row]; chunk_bytes apart. NULL: none, tiles do. */

@@ -13,10 +13,10 @@ enum { FLOAT_START = 0x4b400000 };
 #define FETCH_ACTS(T, bytes, at)                                                                    \
     _Pragma("GCC unroll 8") for (int t = 0; t < (T); t++)                                           \
         __builtin_prefetch((const uint8_t *)act + ((T) + t) * (bytes) + (at))
-#define FETCH_SUMS(T, panels)                                                                       \
-    _Pragma("GCC unroll 8") for (int t = 0; t < (T); t++)                                           \
+#define FETCH_SUMS(T, panels, g)                                                                    \
+    if ((g) < (T))                                                                                  \
         _Pragma("GCC unroll 4") for (int p = 0; p < (panels); p++)                                  \
-            __builtin_prefetch(next[t] + p * KTL_PANEL)
+            __builtin_prefetch(acc + ((T) + (g)) * stride + p * KTL_PANEL)
 
 /* Scales of the r-th vector of rows in sub-block s. */
 #define SCALE_OF(r, s) (tile[(r) / VN].scale[s] + (r) % VN * (VB / 4))
@@ -39,18 +39,16 @@ enum { FLOAT_START = 0x4b400000 };
 /* T tokens x PANELS tiles, a scale for every 16 or 32 columns: the float sums stay in registers.
  * fine: activations with a scale for every 16. */
 KTL_INLINE void multiply_short(int T, int sub, int mins, int is_wide, int fine, const ktl_tile *tile,
-                               int groups, const ktl_act *act, float *const *acc,
-                               float *const *next) {
+                               int groups, const ktl_act *act, float *acc, int64_t stride) {
     const int unit = fine ? KTL_FINE : sub;
     const uint8_t *codes[PANELS];
     VF sum[8][RV];
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
-        for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc[t] + r * (VB / 4));
+        for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc + t * stride + r * (VB / 4));
 #pragma GCC unroll 2
     for (int p = 0; p < PANELS; p++) codes[p] = tile[p].codes;
-    FETCH_SUMS(T, PANELS);
     for (int64_t g = 0; g < groups; g++) {
         VF part[8][RV], start[RV];
         const int64_t s0 = g * (KTL_GROUP / sub);
@@ -61,6 +59,7 @@ KTL_INLINE void multiply_short(int T, int sub, int mins, int is_wide, int fine, 
             start[r] = MULF(scales, SET1F(-KTL_START));
         }
         FETCH_ACTS(T, sizeof(ktl_act), 64 * g);
+        FETCH_SUMS(T, PANELS, g);
 #pragma GCC unroll 2
         for (int h = 0; h < KTL_GROUP / unit; h++) {
             VI dot[8][RV];
@@ -98,19 +97,18 @@ KTL_INLINE void multiply_short(int T, int sub, int mins, int is_wide, int fine, 
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
-        for (int r = 0; r < RV; r++) STOREF(acc[t] + r * (VB / 4), sum[t][r]);
+        for (int r = 0; r < RV; r++) STOREF(acc + t * stride + r * (VB / 4), sum[t][r]);
 }
 
 /* T tokens x LONG_PANELS tiles, a scale for 128 or 256 columns: the registers are worth more to the
  * integer sums, the more of them the fewer loads a product. */
 enum { LV = LONG_PANELS * VN };
 KTL_INLINE void multiply_long(int T, int sub, int is_wide, const ktl_tile *tile, int groups,
-                              const ktl_act *act, float *const *acc, float *const *next) {
+                              const ktl_act *act, float *acc, int64_t stride) {
     const int64_t cols = groups * KTL_GROUP;
     const uint8_t *codes[LONG_PANELS];
 #pragma GCC unroll 4
     for (int p = 0; p < LONG_PANELS; p++) codes[p] = tile[p].codes;
-    FETCH_SUMS(T, LONG_PANELS);
     for (int64_t c = 0; c < cols; c += sub) {
         const int64_t s = c / sub, end = c + sub < cols ? c + sub : cols;
         VI dot[8][LV];
@@ -122,6 +120,7 @@ KTL_INLINE void multiply_long(int T, int sub, int is_wide, const ktl_tile *tile,
         }
         for (int64_t at = c; at < end; at += KTL_GROUP) {
             FETCH_ACTS(T, sizeof(ktl_act), 2 * at);
+            FETCH_SUMS(T, LONG_PANELS, at / KTL_GROUP);
             STEP_OF(T, LV, KTL_GROUP, is_wide)
         }
 #pragma GCC unroll 4
@@ -129,7 +128,7 @@ KTL_INLINE void multiply_long(int T, int sub, int is_wide, const ktl_tile *tile,
             const VF scale = LOADF(SCALE_OF(r, s));
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
-                float *to = acc[t] + r * (VB / 4);
+                float *to = acc + t * stride + r * (VB / 4);
                 STOREF(to, FMA(MULF(TO_FLOAT(dot[t][r]), scale), SET1F(act[t].scale[c / KTL_FINE]), LOADF(to)));
             }
         }
@@ -137,15 +136,17 @@ KTL_INLINE void multiply_long(int T, int sub, int is_wide, const ktl_tile *tile,
 }
 
 KTL_INLINE void multiply_f32(int T, const ktl_tile *tile, int groups, const float *act,
-                             float *const *acc, float *const *next) {
+                             float *acc, int64_t stride) {
     VF sum[8][RV];
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
-        for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc[t] + r * (VB / 4));
-    FETCH_SUMS(T, PANELS);
+        for (int r = 0; r < RV; r++) sum[t][r] = LOADF(acc + t * stride + r * (VB / 4));
     for (int c = 0; c < groups * KTL_GROUP; c++) {
-        if (c % 16 == 0) FETCH_ACTS(T, KTL_CHUNK * sizeof(float), 4 * c);
+        if (c % 16 == 0) {
+            FETCH_ACTS(T, KTL_CHUNK * sizeof(float), 4 * c);
+            FETCH_SUMS(T, PANELS, c / 16);
+        }
         VF w[RV];
 #pragma GCC unroll 4
         for (int r = 0; r < RV; r++) w[r] = LOADF(tile[r / VN].f32 + c * KTL_PANEL + r % VN * (VB / 4));
@@ -159,25 +160,22 @@ KTL_INLINE void multiply_f32(int T, const ktl_tile *tile, int groups, const floa
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
-        for (int r = 0; r < RV; r++) STOREF(acc[t] + r * (VB / 4), sum[t][r]);
+        for (int r = 0; r < RV; r++) STOREF(acc + t * stride + r * (VB / 4), sum[t][r]);
 }
 
-/* `next`: the sums of the pass after this one. */
-typedef void (*inner_loop)(const ktl_tile *, int, const void *act, float *const *acc,
-                           float *const *next);
+typedef void (*inner_loop)(const ktl_tile *, int groups, const void *act, float *acc, int64_t stride);
 
 #define LOOP(name, call)                                                                            \
-    static void name(const ktl_tile *tile, int groups, const void *act, float *const *acc,          \
-                     float *const *next) {                                                          \
+    static void name(const ktl_tile *tile, int groups, const void *act, float *acc, int64_t stride) { \
         call;                                                                                       \
     }
 #define SHORT_LOOP(T, sub, mins, is_wide, fine)                                                     \
     LOOP(int8_##sub##_##mins##is_wide##fine##_##T,                                                  \
-         multiply_short(T, sub, mins, is_wide, fine, tile, groups, act, acc, next))
+         multiply_short(T, sub, mins, is_wide, fine, tile, groups, act, acc, stride))
 #define LONG_LOOP(T, sub, is_wide)                                                                  \
-    LOOP(int8_##sub##_0##is_wide##_##T, multiply_long(T, sub, is_wide, tile, groups, act, acc, next))
+    LOOP(int8_##sub##_0##is_wide##_##T, multiply_long(T, sub, is_wide, tile, groups, act, acc, stride))
 #define F32_LOOP(T)                                                                                 \
-    LOOP(f32_##T, multiply_f32(T, tile, groups, act, acc, next))
+    LOOP(f32_##T, multiply_f32(T, tile, groups, act, acc, stride))
 /* One copy for each number of tokens; those that one pass does not take are no copies. */
 #define UP_TO_3(L, ...) L(1, ##__VA_ARGS__) L(2, ##__VA_ARGS__) L(3, ##__VA_ARGS__)
 #define UP_TO_5(L, ...) UP_TO_3(L, ##__VA_ARGS__) L(4, ##__VA_ARGS__) L(5, ##__VA_ARGS__)
@@ -220,24 +218,16 @@ static void multiply(int format, const ktl_tile *tiles, int panels, int groups, 
     const int is_long = ktl_formats[format].sub > KTL_GROUP;
     const int most = is_long ? LONG_TOKENS : TOKENS, step = is_long ? LONG_PANELS : PANELS;
     ktl_ahead ahead = job->ahead;
-    float *acc[8], *next[8];
+    const int64_t share = ktl_share(&ahead, ktl_ceil(job->n, most) * ktl_ceil(panels, step));
     for (int64_t t = 0; t < job->n;) {
         /* Even shares: 7 tokens are 4 and 3, not 6 and 1. */
         const int64_t left = job->n - t;
         const int T = (int)ktl_ceil(left, ktl_ceil(left, most));
-        for (int i = 0; i < T; i++) {
-            acc[i] = ktl_sums(job, t + i);
-            next[i] = ktl_sums(job, t + T + i < job->n ? t + T + i : t);
-            __asm__("" : "+r"(acc[i])); /* one by one: as vectors this took 2 to 3 % of the time */
-        }
+        const inner_loop loop = loops[T - 1];
         const uint8_t *act = (const uint8_t *)job->act + (size_t)t * act_bytes;
         for (int p = 0; p < panels; p += step) {
-            ktl_fetch(&ahead, T * step, job->n * panels);
-            loops[T - 1](tiles + p, groups, act, acc, next);
-            for (int i = 0; i < T && p + step < panels; i++) {
-                acc[i] += step * KTL_PANEL;
-                next[i] += step * KTL_PANEL;
-            }
+            ktl_fetch(&ahead, share);
+            loop(tiles + p, groups, act, job->acc + t * job->acc_stride + p * KTL_PANEL, job->acc_stride);
         }
         t += T;
     }

@@ -121,12 +121,19 @@ static ktl_ahead next_tiles(const ktl_matrix *m, const uint8_t *data, int64_t ro
                        .pieces = (int)rows, .lines = (int)((cols / unit * bytes + 47) / 64 + 1)};
 }
 
+/* Where a row of a matrix begins; in packed form its panel. */
+static const uint8_t *row_of(const ktl_matrix *m, int64_t expert, int64_t row) {
+    return m->data + expert * m->expert_stride +
+           (m->layout == KTL_PACKED ? row / KTL_PANEL * ktl_panel_bytes(m->format, m->cols)
+                                    : row * ktl_row_bytes(m->format, m->cols));
+}
+
 /* job->acc += rows [row0, row0 + rows) of one matrix times the prepared activations. A chunk of 256
  * columns is decoded four panels at a time (they stay in L1) against all tokens (whose chunk stays
- * in L2 while the task's panels pass by). */
+ * in L2 while the task's panels pass by). `then`: what will be read after these rows, or NULL. */
 static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m, int64_t expert,
                        int64_t row0, int64_t rows, const acts *a, int64_t first_act,
-                       const ktl_job *job, ktl_tile *tiles) {
+                       const ktl_job *job, ktl_tile *tiles, const uint8_t *then) {
     const uint8_t *data = m->data + expert * m->expert_stride;
     const uint8_t *act = a->base + first_act * (int64_t)ktl_act_bytes(a->key.kind);
     const int packed = m->layout == KTL_PACKED;
@@ -135,15 +142,18 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
     const int64_t chunk_bytes = ktl_chunk_bytes(m->format, KTL_CHUNK / KTL_GROUP);
     if (fuse) { /* the weights are read once, in the order of memory */
         ktl_job part = *job;
+        const uint8_t *end = data + ktl_ceil(row0 + rows, KTL_PANEL) * panel_bytes;
         for (int64_t r = 0; packed && r < rows; r += KTL_PANEL) {
             const uint8_t *panel = data + (row0 + r) / KTL_PANEL * panel_bytes;
             part.acc = job->acc + r;
             for (int64_t c = 0; c < chunks_of(m->cols); c++)
                 for (int term = 0; term < a->key.terms; term++) {
                     const int64_t groups = ktl_ceil(m->cols - c * KTL_CHUNK, KTL_GROUP);
+                    const uint8_t *chunk = panel + ktl_head_bytes(m->format) + c * chunk_bytes;
                     part.act = act + c * a->chunk_bytes + term * a->term_bytes;
-                    kernels->dot_packed(m->format, panel,
-                                        panel + ktl_head_bytes(m->format) + c * chunk_bytes,
+                    part.far = chunk + KTL_FAR;
+                    if (then && part.far >= end) part.far = then + (part.far - end);
+                    kernels->dot_packed(m->format, panel, chunk,
                                         groups < KTL_CHUNK / KTL_GROUP ? (int)groups : KTL_CHUNK / KTL_GROUP,
                                         &part);
                 }
@@ -242,7 +252,7 @@ static void linear_rows(void *context, int64_t task, int worker) {
     memset(acc, 0, (size_t)(l->tokens * stride) * sizeof(float));
     ktl_job job = {.acc = acc, .acc_stride = stride, .n = l->tokens};
     rows_times(l->kernels, l->way == FUSED, l->w, l->first + head, row0, rows, &l->a, head * l->tokens, &job,
-               tiles);
+               tiles, NULL);
     float *y = l->y + head * l->y_head + row0;
     for (int64_t t = 0; t < l->tokens; t++)
         memcpy(y + t * l->y_stride, acc + t * stride, (size_t)rows * sizeof(float));
@@ -399,8 +409,11 @@ static void moe_gate_up(void *context, int64_t task, int worker) {
         const int list = m->inner_acts[g->way][i];
         ktl_job job = {.act_index = fuse ? m->token + g->first : NULL, .acc = sums[i],
                        .acc_stride = stride, .n = g->n};
+        const int64_t after = task + 1 < m->groups * blocks ? task + 1 : task; /* mostly this worker's */
         rows_times(kernels, fuse, i ? m->up : m->gate, g->expert, row0, rows,
-                   fuse ? &m->list[list] : &m->gathered[list], fuse ? 0 : g->first, &job, tiles);
+                   fuse ? &m->list[list] : &m->gathered[list], fuse ? 0 : g->first, &job, tiles,
+                   i ? row_of(m->gate, m->group[after / blocks].expert, after % blocks * size)
+                     : row_of(m->up, g->expert, row0));
     }
     kernels->silu_mul(sums[0], sums[1], g->n * stride);
     for (int64_t i = 0; i < g->n; i++) {
@@ -436,8 +449,10 @@ static void moe_down(void *context, int64_t task, int worker) {
             job.acc_index = NULL;
             memset(job.acc, 0, (size_t)(g->n * stride) * sizeof(float));
         }
+        const int last = i + 1 == m->groups;
         rows_times(m->kernels[g->way], fuse, m->down, g->expert, row0, rows,
-                   &m->hidden_acts[g->way], g->first, &job, tiles);
+                   &m->hidden_acts[g->way], g->first, &job, tiles,
+                   row_of(m->down, m->group[last ? 0 : i + 1].expert, last ? row0 + rows : row0));
         for (int64_t t = 0; !fuse && t < g->n; t++)
             m->kernels[g->way]->add_row(acc + token[t] * stride, job.acc + t * stride, rows);
     }
