@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MIB = 1 << 20
-CHUNK_BYTES = 16 * MIB
+CHUNK_BYTES = 4 * MIB
 """Of log-probabilities compared at a time: some arrays of that size are made on the way, and of a
 window of 256 tokens and a vocabulary of 100 thousand they would be 105 MB each."""
 
