@@ -18,6 +18,7 @@ from ktlab.interval import Interval
 from ktlab.measurement import intervals
 from ktlab.measurement.blocks import Blocks
 from ktlab.measurement.tokens import divergence, pieces
+from ktlab.memory import trim
 from ktlab.model.components import every_product
 from ktlab.model.copies import room
 from ktlab.probe import Recorder
@@ -178,6 +179,7 @@ def measure(
         if context < tokens:
             raise ContextError(f"a call of {tokens} tokens does not end at context {context}")
         caches.clear()  # those of a long context take gigabytes: never two of them
+        trim()
         caches |= {form: _filled(twin, context) for form, twin in twins.items()}
         seconds: dict[Form, list[float]] = {form: [] for form in FORMS}
         for repeat in range(repeats + 1):
