@@ -76,20 +76,26 @@ def unpack_tensor(
 def convert(
     tensor: QTensor, format: str | Format, kernel: Kernel | Request | None = None
 ) -> QTensor:
-    """`tensor.requantize(format)`, in parallel where kernels can do it; the same bytes."""
+    """`tensor.requantize(format)`, in parallel where kernels can do it; the same bytes.
+
+    Pages of a mapped file that were read for it are given back: who takes the copy needs them no
+    more.
+    """
     format = get_format(format)
+    if format == tensor.format:
+        return tensor
     make = _converter(tensor, format, *_threads(kernel))
-    if format == tensor.format or make is None:
-        return tensor.requantize(format)
-    blocks_ = np.empty(tensor.shape[:-1] + (format.row_bytes(tensor.shape[-1]),), np.uint8)
-    make(blocks_)
-    return QTensor(
-        name=tensor.name,
-        format=format,
-        shape=tensor.shape,
-        blocks=blocks_,
-        source=f"requantized from {tensor.format.name}",
-    )
+    if make is None:
+        made = tensor.requantize(format)
+    else:
+        blocks_ = np.empty(tensor.shape[:-1] + (format.row_bytes(tensor.shape[-1]),), np.uint8)
+        make(blocks_)
+        source = f"requantized from {tensor.format.name}"
+        made = QTensor(
+            name=tensor.name, format=format, shape=tensor.shape, blocks=blocks_, source=source
+        )
+    drop_pages(tensor.blocks)
+    return made
 
 
 def rows(tensor: QTensor) -> NDArray[np.float32]:

@@ -27,7 +27,8 @@ class Stack:
     """A tensor (N, K) or (E, N, K), and operands by what they depend on: the layout alone.
 
     Clones of a model share it, so that nothing is packed or decoded twice. The blocks may be let
-    go once they are packed (`release`); whoever asks for them again gets them back bit for bit.
+    go once they are packed (`release`), those of a requantized copy are; whoever asks for them
+    again gets them back bit for bit.
     """
 
     def __init__(self, tensor: QTensor, *, as_loaded: bool = True) -> None:
@@ -83,8 +84,11 @@ class Stack:
         return self.operand(PACKED, lambda: self._packed(kernel))
 
     def _packed(self, kernel: Kernel | Request | None) -> Weights:
-        packed = packing.pack(packing.blocks(self.tensor), kernel)
-        packing.drop_pages(self.tensor.blocks)  # of a mapped file; they come again if asked for
+        tensor = self.tensor
+        packed = packing.pack(packing.blocks(tensor), kernel)
+        # Pages of a mapped file come again if asked for, and a copy is packed only to be computed.
+        if not packing.drop_pages(tensor.blocks) and not self.as_loaded:
+            self._forget_blocks()
         return packed
 
     def adopt(self, packed: Weights) -> None:
@@ -119,11 +123,19 @@ class Stack:
         with self._lock:
             if self._tensor is None or not self.packed:
                 return
-            if packing.drop_pages(self._tensor.blocks):
-                return
+            if not packing.drop_pages(self._tensor.blocks):
+                self._forget_blocks()
+
+    def _forget_blocks(self) -> None:
+        if self._tensor is not None:
             self._unpacked, self._tensor = weakref.ref(self._tensor), None
             for key in [k for k in self._operands if BLOCKS in k]:
                 del self._operands[key]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the blocks; 0 once they were let go."""
+        return 0 if self._tensor is None else self.nbytes
 
     @property
     def operands(self) -> frozenset[Any]:

@@ -15,9 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MIB = 1 << 20
-CHUNK_BYTES = 16 * MIB
+CHUNK_BYTES = 4 * MIB
 """Of log-probabilities compared at a time: some arrays of that size are made on the way, and of a
 window of 256 tokens and a vocabulary of 100 thousand they would be 105 MB each."""
+
+
+def pieces(tokens: int, vocab_size: int) -> Iterator[slice]:
+    """Rows that are computed at a time."""
+    count = max(1, CHUNK_BYTES // (4 * vocab_size))
+    return (slice(start, start + count) for start in range(0, tokens, count))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +50,7 @@ class Prediction:
         values_TV = logits_TV.float()
         logprobs_TV = values_TV if own else torch.empty_like(values_TV)
         with torch.inference_mode():
-            for rows in _pieces(*values_TV.shape):
+            for rows in pieces(*values_TV.shape):
                 logprobs_TV[rows] = torch.log_softmax(values_TV[rows], dim=-1)
         target_T = logprobs_TV.gather(1, targets_T[:, None])[:, 0]
         return cls(logprobs_TV=logprobs_TV, target_T=target_T, top1_T=logprobs_TV.argmax(dim=-1))
@@ -101,14 +107,8 @@ def divergence(logprobs_a_TV: Tensor, logprobs_b_TV: Tensor) -> Tensor:
     for normalised distributions, and make each term non-negative and of second order in d. So
     rounding does not drown small divergences, as it does in the plain sum of p d.
     """
-    pairs = ((logprobs_a_TV[r], logprobs_b_TV[r]) for r in _pieces(*logprobs_a_TV.shape))
+    pairs = ((logprobs_a_TV[r], logprobs_b_TV[r]) for r in pieces(*logprobs_a_TV.shape))
     return torch.cat([_divergence(a_TV.float(), b_TV.float()) for a_TV, b_TV in pairs])
-
-
-def _pieces(tokens: int, vocab_size: int) -> Iterator[slice]:
-    """Rows that are computed at a time."""
-    count = max(1, CHUNK_BYTES // (4 * vocab_size))
-    return (slice(start, start + count) for start in range(0, tokens, count))
 
 
 def _divergence(logprobs_a_TV: Tensor, logprobs_b_TV: Tensor) -> Tensor:

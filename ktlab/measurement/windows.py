@@ -101,6 +101,8 @@ def evaluate(
                 identical=identical,
                 total_tokens=total,
             )
+            # With a large vocabulary they are 0.1 GB each, and the next window makes its own.
+            del before, after
 
 
 def bos_of(model: "Model") -> int | None:

@@ -139,10 +139,10 @@ def _host(model: "Model", copies: int) -> DeviceBytes:
         for layout, nbytes in stack.operand_bytes.items():
             formats[f"{stack.format.name} {layout}" if layout == "packed" else layout] += nbytes
         if not stack.as_loaded:
-            made += stack.nbytes
+            made += stack.block_bytes
         elif not files:
-            loose += stack.nbytes
-        formats[stack.format.name] += stack.nbytes
+            loose += stack.block_bytes
+        formats[stack.format.name] += stack.block_bytes
         converted += made
     resident = resident_bytes(files) if files else 0
     total = process_memory()

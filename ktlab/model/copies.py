@@ -104,7 +104,7 @@ def unused(free: int | None) -> int:
 def kept_bytes(model: "Model") -> int:
     """Bytes of all copies in other formats, with what kernels made of them."""
     return sum(
-        stack.nbytes + sum(stack.operand_bytes.values())
+        stack.block_bytes + sum(stack.operand_bytes.values())
         for product in every_product(model)
         for stack in product.requantized
     )

@@ -94,5 +94,5 @@ def stacks(model: "Model") -> Iterator[Stack]:
 
 def _made_bytes(stack: Stack) -> int:
     """Bytes of a matrix that are not the file's own."""
-    own = 0 if stack.as_loaded and not stack.source.startswith("requantized") else stack.nbytes
-    return own + sum(stack.operand_bytes.values())
+    files_own = stack.as_loaded and not stack.source.startswith("requantized")
+    return (0 if files_own else stack.block_bytes) + sum(stack.operand_bytes.values())

@@ -17,6 +17,8 @@ from ktlab.errors import ContextError
 from ktlab.interval import Interval
 from ktlab.measurement import intervals
 from ktlab.measurement.blocks import Blocks
+from ktlab.measurement.tokens import divergence, pieces
+from ktlab.memory import trim
 from ktlab.model.components import every_product
 from ktlab.model.copies import room
 from ktlab.probe import Recorder
@@ -63,10 +65,13 @@ def agreement(model: "Model", ids: Sequence[int]) -> Agreement:
         with twin.override(attention=form):
             logits[form] = twin.forward(ids)
     a, b = logits["naive"], logits["absorbed"]
-    difference = float((a - b).abs().max())
-    log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+    differences, kl = [], []
+    for rows in pieces(*a.shape):  # a copy of all logits of a large vocabulary is 0.1 GB
+        differences.append((a[rows] - b[rows]).abs().max())
+        kl.append(divergence(a[rows].log_softmax(-1), b[rows].log_softmax(-1)))
+    difference = float(torch.stack(differences).max())
     blocks = Blocks.cut([len(a)])
-    kl_T = (log_a.exp() * (log_a - log_b)).sum(-1).clamp(min=0).numpy()
+    kl_T = torch.cat(kl).numpy()
     same_T = (a.argmax(-1) == b.argmax(-1)).numpy()
     return Agreement(
         tokens=len(a),
@@ -174,6 +179,7 @@ def measure(
         if context < tokens:
             raise ContextError(f"a call of {tokens} tokens does not end at context {context}")
         caches.clear()  # those of a long context take gigabytes: never two of them
+        trim()
         caches |= {form: _filled(twin, context) for form, twin in twins.items()}
         seconds: dict[Form, list[float]] = {form: [] for form in FORMS}
         for repeat in range(repeats + 1):

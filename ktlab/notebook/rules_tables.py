@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ktlab import html
 from ktlab.errors import RuleError
 from ktlab.kernels.seat import TorchSeat
-from ktlab.measurement.pace import pace
+from ktlab.measurement.pace import readable
 from ktlab.model.place_room import needed_bytes
 from ktlab.placement.placement import PLACEABLE
 from ktlab.placement.rules import Preview, RuleSet
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 STAND_IN_BYTES = 400 << 20
 """What stands in for a device may take so much memory of the host."""
-READ_S, LEAST_TOKENS = 4.0, 96
-"""Read for each bonus: as many tokens as this model reads in so many seconds."""
+READ_S = 4.0
+"""Spent on each bonus, half on what routers choose and half on the loss."""
 _PLACE = re.compile(r"line (\d+), column (\d+): (.*)", re.S)
 
 
@@ -100,7 +100,7 @@ def near_frame(
 
     from ktlab.measurement.quality import BaselineCache, measure_quality
 
-    most = pace(model).read(READ_S, max_tokens, least=LEAST_TOKENS)
+    most = readable(model, READ_S, 2, max_tokens)
     ids = model.tokenizer.encode(text)[: most + 1]
     rows: list[Mapping[str, Any]] = []
     baseline = BaselineCache()

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Mapping
 from functools import partial
 from html import escape
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 MOST_TOKENS, LEAST_TOKENS, READ_S = 1024, 96, 8.0
 """Read under applied rules: as many tokens as this model reads in so many seconds."""
+PATIENCE_S = 2 * READ_S
+"""A class of the user's may be slow: after so long no other window is begun."""
 OWN_TEXT = "your own rules"
 _CODE = re.compile(r"#[0-9a-f]{4}\b")
 """Tells two definitions of a class apart; here one would only wonder."""
@@ -173,14 +176,16 @@ class RulesView(Instrument):
         self._change = rules.apply(self.model, stand_in=stand_in, progress=progress)
         if not self.publish(cancel, partial(self._show_applied, rules)):
             return
-        most = pace(self.model).read(READ_S, MOST_TOKENS, least=LEAST_TOKENS)
+        most = pace(self._plain).read(READ_S, MOST_TOKENS, least=LEAST_TOKENS)
         ids = self.model.tokenizer.encode(self._texts[str(self.text_choice.value)])[: most + 1]
         evaluation = stream_quality(
             self._plain, ids, a={}, b={"rules": rules, "stand_in": stand_in}, cancel=cancel,
             baseline=self._baseline, first=48,
         )  # fmt: skip
+        start = perf_counter()
         for quality in evaluation:
-            if not self.publish(cancel, partial(self._show_quality, quality)):
+            shown = self.publish(cancel, partial(self._show_quality, quality))
+            if not shown or perf_counter() - start > PATIENCE_S:
                 return
 
     def _take_back(self, cancel: threading.Event) -> None:

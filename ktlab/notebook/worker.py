@@ -11,6 +11,8 @@ import threading
 import weakref
 from collections.abc import Callable
 
+from ktlab.memory import trim
+
 Job = Callable[[threading.Event], None]
 
 _open: "weakref.WeakSet[Worker]" = weakref.WeakSet()
@@ -117,6 +119,8 @@ class Worker:
                 job(cancel)
             except Exception as error:  # shown by the view: a thread has nobody to raise to
                 self._fail(error, cancel)
+            del job  # and all that it holds
+            trim()  # caches and copies of a large model: the C library would keep a gigabyte
             with self.lock:
                 self._running = None
                 if self._pending is None:

@@ -115,6 +115,19 @@ def test_a_stack_lets_its_blocks_go_and_brings_them_back() -> None:
     assert set(stack.operand_bytes) == {"packed"}
 
 
+def test_a_requantized_copy_is_not_held_twice() -> None:
+    tensor = QTensor.from_array("w", np.random.default_rng(0).standard_normal((48, 64)), "q4_0")
+    blocks, nbytes = tensor.blocks.copy(), tensor.nbytes
+    copied, loaded = Stack(tensor, as_loaded=False), Stack(tensor)
+    del tensor
+    for stack in (copied, loaded):
+        stack.weights(BLOCKS)
+        stack.weights(PACKED)
+    assert (copied.block_bytes, loaded.block_bytes) == (0, nbytes)
+    assert copied.operands == {PACKED}
+    np.testing.assert_array_equal(copied.weights(BLOCKS).data, blocks.reshape(-1))
+
+
 def test_a_stack_takes_only_its_own_packed_weights() -> None:
     stack = Stack(QTensor.from_array("w", np.ones((3, 32)), "q8_0"))
     other = packing.pack(packing.blocks(QTensor.from_array("o", np.ones((4, 32)), "q8_0")))

@@ -44,6 +44,23 @@ def test_packed_and_requantized_weights_are_converted_ones() -> None:
     assert made.converted > 0.5 * experts
 
 
+def test_a_copy_in_another_format_gives_the_pages_it_was_made_of_back() -> None:
+    model = ktlab.load("tiny")
+    model.set(layout="ggml_blocks")
+    logits = model.forward([1, 2, 3])
+    block = model.moe_blocks[0]
+    for stack in block.experts.stacks:
+        stack.tensor.blocks.sum()  # reads all
+    before = model.residency().resident
+    with model.override(quantize={block.index: "q4_0"}):
+        after = model.residency().resident
+        assert not model.forward([1, 2, 3]).equal(logits)
+    if before is None or after is None:
+        pytest.skip("this system does not say what of a file is in memory")
+    assert before - after > block.experts.nbytes / 2
+    assert model.forward([1, 2, 3]).equal(logits)
+
+
 def test_memory_that_is_too_small_is_said_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
     short_of_memory(monkeypatch, 10_000_000)
     with pytest.warns(SlowFromDisk, match="memory has no room for .* of the weights"):

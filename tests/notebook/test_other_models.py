@@ -27,7 +27,6 @@ from ktlab.notebook import (
     offload_view,
     passages,
     quantization_view,
-    rules_tables,
     rules_view,
 )
 from ktlab.notebook.instrument import Instrument
@@ -36,8 +35,7 @@ from ktlab.notebook.mla_view import MLAView
 from ktlab.notebook.roofline_view import kernel_frame
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-PACED = (control_room_engine, mla_view, offload_view, pace, passages, quantization_view,
-         rules_tables, rules_view)  # fmt: skip
+PACED = (control_room_engine, mla_view, offload_view, pace, passages, quantization_view, rules_view)
 CLOCK = re.compile(r"\b(roofline|curve)\b|RooflineView\(|doctor\(|\.measure\(")
 """Cells that time the machine, not the model: 45 s in all."""
 

@@ -8,6 +8,7 @@ from ktlab.errors import RuleError
 from ktlab.kernels.seat import TorchSeat
 from ktlab.model.model import Model
 from ktlab.model.place_room import needed_bytes
+from ktlab.notebook import rules_view
 from ktlab.notebook.rules_tables import fitting, near_frame, problems_html
 from ktlab.notebook.rules_view import OWN_TEXT, RulesView
 from ktlab.placement import Placement
@@ -86,6 +87,16 @@ def test_applied_and_undone(view: RulesView, model: Model) -> None:
     view.wait(60)
     assert view.applied is None and view.model.settings == before == model.settings
     assert view.undo_button.disabled and view.summary.value == ""
+
+
+def test_of_a_slow_class_one_window_is_read(
+    view: RulesView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules_view, "PATIENCE_S", 0.0)
+    view.apply_button.click()
+    assert view.wait(60).error == "" and view.quality is not None
+    assert view.quality.tokens < view.quality.total_tokens
+    assert view.note.startswith(f"{view.quality.tokens} of {view.quality.total_tokens}")
 
 
 def test_wrong_rules_are_shown_with_their_lines(view: RulesView) -> None:
