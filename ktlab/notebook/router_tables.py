@@ -28,8 +28,8 @@ def hot_set_frame(trace: "Trace", share: float = 0.25) -> "pd.DataFrame":
         {
             "layer": layer,
             "held out": str(hot.coverage),
-            "in sample": f"{hot.in_sample:.3f}",
-            "best with hindsight": f"{hot.hindsight:.3f}",
+            "in sample": str(hot.in_sample),
+            "best with hindsight": str(hot.hindsight),
             "verdict": hot.verdict.split(":")[0],
         }
         for layer in routing.layers
