@@ -115,11 +115,14 @@ def wrapped(plain: str, width: int = 80) -> str:
 
 def byte_size(count: float) -> str:
     """Bytes with a binary unit: 1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
+    divisor, unit = byte_unit(count)
+    return f"{count:.0f} B" if unit == "B" else f"{count / divisor:,.1f} {unit}"
+
+
+def byte_unit(count: float) -> tuple[int, str]:
+    """The binary unit that bytes are told in, and its size: 1536 -> (1024, 'KiB')."""
+    power = next((i for i in range(3) if abs(count) < 1024 ** (i + 1)), 3)
+    return 1024**power, ("B", "KiB", "MiB", "GiB")[power]
 
 
 def quantity(value: float, unit: str = "") -> str:
