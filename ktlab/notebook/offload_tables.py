@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from operator import mul, truediv
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,15 +42,14 @@ def touched_frame(
     for tokens in (n for n in calls if n <= longest):
         touched = experts_touched(trace, layer, tokens)
         alone = bank.num_experts * (1 - (1 - k / bank.num_experts) ** tokens)
-        nbytes = touched.mapped(lambda n: n * bank.expert_bytes)
-        work = tokens * k * flop
+        nbytes = touched.mapped(partial(mul, bank.expert_bytes))
         rows.append(
             {
                 "tokens in a row": tokens,
-                "experts read": str(touched),
-                "if tokens chose independently": f"{alone:.1f}",
+                "experts read": html.unbroken(touched),
+                "if independent": f"{alone:.1f}",
                 "bytes": _byte_size(nbytes),
-                "FLOP per byte": str(nbytes.mapped(lambda n, work=work: work / n)),
+                "FLOP per byte": html.unbroken(nbytes.mapped(partial(truediv, tokens * k * flop))),
             }
         )
     return pd.DataFrame(rows).set_index("tokens in a row")
@@ -67,9 +68,9 @@ def static_set_frame(trace: "Trace", layer: int, share: float) -> "pd.DataFrame"
         rows.append(
             {
                 "used on": name,
-                "chosen on the same domain": str(here.coverage),
-                "chosen on all others": str(elsewhere.coverage),
-                "best with hindsight": str(here.hindsight),
+                "chosen on the same domain": html.unbroken(here.coverage),
+                "chosen on all others": html.unbroken(elsewhere.coverage),
+                "best with hindsight": html.unbroken(here.hindsight),
             }
         )
     return pd.DataFrame(rows).set_index("used on")
@@ -82,8 +83,8 @@ def intensity_frame(name: str, format: str) -> "pd.DataFrame":
     rows = [
         {
             "component": component,
-            "stored": html.decimal_bytes(row["bytes"]),
-            "work of a token": html.quantity(row["flop"], "FLOP"),
+            "stored": html.unbroken(html.decimal_bytes(row["bytes"])),
+            "work of a token": html.unbroken(html.quantity(row["flop"], "FLOP")),
             "FLOP per number stored": f"{row['use']:.3g}",
             "FLOP per byte read": f"{row['flop_per_byte']:.3g}",
         }
@@ -114,15 +115,15 @@ def link_frame(
     for name, (expert_bytes, scale) in sizes.items():
         for policy in caches.overall:
             loads = caches.loads_per_token(policy, capacity)
-            moved = loads.mapped(lambda n, each=scale * expert_bytes: n * each)
+            moved = loads.mapped(partial(mul, scale * expert_bytes))
             most = moved.mapped(lambda n: bytes_per_s / n if n > 0 else math.inf)
             rows.append(
                 {
                     "model": name,
                     "policy": policy,
-                    "one expert": html.byte_size(expert_bytes),
+                    "one expert": html.unbroken(html.byte_size(expert_bytes)),
                     "moved a token": _byte_size(moved),
-                    "tokens/s at most": str(most) if moved.value else "∞",
+                    "tokens/s at most": html.unbroken(most) if moved.value else "∞",
                 }
             )
     return pd.DataFrame(rows).set_index(["model", "policy"])
@@ -130,4 +131,4 @@ def link_frame(
 
 def _byte_size(count: Interval) -> str:
     size, unit = html.byte_unit(count.value)
-    return str(count.mapped(lambda n: n / size, unit))
+    return html.unbroken(count.mapped(lambda n: n / size, unit))

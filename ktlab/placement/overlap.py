@@ -203,15 +203,14 @@ class DeferralGain(Record):
 
     def plot(self, deferred: int | None = None) -> "Figure":
         """The timeline without deferral over the one with `deferred` (default: the best), of
-        medians where it was measured; the gain, with its interval, is said above it."""
+        medians where it was measured; the gain, with its interval, is said beside it."""
         count = self.best if deferred is None else deferred
         if not 0 <= count < len(self.timelines):
             raise SettingError(f"deferred = {count}: expected 0 to {len(self.timelines) - 1}")
         shown = {"none deferred": self.timelines[0]}
         if count:
-            shown[f"{count} deferred"] = self.timelines[count]
-        said = f"{count} deferred: {_times(self.gains[count])} as fast" if count else ""
-        return plot_timelines(shown).update_layout(title_text=said)
+            shown[f"{count} deferred<br>{_times(self.gains[count])}"] = self.timelines[count]
+        return plot_timelines(shown)
 
     def _by_count(self) -> Iterator[tuple[Timeline, Interval, Interval]]:
         return zip(self.timelines, self.seconds, self.gains, strict=True)

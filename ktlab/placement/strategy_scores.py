@@ -90,7 +90,7 @@ class Scores(Record):
             kinds=("fixed", "moves experts"),
             chance=self.budget / self.experts,
             x="hit rate on held-out text",
-            title=self._title(),
+            title=f"{self.budget:,} of {self.experts:,} experts near",
         )
 
     def _title(self) -> str:

@@ -65,7 +65,7 @@ class RoutingStatistics(Selections):
         return intervals.bootstrap(
             intervals.sums(self.hot(layer), self.unit_T),
             lambda counts_RE: self.num_experts * counts_RE.max(1) / counts_RE.sum(1).clip(1),
-            bounds=(0, self.num_experts),
+            bounds=(1, self.num_experts),
         )
 
     def coactivation(self, layer: int) -> Coactivation:
@@ -253,14 +253,13 @@ class RoutingStatistics(Selections):
 
     def _repr_mimebundle_(self, **_: object) -> Mapping[str, Any]:
         headers = (
-            *("layer", "entropy, bits", "at most", "hottest, × uniform", "unused"),
-            *("reused at next token", "by chance"),
+            *("layer", f"entropy, of {log2(self.num_experts):.3g} bits", "hottest, × uniform"),
+            *("unused", "reused at next token", "by chance"),
         )
         rows = [
             [
                 int(row["layer"]),
                 _measured(row, "entropy_bits", "entropy"),
-                f"{row['entropy_maximum_bits']:.3f}",
                 _measured(row, "hottest_relative_to_uniform", "hottest"),
                 int(row["unused_experts"]),
                 _measured(row, "reuse", "reuse"),

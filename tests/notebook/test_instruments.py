@@ -74,6 +74,9 @@ def test_router_view_follows_layer_and_expert(view):
     view.expert_choice.value = 3
     assert view.bars.data[-1].y[3] == pytest.approx(view.trace.routing.histogram(1).relative_E[3])
     assert "expert 3 has" in view.tokens.value
+    measured = ("entropy of the load", "as many as", "hottest", "used again at the next token")
+    said = [str(view.figures()[name]) for name in measured]
+    assert all("±" in words or "[" in words for words in said), said
 
 
 @pytest.mark.parametrize("view", [OffloadView], indirect=True)

@@ -305,7 +305,17 @@ def test_every_result_shows_itself(ids: dict[int, NDArray]) -> None:
         bundle = value._repr_mimebundle_()
         assert bundle["text/plain"] == repr(value)
         assert "<b>" not in bundle["text/html"]
-    assert list(routing.to_frame().index) == [1, 2]
+    frame = routing.to_frame()
+    assert list(frame.index) == [1, 2]
+    for name, value in (
+        ("entropy", "entropy_bits"),
+        ("hottest", "hottest_relative_to_uniform"),
+        ("reuse", "reuse"),
+    ):
+        low, high = frame[f"{name}_low"], frame[f"{name}_high"]
+        assert ((low <= frame[value]) & (frame[value] <= high) & (low < high)).all()
+    hottest = str(routing.hottest(1))
+    assert routing.hottest(1).low >= 1 and hottest in routing._repr_mimebundle_()["text/html"]
     assert routing.coactivation(1).plot().data[0].z.shape == (E, E)
 
 
