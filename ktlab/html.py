@@ -23,7 +23,7 @@ _STYLE = (
     "border-bottom:1px solid color-mix(in srgb,currentColor 35%,transparent)}"
     "div.ktlab.ktlab.ktlab table td{padding:2px 14px 2px 0;vertical-align:top;text-align:left}"
     "div.ktlab.ktlab.ktlab table td.n,div.ktlab.ktlab.ktlab table th.n{text-align:right}"
-    ".ktlab td.n,.ktlab td>.s{white-space:nowrap}"
+    ".ktlab td.n,.ktlab td>span.s{white-space:nowrap}"
     ".ktlab .t{font-weight:600}.ktlab .s{opacity:.7}"
     ".ktlab .b{display:inline-block;padding:0 7px;border-radius:9px;font-size:12px;"
     "border:1px solid color-mix(in srgb,currentColor 35%,transparent);margin-right:4px}"
@@ -119,8 +119,9 @@ def wrapped(plain: str, width: int = 80) -> str:
 
 
 def unbroken(value: object) -> str:
-    """`value` as text that a narrow table does not cut in two, as an interval or a unit."""
-    return str(value).replace(" ", "\xa0")
+    """`value` as text that a narrow table does not cut in two: an interval with its unit. A remark
+    in brackets may stand below."""
+    return str(value).replace(" ", "\xa0").replace("\xa0(", " (")
 
 
 def byte_size(count: float) -> str:

@@ -32,6 +32,7 @@ def test_units_of_quantities():
     assert html.byte_unit(2**50) == (2**30, "GiB") and html.byte_size(1023) == "1023 B"
     assert html.decimal_unit(1.23e9, "B") == (1e9, "GB") and html.quantity(999.9) == "1 k"
     assert html.unbroken("1.5 ± 0.2 KiB") == "1.5\xa0±\xa00.2\xa0KiB"
+    assert html.unbroken("1 ± 2 (no change inside)") == "1\xa0±\xa02 (no\xa0change\xa0inside)"
 
 
 def test_pairs_are_read_from_the_left():
