@@ -45,7 +45,7 @@ LINK_BYTES_PER_S = 25e9
 PROMPT, STEPS = 32, 12
 AS_USUAL: frozenset[Cell] = frozenset({("embedding", None)})
 """What is on the CPU beside experts where nobody has moved it."""
-COLOURS = "orange: on the GPU; blue: on the CPU, the stronger the more used; click to move"
+COLOURS = "orange: on the GPU; blue: on the CPU, the stronger the more used"
 
 
 class PlacementView(Instrument):
@@ -213,7 +213,7 @@ class PlacementView(Instrument):
             self.plan, self.speed, self.predicted = None, None, {}
             with self.map.batch_update():
                 self.map.data[0].z = self.routes.shades(near_LE)
-                self.map.layout.title.text = COLOURS
+                self.map.layout.title.text = f"{COLOURS}; click to move"
             with self.parts.batch_update():
                 self.parts.data[0].z = part_shades(self.routes.shape, far)
             self._show_choice(near_LE, rate)

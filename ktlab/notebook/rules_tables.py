@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ktlab import html
 from ktlab.errors import RuleError
 from ktlab.kernels.seat import TorchSeat
@@ -93,7 +95,7 @@ def near_frame(
         change = {"rules": rules(bonus)} if bonus else {}
         with model.clone().override(**change) as changed:
             routing = changed.trace(ids[:256]).routing
-            hot_TE = sum(routing.hot(layer).astype(int) for layer in routing.layers)
+            hot_TE = np.sum([routing.hot(layer) for layer in routing.layers], axis=0)
         slots = [hot_TE[:, list(near)].sum(1), hot_TE.sum(1)]
         share = intervals.ratio(*(intervals.sums(count_T, routing.unit_T) for count_T in slots))
         measured = measure_quality(model, ids, a={}, b=change, baseline=baseline)

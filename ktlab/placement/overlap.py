@@ -226,12 +226,21 @@ class DeferralGain(Record):
         lanes = ", ".join(f"{lane} busy" for lane in self.timelines[0].lanes)
         rows = ["  " + "  ".join(map(str, row)) for row in self._rows()]
         title = f"Expert deferral: deferred, time, gain, {lanes}"
-        return html.wrapped("\n".join([title, *rows, self.method]))
+        return html.wrapped("\n".join([title, *rows, self._note()]))
+
+    def _note(self) -> str:
+        if not self.seconds_by_token:
+            return self.method
+        how = (
+            f"time and gain: medians over {len(self.seconds_by_token)} tokens, "
+            f"{100 * self.seconds[0].level:.0f} % intervals; drawn: medians of the stages"
+        )
+        return f"{self.method}; {how}" if self.method else how
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         lanes = [f"{lane} busy" for lane in self.timelines[0].lanes]
         table = html.table(self._rows(), ("deferred", "time", "gain", *lanes))
-        return html.mimebundle(repr(self), html.card("Expert deferral", table, self.method))
+        return html.mimebundle(repr(self), html.card("Expert deferral", table, self._note()))
 
 
 def _exactly(value: float) -> Interval:
