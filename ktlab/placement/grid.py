@@ -22,7 +22,7 @@ _SHADES = {
     "disk": (figures.INK,),
 }
 _STYLE = (
-    "<style>.ktlab .grid{overflow-x:auto}"
+    "<style>.ktlab .grid{overflow-x:auto;padding-right:8px}"
     "div.ktlab.ktlab.ktlab .grid table td,div.ktlab.ktlab.ktlab .grid table th{"
     "padding:1px 2px 1px 0;border:0;font-size:11px;font-weight:400}"
     # Many layers are narrower cells, not a picture that one has to scroll.

@@ -1,5 +1,6 @@
 """What a plan shows of itself: text, HTML, rows for tables, a figure. Pure functions."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -198,21 +199,23 @@ def bundle(plan: "Plan") -> dict[str, Any]:
     facts = {"from": plan.source, "on": str(plan.machine), "at": _context_line(plan)}
     verdict = html.Raw("".join(f"<div>{html.text(line)}</div>" for line in plan.verdict))
     by_kind = _by_kind(plan.ledgers)
+    components = [[_breaking(cell) for cell in row] for row in (HEADERS, *_component_lines(plan))]
     body = html.card(
         f"Plan of {_head(plan)}",
         html.Raw("".join(badges)),
         html.pairs(facts),
         verdict,
         html.table(by_kind[1:], by_kind[0]),
-        html.table([[_breaking(cell) for cell in row] for row in _component_lines(plan)], HEADERS),
+        html.table(components[1:], components[0]),
         grid(plan),
     )
     return html.mimebundle(str(plan), body)
 
 
 def _breaking(cell: str) -> str:
-    """A sum of formats or devices may go on in the next line."""
-    return html.Raw(html.text(cell).replace("+", "+<wbr>")) if "+" in cell else cell
+    """A sum of formats, a long format, a quotient in a header: they may go on in the next line."""
+    broken = re.sub(r"([+/]|_(?=group))", r"\1<wbr>", html.text(cell))
+    return cell if broken == cell else html.Raw(broken)
 
 
 def grid(plan: "Plan") -> html.Raw:
