@@ -230,7 +230,7 @@ class Model:
         chunk: int,
     ) -> Tensor:
         self.checkpoint.check_unchanged()
-        probe = self.watch(probe) if self.watch is not None else probe
+        probe = self._watched_by(probe)
         tokens = ids_BT.shape[1]
         positions_BT = cache.positions(tokens)  # refuses before anything is written
         pieces = []
@@ -269,8 +269,12 @@ class Model:
         rows = self.embedding[ids_BT.reshape(-1).numpy()].dequantize()
         return torch.from_numpy(rows).view(*ids_BT.shape, -1)
 
+    def _watched_by(self, probe: Probe) -> Probe:
+        return self.watch(probe) if self.watch is not None else probe
+
     def _head(self, hidden: Tensor, probe: Probe) -> Tensor:
         at: Seat = HOST
+        probe = self._watched_by(probe)
         norm_D = self.output_norm_D
         if isinstance(self.output, DeviceLinear):
             at, norm_D = self.output.seat, self.output.near(norm_D)
@@ -355,8 +359,7 @@ class Model:
 
     def requantized(self, stage: Any, format: str) -> Any:
         """One stage in another format: computed once for all clones, with the stage's switches."""
-        probe = self.watch(NO_PROBE) if self.watch is not None else NO_PROBE
-        with probe.stage("requantize"):
+        with self._watched_by(NO_PROBE).stage("requantize"):
             return stage.quantized(format)
 
     def pack(

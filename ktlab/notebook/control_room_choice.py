@@ -129,6 +129,12 @@ class Choice:
         ]
         return " · ".join([name, *extras])
 
+    @property
+    def other_weights(self) -> bool:
+        """Whether it needs weights that are not as loaded: made when it is first chosen."""
+        usual = (STORED, "cpu", *[AUTO] * len(WORDS))
+        return (self.experts, self.placement, *(getattr(self, w) for w in WORDS)) != usual
+
     def check(self, model: "Model") -> "Choice":
         """This choice, or a `SettingError` that says why `model` cannot take it. Quick."""
         stored = self.experts == STORED

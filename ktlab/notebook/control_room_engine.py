@@ -7,7 +7,6 @@ kept, so that a setting chosen again is there at once, and a cancelled one goes 
 
 import sys
 import threading
-import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ from ktlab.measurement.quality import Quality, stream_quality
 from ktlab.measurement.speed import stream_speed
 from ktlab.measurement.tokens import BaselineCache, Prediction
 from ktlab.measurement.twin import Side, Twin, stream_twin
+from ktlab.model.components import every_product
 from ktlab.model.interrupt import Interrupted, interruptible
 from ktlab.model.model import Model
 from ktlab.notebook import control_room_phases as phases
@@ -32,8 +32,12 @@ from ktlab.notebook.worker import Worker
 SWITCH_S = 0.0005
 """How long a thread may keep Python's lock while a request runs. Usually it is 5 ms; then the
 kernel's answers to the page, of many short steps, wait for the worker at each of them."""
-BREATH_S = 0.02
-"""Between the first number and the pictures, so that the page paints the number first."""
+BREATH_S = 0.1
+"""Between the first number and the rest, so that the page paints the number first: on two cores it
+gets to it late where a measurement keeps both."""
+EVERY_S = 0.2
+"""Between two states of one phase on the page, which draws them on the same cores and answers no
+press meanwhile. Text is written, and a known baseline read against, faster than one can look."""
 
 Update = tuple[Results, str]
 """What is known now, and the phase that is going on ("done" at the end)."""
@@ -76,6 +80,8 @@ class Engine:
     ) -> None:
         self.model = model.clone()
         """Settings that the room does not know (masks, other formats) stay as they were."""
+        for product in every_product(self.model):
+            _ = product.kernel  # chosen now: each request's clone would choose all of them anew
         self.options = options or Options()
         self.worker = Worker(on_error=on_error, on_busy=on_busy, name="ktlab-control-room")
         self._publish = publish
@@ -85,6 +91,8 @@ class Engine:
         self._predicted: dict[Hashable, Prediction] = {}
         self._twins: dict[tuple[str, Side, Side], Twin | str] = {}
         self._baseline = BaselineCache()
+        self._shown = ("", 0.0)
+        """The phase that was published last, and when."""
         self.doing = ""
         """What the twin is at."""
 
@@ -137,6 +145,7 @@ class Engine:
         model = interruptible(self.model, cancel)
         usual = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S)
+        self._shown = ("", 0.0)
         try:
             for results, phase in self._phases(model, request, cancel):
                 keep = partial(self._keep, request, results, phase)
@@ -149,14 +158,17 @@ class Engine:
 
     def _keep(self, request: Request, results: Results, phase: str) -> None:
         self._results[request.key] = results
-        self._publish(results, phase)
+        shown, shown_s = self._shown
+        if phase != shown or perf_counter() - shown_s >= EVERY_S:
+            self._publish(results, phase)
+            self._shown = (phase, perf_counter())
 
     def _phases(self, model: Model, request: Request, cancel: threading.Event) -> Iterator[Update]:
         results = self.known(request) or Results(
             choice=request.choice, baseline=request.baseline, text=request.text
         )
         start, before = perf_counter(), results.seconds
-        for found, phase in self._measure(model, request, results):
+        for found, phase in self._measure(model, request, results, cancel):
             if found:
                 results = replace(results, **found, seconds=before + perf_counter() - start)
             yield results, phase
@@ -165,11 +177,13 @@ class Engine:
                 yield results, "twin"
         yield results, "done"
 
-    def _measure(self, model: Model, request: Request, known: Results) -> Iterator[Found]:
+    def _measure(
+        self, model: Model, request: Request, known: Results, cancel: threading.Event
+    ) -> Iterator[Found]:
         """What is not known yet, as fields of `Results` with the phase they come from."""
         if known.quality is None:
             yield self._first_answer(model, request), "first answer"
-        time.sleep(BREATH_S)
+        cancel.wait(BREATH_S)
         if known.complete:
             return
         yield {}, "pictures"

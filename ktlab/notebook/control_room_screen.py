@@ -171,7 +171,9 @@ class Screen:
         """What is going on, and whether it can be stopped."""
         twin, doing = doing, PHASES.get(phase, phase)
         quality = results.quality if results else None
-        if phase == "quality" and quality is not None:
+        if phase == "first answer" and quality is None and state.choice.other_weights:
+            doing = f"weights made ready, then a {doing}"
+        elif phase == "quality" and quality is not None:
             doing = f"reading, {quality.tokens:,} of {quality.total_tokens:,} tokens"
         elif phase == "speed" and results is not None and results.speed is not None:
             doing += f", {results.speed.repeats} of {results.speed.total_repeats}"

@@ -195,7 +195,7 @@ class ControlRoom:
         rest = {k: v for k, v in changes.items() if k not in CHOICE_FIELDS}
         choice = {k: v for k, v in changes.items() if k in CHOICE_FIELDS}
         if choice:
-            rest["choice"] = self.state.choice.with_(**choice).check(self.model)
+            rest["choice"] = self.state.choice.with_(**choice).check(self._engine.model)
         if rest.get("baseline") == "now":
             rest["baseline"] = self.state.choice
         if "own_text" in rest:
@@ -237,7 +237,7 @@ class ControlRoom:
             if self.phase != "done":
                 self.phase = "stopped"
             self._engine.worker.cancel()
-            self._show_status()
+            self._show(self.results)  # all of it: a running phase shows a state now and then
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until everything is measured; False if `timeout` seconds were not enough."""
@@ -306,7 +306,7 @@ class ControlRoom:
         self.phase = "failed"
         self.message = str(error) if known else f"{type(error).__name__}: {error}"
         self.screen.message(self.message, error=True)
-        self._show_status()
+        self._show(self.results)
 
     def _busy_changed(self, busy: bool) -> None:
         self._show_status()

@@ -26,6 +26,13 @@ async function load(source) {
 const PATIENCE_MS = 2000;
 const later = (ms) => new Promise((resolve) => { setTimeout(resolve, ms); });
 
+// Plotly holds the page for tens of milliseconds a figure: what the reader presses goes first.
+const PRESSES_MS = 500;
+const quiet = () => new Promise((resolve) => {
+  if (globalThis.requestIdleCallback) requestIdleCallback(resolve, { timeout: PRESSES_MS });
+  else setTimeout(resolve);
+});
+
 // The widget that keeps the figure; this one's own changes do not come through once it was late.
 const stateOf = (model) => model.widget_manager.get_model(model.get("_shown").replace("IPY_MODEL_", ""));
 
@@ -38,6 +45,7 @@ function drawer(state, plot, Plotly) {
     busy = true;
     try {
       while (drawn !== state.get("value")) {
+        await quiet();
         drawn = state.get("value");
         const { figure: { data, layout }, rest: { config, classes } } = JSON.parse(drawn);
         plot.parentElement?.classList.add(...classes);

@@ -12,13 +12,15 @@ import pytest
 from ktlab.checkpoint.synthesis import TINY_QWEN3MOE_CONFIG, TINY_TEST_CONFIG, synthesize
 from ktlab.errors import ContextError, SettingError
 from ktlab.interval import Interval
+from ktlab.kernels.computed import Computed
 from ktlab.model.model import Model
-from ktlab.notebook import control_room, control_room_controls
+from ktlab.notebook import control_room, control_room_controls, control_room_engine
 from ktlab.notebook import control_room_plane as plane
 from ktlab.notebook.control_room_choice import ALL, OWN, Choice, Library
 from ktlab.notebook.control_room_elsewhere import elsewhere, prediction
 from ktlab.notebook.control_room_quality import verdict
 from ktlab.notebook.control_room_results import Point
+from ktlab.notebook.control_room_text import generated
 
 TEXTS = {
     "prose": "The cat sat on the mat, and the dog looked on. " * 20,
@@ -143,6 +145,7 @@ def test_stop_keeps_what_is_known_and_resume_goes_on(model):
     room.stop()
     assert room.wait(5) and room.phase == "stopped"
     kept = room.results
+    assert f"{kept.speed.repeats} repeats" in room.screen.html["speed"].value
     assert kept and kept.quality and kept.quality.done
     assert kept.speed and kept.speed.repeats < 500
     room.resume()
@@ -151,6 +154,39 @@ def test_stop_keeps_what_is_known_and_resume_goes_on(model):
     assert not room.busy
     with pytest.raises(SettingError, match="closed"):
         room.set(top_k=2)
+
+
+def test_the_first_number_is_the_pages_alone_for_a_while(room):
+    """What computes keeps both cores of a small machine: the page would paint the number late."""
+    assert room.wait(WAIT_S)
+    seconds: list[float] = []
+    room.screen.html["quality"].observe(lambda _: seconds.append(time.monotonic()), "value")
+    room.screen.html["router"].observe(lambda _: seconds.append(time.monotonic()), "value")
+    room.set(top_k=2)
+    assert room.wait(WAIT_S) and len(seconds) > 2
+    assert seconds[1] - seconds[0] >= control_room_engine.BREATH_S
+
+
+def test_a_phase_is_shown_now_and_then_and_whole_when_it_ends(room, monkeypatch):
+    assert room.wait(WAIT_S)
+    monkeypatch.setattr(control_room_engine, "EVERY_S", WAIT_S)
+    shown: list[str] = []
+    room.screen.html["text"].observe(lambda change: shown.append(change["new"]), "value")
+    room.set(top_k=2)
+    assert room.wait(WAIT_S) and room.results.generations.done
+    # Emptied, begun, and written: not each few tokens.
+    assert len(shown) <= 4 and shown[-1] == generated(room.results)
+
+
+def test_kernels_are_chosen_when_the_room_is_opened(room, monkeypatch):
+    assert room.wait(WAIT_S)
+
+    def choose(product, request):
+        raise AssertionError(f"{product} is asked again for {request}")
+
+    monkeypatch.setattr(Computed, "_choose", choose)
+    room.set(top_k=3)
+    assert room.wait(WAIT_S) and room.phase == "done", room.message
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,20 @@ def test_switches_are_live_and_an_older_word_gives_way(room, model):
     assert model.settings == before, "the reader's model was changed"
 
 
+def test_says_when_weights_are_made_ready_first(room):
+    assert room.wait(WAIT_S)
+    said: list[str] = []
+    room.screen.status_html.observe(lambda change: said.append(change["new"]), "value")
+    room.set(top_k=3)
+    assert room.wait(WAIT_S) and not any("weights" in line for line in said)
+    room.set(experts="q4_0")
+    assert "k=3 · q4_0" in said[-1] and "weights made ready, then a first answer" in said[-1]
+    assert room.wait(WAIT_S) and room.phase == "done"
+    room.set(top_k=4)
+    room.set(top_k=3)
+    assert "weights" not in said[-1], "they are ready"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
