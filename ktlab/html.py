@@ -22,8 +22,8 @@ _STYLE = (
     "padding:2px 14px 2px 0;"
     "border-bottom:1px solid color-mix(in srgb,currentColor 35%,transparent)}"
     "div.ktlab.ktlab.ktlab table td{padding:2px 14px 2px 0;vertical-align:top;text-align:left}"
-    "div.ktlab.ktlab.ktlab table td.n,div.ktlab.ktlab.ktlab table th.n{text-align:right;"
-    "white-space:nowrap}.ktlab td>.s{white-space:nowrap}"
+    "div.ktlab.ktlab.ktlab table td.n,div.ktlab.ktlab.ktlab table th.n{text-align:right}"
+    ".ktlab td.n,.ktlab td>span.s{white-space:nowrap}"
     ".ktlab .t{font-weight:600}.ktlab .s{opacity:.7}"
     ".ktlab .b{display:inline-block;padding:0 7px;border-radius:9px;font-size:12px;"
     "border:1px solid color-mix(in srgb,currentColor 35%,transparent);margin-right:4px}"
@@ -38,6 +38,7 @@ _STYLE = (
 
 MISSING = ("", "-", "–", "…", "none")
 """What a table says in the place of a number that is not there."""
+_REMARK = re.compile(r" \((no change(?: inside)?)\)$")
 
 
 class Raw(str):
@@ -64,13 +65,17 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[object] = ()) -> R
 def _table(
     body: Sequence[Sequence[object]], headers: Sequence[object], numeric: Sequence[bool]
 ) -> Raw:
-    """Cells as HTML; the columns that are `numeric` to the right and on one line."""
+    """Cells as HTML; the columns that are `numeric` to the right and on one line, what an interval
+    says of "no change" below it."""
 
     def cells(row: Sequence[object], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if i < len(numeric) and numeric[i] else ''}>{text(cell)}</{tag}>"
-            for i, cell in enumerate(row)
-        )
+        parts = []
+        for i, cell in enumerate(row):
+            number, said = i < len(numeric) and numeric[i], text(cell)
+            if number:
+                said = _REMARK.sub(r'<br><span class="s">\1</span>', said)
+            parts.append(f"<{tag}{' class=n' if number else ''}>{said}</{tag}>")
+        return "".join(parts)
 
     head = "<tr>" + cells(headers, "th") + "</tr>" if headers else ""
     lines = "".join("<tr>" + cells(row, "td") + "</tr>" for row in body)
@@ -113,21 +118,36 @@ def wrapped(plain: str, width: int = 80) -> str:
     return "\n".join(line if len(line) <= width else cut(line) for line in plain.splitlines())
 
 
+def unbroken(value: object) -> str:
+    """`value` as text that a narrow table does not cut in two: an interval with its unit. A remark
+    in brackets may stand below."""
+    return str(value).replace(" ", "\xa0").replace("\xa0(", " (")
+
+
 def byte_size(count: float) -> str:
     """Bytes with a binary unit: 1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
+    divisor, unit = byte_unit(count)
+    return f"{count:.0f} B" if unit == "B" else f"{count / divisor:,.1f} {unit}"
+
+
+def byte_unit(count: float) -> tuple[int, str]:
+    """The binary unit that bytes are told in, and its size: 1536 -> (1024, 'KiB')."""
+    power = next((i for i in range(3) if abs(count) < 1024 ** (i + 1)), 3)
+    return 1024**power, ("B", "KiB", "MiB", "GiB")[power]
 
 
 def quantity(value: float, unit: str = "") -> str:
     """A count with a decimal prefix: 1.23e9 -> '1.23 G'."""
+    divisor, unit = decimal_unit(value, unit)
+    return f"{value / divisor:.3g} {unit}".rstrip()
+
+
+def decimal_unit(value: float, unit: str = "") -> tuple[float, str]:
+    """The decimal prefix that a count is told in: 1.23e9, "B" -> (1e9, 'GB')."""
     for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * limit:  # what rounds to a thousand is one of the next prefix
-            return f"{value / limit:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}".rstrip()
+            return limit, prefix + unit
+    return 1.0, unit
 
 
 def decimal_bytes(count: float) -> str:
@@ -145,6 +165,6 @@ def _is_number(cell: object) -> bool:
         return False
     if isinstance(cell, (int, float)):
         return True
-    said = str(cell)
+    said = _REMARK.sub("", str(cell))
     sentence = len(said) >= 35 or re.search(r" of [a-z]", said)
     return said.lstrip("-+×≤≥~")[:1].isdigit() and not sentence

@@ -1,11 +1,13 @@
 """A number with its confidence interval: what every measurement and statistic returns.
 
 How the ends were found is the business of who made it (`ktlab/routing/intervals.py`: block
-bootstrap; `ktlab/measurement/intervals.py`: block jackknife).
+bootstrap; `ktlab/measurement/intervals.py`: block jackknife; repeats of a clock: `median`, below).
 """
 
 import math
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from ktlab.record import Record
 
@@ -43,6 +45,16 @@ class Interval(Record):
         """Whether `value` lies inside, up to the tolerance."""
         return self.low - self.tolerance <= value <= self.high + self.tolerance
 
+    def mapped(self, function: Callable[[float], float], unit: str = "") -> "Interval":
+        """What a monotone `function` makes of it: bytes of loads, tokens/s of seconds."""
+        low, high = self.low, self.high
+        if math.isfinite(low) or math.isfinite(high):  # else the sample bounds nothing
+            low, high = sorted((function(low), function(high)))
+        return replace(
+            self, value=function(self.value), low=low, high=high, unit=unit,
+            no_change=None, tolerance=0.0,
+        )  # fmt: skip
+
     def __float__(self) -> float:
         return float(self.value)
 
@@ -63,6 +75,38 @@ class Interval(Record):
         if self.no_change is not None and not self.changed:
             unit += " (no change)" if self.low == self.high else " (no change inside)"
         return text + unit
+
+
+def median(
+    samples: Sequence[float], *, level: float = 0.95, unit: str = "", no_change: float | None = None
+) -> Interval:
+    """Median of independent repeats, between two order statistics: no assumption on their shape.
+
+    The tightest symmetric pair that holds `level` is taken. Fewer than 6 repeats cannot hold
+    95 %: then it is the smallest and the largest, and `.level` says what they hold (5: 93.75 %).
+    """
+    ordered, n = sorted(samples), len(samples)
+    if n == 1:
+        ends, attained = (0.0 if ordered[0] >= 0 else -math.inf, math.inf), level
+    else:
+        rank, attained = 1, 1 - 2.0 ** (1 - n)
+        while 2 * (rank + 1) <= n:
+            tail = sum(math.comb(n, i) for i in range(rank + 1)) / 2.0**n
+            if 1 - 2 * tail < level:
+                break
+            rank, attained = rank + 1, 1 - 2 * tail
+        ends = (ordered[rank - 1], ordered[n - rank])
+    value = float(statistics.median(ordered))
+    return Interval(
+        value=value,
+        low=ends[0],
+        high=ends[1],
+        level=attained,
+        n=n,
+        unit=unit,
+        method=f"order statistics of {n} repeats",
+        no_change=no_change,
+    )
 
 
 def _digits(value: float, width: float) -> str:

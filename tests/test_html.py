@@ -21,6 +21,20 @@ def test_a_sentence_that_begins_with_a_number_may_wrap():
     assert aligned([("89 % of read 13.4 GB/s", "8 of 64")]) == [False, True]
 
 
+def test_what_an_interval_says_of_no_change_stands_below_the_number():
+    found = html.table([("×1.0023 [0.9989, 1.0057] (no change inside)",), ("×1.1 ± 0.1",)])
+    assert found.count("class=n") == 2, "a long remark makes no sentence of a number"
+    assert '×1.0023 [0.9989, 1.0057]<br><span class="s">no change inside</span>' in found
+
+
+def test_units_of_quantities():
+    assert html.byte_unit(1536) == (1024, "KiB") and html.byte_size(1536) == "1.5 KiB"
+    assert html.byte_unit(2**50) == (2**30, "GiB") and html.byte_size(1023) == "1023 B"
+    assert html.decimal_unit(1.23e9, "B") == (1e9, "GB") and html.quantity(999.9) == "1 k"
+    assert html.unbroken("1.5 ± 0.2 KiB") == "1.5\xa0±\xa00.2\xa0KiB"
+    assert html.unbroken("1 ± 2 (no change inside)") == "1\xa0±\xa02 (no\xa0change\xa0inside)"
+
+
 def test_pairs_are_read_from_the_left():
     assert aligned([("threads", 2), ("why", "named (packed)")], pairs=True) == [False, False]
 

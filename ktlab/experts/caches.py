@@ -8,7 +8,7 @@ Letters: T tokens, K selected, E experts, L layers, C capacities 0..E, B units o
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Hit rate of one policy at capacities 0..E, with its 95 % interval."""
+    """A policy's hit rate, or its loads a token, at capacities 0..E, with the 95 % interval."""
 
     rate_C: NDArray[np.float64]
     low_C: NDArray[np.float64]
@@ -44,9 +44,9 @@ class CacheReplay:
     model: str
     tokens: int
     """Scored tokens."""
-    ahead_C: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    """Experts a token that were fetched before they were looked up, over all layers, by capacity;
-    policies that do so."""
+    loads: Mapping[str, Curve]
+    """Experts fetched for a token, over all layers, by policy: those that it looked up and did not
+    find, and those fetched ahead."""
     requests_per_token: float
     """Experts looked up by a token, over all layers."""
     units: int
@@ -73,20 +73,22 @@ class CacheReplay:
 
     def hit_rate(self, policy: str, capacity: int, layer: int | None = None) -> Interval:
         """Share of looked-up experts that were there."""
-        curve = self.curve(policy, layer)
+        return self._at(self.curve(policy, layer), capacity)
+
+    def _at(self, curve: Curve, capacity: int) -> Interval:
         if not 0 <= capacity <= self.num_experts:
             raise TraceError(f"expected a capacity of 0..{self.num_experts}, found {capacity}")
         value, low, high = (float(a[capacity]) for a in (curve.rate_C, curve.low_C, curve.high_C))
         return Interval(value=value, low=low, high=high, n=self.units)
 
-    def loads_per_token(self, policy: str, capacity: int) -> float:
+    def loads_per_token(self, policy: str, capacity: int) -> Interval:
         """Experts to fetch for a token, over all layers; times an expert's bytes: the traffic."""
-        missed = (1 - self.hit_rate(policy, capacity).value) * self.requests_per_token
-        return missed + float(self.ahead_C[policy][capacity] if policy in self.ahead_C else 0.0)
+        self.curve(policy)
+        return self._at(self.loads[policy], capacity)
 
     def at(self, capacity: int) -> Any:
         """A pandas DataFrame at one capacity (experts a layer), a row for each policy: hit_rate,
-        low, high and loads_per_token, best first."""
+        low, high, loads_per_token, loads_low and loads_high, best first."""
         import pandas as pd
 
         rows = [
@@ -95,10 +97,13 @@ class CacheReplay:
                 "hit_rate": rate.value,
                 "low": rate.low,
                 "high": rate.high,
-                "loads_per_token": self.loads_per_token(policy, capacity),
+                "loads_per_token": loads.value,
+                "loads_low": loads.low,
+                "loads_high": loads.high,
             }
             for policy in self.overall
             for rate in [self.hit_rate(policy, capacity)]
+            for loads in [self.loads_per_token(policy, capacity)]
         ]
         frame = pd.DataFrame(rows).set_index("policy")
         return frame.sort_values("hit_rate", ascending=False, kind="stable")
@@ -186,7 +191,8 @@ def replay(
     }
     total_B = np.sum(list(looked_up_B.values()), axis=0)
     weights_RB = intervals.draws(len(total_B))
-    overall, ahead_C = {}, {}
+    tokens_B = intervals.sums(np.ones(halves.tokens), halves.unit_T)
+    overall, loads = {}, {}
     by_layer: dict[int, dict[str, Curve]] = {layer: {} for layer in layers}
     for policy in wanted:
         hits = policy.hits(halves)
@@ -195,13 +201,13 @@ def replay(
         for layer in layers:
             curve = _curve(hits.found[layer], looked_up_B[layer], weights_RB)
             by_layer[layer][policy.name] = curve
-        if hits.ahead:
-            fetched_C = np.sum(list(hits.ahead.values()), axis=(0, 1))
-            ahead_C[policy.name] = fetched_C / halves.tokens
+        ahead_BC = sum(hits.ahead.values(), np.zeros_like(hits_BC))
+        loads_BC = total_B[:, None] - hits_BC + ahead_BC
+        loads[policy.name] = _curve(loads_BC, tokens_B, weights_RB, most=np.inf)
     return CacheReplay(
         overall=overall,
         by_layer=by_layer,
-        ahead_C=ahead_C,
+        loads=loads,
         num_experts=halves.num_experts,
         model=statistics.trace.model.name,
         tokens=halves.tokens,
@@ -211,8 +217,11 @@ def replay(
     )
 
 
-def _curve(hits_BC: NDArray, looked_up_B: NDArray, weights_RB: NDArray) -> Curve:
-    rate_C = hits_BC.sum(0) / max(1.0, looked_up_B.sum())
-    resampled_RC = (weights_RB @ hits_BC) / np.maximum(weights_RB @ looked_up_B, 1)[:, None]
-    low_C, high_C = intervals.spread(rate_C, resampled_RC, len(looked_up_B))
-    return Curve(rate_C=rate_C, low_C=np.clip(low_C, 0, 1), high_C=np.clip(high_C, 0, 1))
+def _curve(counts_BC: NDArray, of_B: NDArray, weights_RB: NDArray, *, most: float = 1.0) -> Curve:
+    """Counts of each unit over what they are of (lookups, tokens), at most `most`."""
+    rate_C = counts_BC.sum(0) / max(1.0, of_B.sum())
+    resampled_RC = (weights_RB @ counts_BC) / np.maximum(weights_RB @ of_B, 1)[:, None]
+    low_C, high_C = intervals.spread(rate_C, resampled_RC, len(of_B))
+    if len(of_B) > 1 or np.isfinite(most):  # one unit says nothing of what knows no bound
+        low_C, high_C = np.clip(low_C, 0, most), np.clip(high_C, 0, most)
+    return Curve(rate_C=rate_C, low_C=low_C, high_C=high_C)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 
 from ktlab import figures, html
 from ktlab.errors import SettingError
+from ktlab.interval import Interval, median
 from ktlab.kernels import dispatch, products, switch
 from ktlab.kernels.request import Kernel, Request
 from ktlab.kernels.stack import Stack
@@ -23,22 +23,27 @@ if TYPE_CHECKING:
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 NEVER_FEW, ALWAYS_FEW = 0, 1 << 30
+HEADERS = ("tokens", "few, µs", "many, µs", "op/byte", "faster")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchPoint(Record):
-    """Both paths at one number of tokens; medians over the repeats."""
+    """Both paths at one number of tokens, in seconds: medians over the repeats."""
 
     tokens: int
-    few_s: float
-    many_s: float
+    few: Interval
+    many: Interval
+    ratio: Interval
+    """Time of the path for few over the other's, repeat by repeat."""
     intensity: float
-    """Operations (a multiply and an add are two) for each byte of weights."""
+    """Operations (a multiply and an add are two) for each byte of weights: counted."""
 
     @property
     def faster(self) -> str:
-        """ "few" or "many"."""
-        return "few" if self.few_s <= self.many_s else "many"
+        """ "few" or "many"; "either" where the repeats do not tell."""
+        if not self.ratio.changed:
+            return "either"
+        return "few" if self.ratio.value < 1 else "many"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +67,12 @@ class SwitchCurve(Record):
         """The border to set (`few=`): the tokens up to which the path for few costs least in all.
 
         The one that makes the sum of relative times smallest, so that one noisy point does not
-        decide.
+        decide. It is one of the points; where `faster` says "either", another would do as well.
         """
 
         def cost(border: int) -> float:
             return sum(
-                (p.few_s if p.tokens <= border else p.many_s) / min(p.few_s, p.many_s)
+                (p.few if p.tokens <= border else p.many).value / min(p.few.value, p.many.value)
                 for p in self.points
             )
 
@@ -79,21 +84,39 @@ class SwitchCurve(Record):
         return max((p.intensity for p in self.points if p.tokens <= self.few), default=0.0)
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """A row a number of tokens."""
+        """A row a number of tokens: tokens, few_s, many_s and ratio with their ends (few_low_s,
+        ...), intensity, faster."""
         import pandas as pd
 
-        return pd.DataFrame([{**p.to_dict(), "faster": p.faster} for p in self.points])
+        rows = [
+            {
+                "tokens": p.tokens,
+                **{f"few{end}_s": value for end, value in _ends(p.few)},
+                **{f"many{end}_s": value for end, value in _ends(p.many)},
+                **{f"ratio{end}": value for end, value in _ends(p.ratio)},
+                "intensity": p.intensity,
+                "faster": p.faster,
+            }
+            for p in self.points
+        ]
+        return pd.DataFrame(rows)
 
     def plot(self) -> "Figure":
-        """Time for each token, both paths, and the border."""
+        """Time for each token, both paths with the intervals of their medians, and the border."""
         title = f"{self.format} {self.rows} x {self.cols}, {self.isa}, {self.layout}"
         fig = figures.figure(title, x="tokens of one expert", y="µs a token")
         tokens = [p.tokens for p in self.points]
         for name in ("few", "many"):
-            seconds = [getattr(p, f"{name}_s") for p in self.points]
+            each = [getattr(p, name).mapped(lambda s, t=p.tokens: 1e6 * s / t) for p in self.points]
             fig.add_scatter(
                 x=tokens,
-                y=[1e6 * s / t for s, t in zip(seconds, tokens, strict=True)],
+                y=[t.value for t in each],
+                error_y={
+                    "array": [t.high - t.value for t in each],
+                    "arrayminus": [t.value - t.low for t in each],
+                    "thickness": 1,
+                    "width": 3,
+                },
                 name=f"path for {name}",
                 mode="lines+markers",
             )
@@ -106,28 +129,41 @@ class SwitchCurve(Record):
             )
         return fig
 
-    def __repr__(self) -> str:
+    def _title(self) -> str:
         what = f"{self.backend} {self.isa}, {self.layout}, {self.format} {self.rows} x {self.cols}"
-        lines = [
+        return (
             f"SwitchCurve({what}, {self.threads} threads: few = {self.few} at "
             f"{self.intensity:.3g} operations a byte; by default {self.default_few})"
-        ]
-        lines += [
-            f"  {p.tokens:3} tokens  few {1e6 * p.few_s:9.1f} µs  many {1e6 * p.many_s:9.1f} µs  "
-            f"{p.intensity:6.1f} op/byte  {p.faster}"
-            for p in self.points
-        ]
-        return "\n".join(lines)
+        )
+
+    def __repr__(self) -> str:
+        cells = [HEADERS, *self._rows()]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  " + "  ".join(map(str.rjust, row, widths)).rstrip() for row in cells]
+        return "\n".join([html.wrapped(self._title()), *lines, html.wrapped(self._method())])
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
-        rows = [
-            (p.tokens, f"{1e6 * p.few_s:.1f}", f"{1e6 * p.many_s:.1f}", f"{p.intensity:.1f}",
-             p.faster)
+        note = html.Raw(f'<div class="s">{html.text(self._method())}</div>')
+        table = html.table(self._rows(), HEADERS)
+        return html.mimebundle(repr(self), html.card(self._title(), table, note))
+
+    def _method(self) -> str:
+        level = min((p.few.level for p in self.points), default=0.0)
+        return (
+            f"medians of {self.repeats} alternated repeats, {100 * level:.3g} % intervals; "
+            '"either": the ratio of the two, repeat by repeat, may as well be 1'
+        )
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (str(p.tokens), *(str(t.mapped(lambda s: 1e6 * s)) for t in (p.few, p.many)),
+             f"{p.intensity:.1f}", p.faster)
             for p in self.points
         ]  # fmt: skip
-        headers = ("tokens", "few, µs", "many, µs", "op/byte", "faster")
-        title = repr(self).splitlines()[0]
-        return html.mimebundle(repr(self), html.card(title, html.table(rows, headers)))
+
+
+def _ends(interval: Interval) -> tuple[tuple[str, float], ...]:
+    return ("", interval.value), ("_low", interval.low), ("_high", interval.high)
 
 
 def measure_switch(
@@ -166,8 +202,12 @@ def measure_switch(
         points.append(
             SwitchPoint(
                 tokens=count,
-                few_s=median(seconds["few"]),
-                many_s=median(seconds["many"]),
+                few=median(seconds["few"], unit="s"),
+                many=median(seconds["many"], unit="s"),
+                ratio=median(
+                    [few / many for few, many in zip(*seconds.values(), strict=True)],
+                    no_change=1.0,
+                ),
                 intensity=2 * count * stack.size / stack.nbytes,
             )
         )

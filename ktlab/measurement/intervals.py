@@ -24,13 +24,13 @@ Letters: T tokens, B blocks.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ktlab.interval import Interval
+from ktlab.interval import median as median
 from ktlab.measurement.blocks import Blocks, jackknife, student_quantile
 
 
@@ -113,38 +113,6 @@ def quantile(
         n=n,
         unit=unit,
         method=f"Woodruff, effective n {effective:.0f}, {few}",
-    )
-
-
-def median(
-    samples: Sequence[float], *, level: float = 0.95, unit: str = "", no_change: float | None = None
-) -> Interval:
-    """Median of independent repeats, between two order statistics: no assumption on their shape.
-
-    The tightest symmetric pair that holds `level` is taken. Fewer than 6 repeats cannot hold
-    95 %: then it is the smallest and the largest, and `.level` says what they hold (5: 93.75 %).
-    """
-    ordered, n = sorted(samples), len(samples)
-    if n == 1:
-        ends, attained = (0.0 if ordered[0] >= 0 else -math.inf, math.inf), level
-    else:
-        rank, attained = 1, 1 - 2.0 ** (1 - n)
-        while 2 * (rank + 1) <= n:
-            tail = sum(math.comb(n, i) for i in range(rank + 1)) / 2.0**n
-            if 1 - 2 * tail < level:
-                break
-            rank, attained = rank + 1, 1 - 2 * tail
-        ends = (ordered[rank - 1], ordered[n - rank])
-    value = float(np.median(ordered))
-    return Interval(
-        value=value,
-        low=ends[0],
-        high=ends[1],
-        level=attained,
-        n=n,
-        unit=unit,
-        method=f"order statistics of {n} repeats",
-        no_change=no_change,
     )
 
 

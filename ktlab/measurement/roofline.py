@@ -42,7 +42,8 @@ class Bound(Record):
         return max(self.compute_share, self.bandwidth_share)
 
     def __str__(self) -> str:
-        return f"{100 * self.share:.0f} % of the ceiling, bound: {self.name}"
+        share = 100 * self.share
+        return f"{share:.{0 if share >= 1 else 2}f} % of the ceiling, bound: {self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -527,7 +527,8 @@ class Model:
             row = [f"layers[{block.index}]", attention]
             if isinstance(block, MoEBlock):
                 bank = block.experts
-                row += [f"{bank.num_experts} experts {bank.format}", str(block.router.rule)]
+                rule = str(block.router.rule).replace(" = ", "\xa0=\xa0")
+                row += [f"{bank.num_experts} experts {bank.format}", rule]
                 row += [bank.computed_by]
             else:
                 row += ["dense", "", ""]

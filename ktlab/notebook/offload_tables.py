@@ -1,11 +1,15 @@
 """Tables of notebook 03: what calls read, which static set serves whom, what a link allows."""
 
+import math
 from collections.abc import Sequence
+from functools import partial
+from operator import mul, truediv
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ktlab import html
+from ktlab.interval import Interval
 from ktlab.notebook.passages import experts_touched
 from ktlab.placement.strategy_placement import intensities
 
@@ -24,7 +28,8 @@ V3_EXPERT_BYTES = 3 * 7168 * 2048 * 4.5 / 8
 def touched_frame(
     model: "Model", trace: "Trace", layer: int, calls: Sequence[int]
 ) -> "pd.DataFrame":
-    """For calls of so many consecutive tokens: experts read, their bytes, work per byte.
+    """For calls of so many consecutive tokens: experts read, their bytes, work per byte, each with
+    its interval over the trace's texts; how many independent choices would read is arithmetic.
 
     Calls longer than every text of the trace are left out.
     """
@@ -37,14 +42,14 @@ def touched_frame(
     for tokens in (n for n in calls if n <= longest):
         touched = experts_touched(trace, layer, tokens)
         alone = bank.num_experts * (1 - (1 - k / bank.num_experts) ** tokens)
-        nbytes = touched * bank.expert_bytes
+        nbytes = touched.mapped(partial(mul, bank.expert_bytes))
         rows.append(
             {
                 "tokens in a row": tokens,
-                "experts read": f"{touched:.1f}",
-                "if tokens chose independently": f"{alone:.1f}",
-                "bytes": html.byte_size(nbytes),
-                "FLOP per byte": f"{tokens * k * flop / nbytes:.3g}",
+                "experts read": html.unbroken(touched),
+                "if independent": f"{alone:.1f}",
+                "bytes": _byte_size(nbytes),
+                "FLOP per byte": html.unbroken(nbytes.mapped(partial(truediv, tokens * k * flop))),
             }
         )
     return pd.DataFrame(rows).set_index("tokens in a row")
@@ -63,9 +68,9 @@ def static_set_frame(trace: "Trace", layer: int, share: float) -> "pd.DataFrame"
         rows.append(
             {
                 "used on": name,
-                "chosen on the same domain": str(here.coverage),
-                "chosen on all others": str(elsewhere.coverage),
-                "best with hindsight": f"{here.hindsight:.3f}",
+                "chosen on the same domain": html.unbroken(here.coverage),
+                "chosen on all others": html.unbroken(elsewhere.coverage),
+                "best with hindsight": html.unbroken(here.hindsight),
             }
         )
     return pd.DataFrame(rows).set_index("used on")
@@ -78,8 +83,8 @@ def intensity_frame(name: str, format: str) -> "pd.DataFrame":
     rows = [
         {
             "component": component,
-            "stored": html.decimal_bytes(row["bytes"]),
-            "work of a token": html.quantity(row["flop"], "FLOP"),
+            "stored": html.unbroken(html.decimal_bytes(row["bytes"])),
+            "work of a token": html.unbroken(html.quantity(row["flop"], "FLOP")),
             "FLOP per number stored": f"{row['use']:.3g}",
             "FLOP per byte read": f"{row['flop_per_byte']:.3g}",
         }
@@ -91,7 +96,8 @@ def intensity_frame(name: str, format: str) -> "pd.DataFrame":
 def link_frame(
     model: "Model", caches: "CacheReplay", capacity: int, bytes_per_s: float
 ) -> "pd.DataFrame":
-    """Bytes that a token's misses move, and the tokens per second that a link then allows.
+    """Bytes that a token's misses move, and the tokens per second that a link then allows, with
+    intervals over the held-out text. An expert's bytes are counted.
 
     Once for this model, once for DeepSeek-V3's sizes with *this* model's hit rates.
     """
@@ -108,14 +114,21 @@ def link_frame(
     rows = []
     for name, (expert_bytes, scale) in sizes.items():
         for policy in caches.overall:
-            moved = caches.loads_per_token(policy, capacity) * scale * expert_bytes
+            loads = caches.loads_per_token(policy, capacity)
+            moved = loads.mapped(partial(mul, scale * expert_bytes))
+            most = moved.mapped(lambda n: bytes_per_s / n if n > 0 else math.inf)
             rows.append(
                 {
                     "model": name,
                     "policy": policy,
-                    "one expert": html.byte_size(expert_bytes),
-                    "moved a token": html.byte_size(moved),
-                    "tokens/s at most": html.quantity(bytes_per_s / moved) if moved else "∞",
+                    "one expert": html.unbroken(html.byte_size(expert_bytes)),
+                    "moved a token": _byte_size(moved),
+                    "tokens/s at most": html.unbroken(most) if moved.value else "∞",
                 }
             )
     return pd.DataFrame(rows).set_index(["model", "policy"])
+
+
+def _byte_size(count: Interval) -> str:
+    size, unit = html.byte_unit(count.value)
+    return html.unbroken(count.mapped(lambda n: n / size, unit))

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ktlab.errors import ContextError
+from ktlab.interval import Interval
 from ktlab.measurement.pace import pace
 from ktlab.notebook.excerpts import excerpt
 from ktlab.progress import ProgressBar, duration
+from ktlab.routing import intervals
 
 if TYPE_CHECKING:
     from ktlab.model.model import Model
@@ -73,16 +75,21 @@ def trace_passages(
     return traces[0].merge(*traces[1:])
 
 
-def experts_touched(trace: "Trace", layer: int, tokens: int) -> float:
+def experts_touched(trace: "Trace", layer: int, tokens: int) -> Interval:
     """Mean number of different experts that `tokens` consecutive tokens of one text select."""
-    ids_TK = trace.routing.ids(layer)
+    routing = trace.routing
+    ids_TK = routing.ids(layer)
     starts = np.flatnonzero(np.r_[True, np.diff(trace.segment_T) != 0, True])
-    counts = [
-        len(np.unique(window[window >= 0]))
+    windows = [
+        start
         for begin, end in zip(starts[:-1], starts[1:], strict=True)
         for start in range(begin, end - tokens + 1, tokens)
-        for window in [ids_TK[start : start + tokens]]
     ]
-    if not counts:
+    if not windows:
         raise ContextError(f"no text in the trace has {tokens} tokens; trace longer ones")
-    return float(np.mean(counts))
+    found = [ids_TK[start : start + tokens] for start in windows]
+    counts = [(len(np.unique(ids[ids >= 0])), 1) for ids in found]
+    return intervals.bootstrap(
+        intervals.sums(np.array(counts), routing.unit_T[windows]),
+        lambda total_R2: total_R2[:, 0] / total_R2[:, 1],
+    )

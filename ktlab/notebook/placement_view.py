@@ -4,6 +4,7 @@ A strategy and a budget fill the map; a click moves one expert, or a part of a l
 held-out text, bytes of the plan. L layers with experts, E experts.
 """
 
+import math
 import threading
 from collections.abc import Mapping
 from html import escape
@@ -44,7 +45,7 @@ LINK_BYTES_PER_S = 25e9
 PROMPT, STEPS = 32, 12
 AS_USUAL: frozenset[Cell] = frozenset({("embedding", None)})
 """What is on the CPU beside experts where nobody has moved it."""
-COLOURS = "orange: on the GPU; blue: on the CPU, the stronger the more used; click to move"
+COLOURS = "orange: on the GPU; blue: on the CPU, the stronger the more used"
 
 
 class PlacementView(Instrument):
@@ -212,7 +213,7 @@ class PlacementView(Instrument):
             self.plan, self.speed, self.predicted = None, None, {}
             with self.map.batch_update():
                 self.map.data[0].z = self.routes.shades(near_LE)
-                self.map.layout.title.text = COLOURS
+                self.map.layout.title.text = f"{COLOURS}; click to move"
             with self.parts.batch_update():
                 self.parts.data[0].z = part_shades(self.routes.shape, far)
             self._show_choice(near_LE, rate)
@@ -305,17 +306,20 @@ class PlacementView(Instrument):
         banks = {block.index: block.experts for block in self.model.moe_blocks}
         sizes = [banks[layer].expert_bytes for layer in self.routes.layers]
         size = float(near_LE.sum(1) @ np.array(sizes))
-        missed = (1 - rate.value) * self.routes.lookups_per_token
-        moved = missed * float(np.mean(sizes))
+        lookups, expert_bytes = self.routes.lookups_per_token, float(np.mean(sizes))
+        missed = rate.mapped(lambda share: (1 - share) * lookups)
         count = f"{int(near_LE.sum()):,} of {near_LE.size:,}"
         found: dict[str, Any] = {
             "near": f"{count} experts, {html.decimal_bytes(size)}",
             "hit rate, held out": rate,
-            "not near, a token": f"{missed:.1f} of {self.routes.lookups_per_token:.0f}",
+            "not near, a token": f"{missed} of {lookups:.0f}",
         }
-        if missed:
-            bound = html.quantity(self.link_bytes_per_s / moved)
-            found["if fetched instead"] = f"{html.decimal_bytes(moved)} a token, ≤ {bound} tokens/s"
+        if missed.value:
+            moved = missed.mapped(lambda count: count * expert_bytes)
+            bound = moved.mapped(lambda n: self.link_bytes_per_s / n if n > 0 else math.inf)
+            divisor, unit = html.decimal_unit(moved.value, "B")
+            said = moved.mapped(lambda n: n / divisor, unit)
+            found["if fetched instead"] = f"{said} a token, ≤ {bound} tokens/s"
         for where, told in self.predicted.items():
             place = "here" if where == "here" else f"on {told.machine}"
             for phase in ("decode", "prefill"):
@@ -359,7 +363,9 @@ class PlacementView(Instrument):
         drawn = expert_map(self.routes, self.near_LE, title=COLOURS)
         found = [drawn, part_map(self.routes.shape, self.far)]
         if self.curves is not None:
-            found.append(self.curves.plot().add_trace(self.plot.data[-1]))
+            found.append(
+                self.curves.plot().add_trace(self.plot.data[-1]).update_layout(title_text="")
+            )
         return found
 
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -253,13 +254,13 @@ class QuantizationView(Instrument):
             (
                 t.label,
                 f"{t.nbytes / 2**20:.1f} MiB",
-                str(t.quality.kl_mean),
+                str(replace(t.quality.kl_mean, unit="")),
                 str(t.quality.perplexity_ratio),
                 str(t.quality.top1_agreement),
             )
             for t in self.points()
         ]
-        headers = ("formats", "weights", "KL divergence", "perplexity ×", "same top-1")
+        headers = ("formats", "weights", "KL divergence, nats", "perplexity ×", "same top-1")
         return html.table(rows, headers)
 
     def to_html(self) -> str:

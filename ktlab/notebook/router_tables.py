@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ktlab import figures
+from ktlab import figures, html
 from ktlab.interval import Interval
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def hot_set_frame(trace: "Trace", share: float = 0.25) -> "pd.DataFrame":
     rows = [
         {
             "layer": layer,
-            "held out": str(hot.coverage),
-            "in sample": f"{hot.in_sample:.3f}",
-            "best with hindsight": f"{hot.hindsight:.3f}",
+            "held out": html.unbroken(hot.coverage),
+            "in sample": html.unbroken(hot.in_sample),
+            "best with hindsight": html.unbroken(hot.hindsight),
             "verdict": hot.verdict.split(":")[0],
         }
         for layer in routing.layers
@@ -95,7 +95,7 @@ def hot_set_verdict(trace: "Trace", layer: int, share: float = 0.25) -> str:
         f"within one domain: a hot set in {hot} of {len(at_home)} domains",
         f"for mixed text: {mixed.verdict}",
     ]
-    return "\n".join(lines)
+    return html.wrapped("\n".join(lines))
 
 
 def likeness_frame(mine: "Trace", trace: "Trace", layer: int) -> "pd.DataFrame":
@@ -108,7 +108,7 @@ def likeness_frame(mine: "Trace", trace: "Trace", layer: int) -> "pd.DataFrame":
     rows = [
         {
             "domain": name,
-            "divergence, bits": str(rate.interval),
+            "divergence": html.unbroken(rate.interval),
             "by chance": f"{rate.chance:.3f}",
         }
         for name, rate in sorted(found.items(), key=lambda item: item[1].value)

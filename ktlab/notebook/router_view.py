@@ -155,15 +155,14 @@ class RouterView(Instrument):
         found = {
             "entropy of the load": entropy.interval,
             "at most": f"{entropy.maximum:.3g} bits",
-            "as many as": f"{entropy.effective_experts:.1f} experts used alike",
-            "hottest": f"expert {hottest}, ×{histogram.relative_E[hottest]:.1f} uniform",
+            "as many as": f"{entropy.interval.mapped(lambda bits: 2.0**bits)} experts used alike",
+            "hottest": f"expert {hottest}, ×{statistics.hottest(layer)} uniform",
             "unused": f"{int((histogram.counts_E == 0).sum())} of {len(histogram)}",
         }
         if len(self.trace) > 2:
             reuse = statistics.reuse(layer)
-            found["used again at the next token"] = (
-                f"{reuse.interval.value:.0%} (chance {reuse.chance:.0%})"
-            )
+            again = reuse.interval.mapped(lambda share: 100 * share, "%")
+            found["used again at the next token"] = f"{again} (chance {reuse.chance:.0%})"
         return found
 
     def _numbers_html(self) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ktlab import html
 from ktlab.errors import RuleError
 from ktlab.kernels.seat import TorchSeat
@@ -14,7 +16,7 @@ from ktlab.measurement.pace import readable
 from ktlab.model.place_room import needed_bytes
 from ktlab.placement.placement import PLACEABLE
 from ktlab.placement.rules import Preview, RuleSet
-from ktlab.placement.rules.preview import TONES
+from ktlab.routing import intervals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,24 +32,8 @@ _PLACE = re.compile(r"line (\d+), column (\d+): (.*)", re.S)
 
 
 def preview_html(preview: Preview) -> str:
-    """The rules one after the other, with what each does to which modules; places below."""
-    groups: dict[tuple[int, str, str, str], list[str]] = {}
-    for row in preview.rows:
-        key = (row.rule, row.replacement, row.status, row.what)
-        groups.setdefault(key, []).append(row.modules)
-    rows = [
-        (
-            html.Raw(f"{rule}"),
-            html.Raw(f"{html.text(becomes)}<br>{html.badge(status, TONES.get(status, ''))}"),
-            html.Raw(
-                f'<div style="overflow-wrap:anywhere">{html.text(", ".join(modules))}</div>'
-                f'<div class="s">{html.text(what)}</div>'
-            ),
-        )
-        for (rule, becomes, status, what), modules in groups.items()
-    ]
-    table = html.table(rows, ("", "becomes", "modules, and what is done to them"))
-    return html.card("", preview.where_html(), table)
+    """The rules one after the other, with what each does to which modules; places above."""
+    return html.card("", preview.where_html(), preview.table_html())
 
 
 def problems_html(error: RuleError, text: str) -> str:
@@ -95,7 +81,8 @@ def near_frame(
     *,
     max_tokens: int = 512,
 ) -> "pd.DataFrame":
-    """A row for each bonus: share of slots that go to `near`, and what the text loses by it."""
+    """A row for each bonus: share of slots that go to `near`, and what the text loses by it, with
+    intervals over blocks of the text."""
     import pandas as pd
 
     from ktlab.measurement.quality import BaselineCache, measure_quality
@@ -108,16 +95,20 @@ def near_frame(
         change = {"rules": rules(bonus)} if bonus else {}
         with model.clone().override(**change) as changed:
             routing = changed.trace(ids[:256]).routing
-            shares = [routing.histogram(layer).load_E[list(near)].sum() for layer in routing.layers]
+            hot_TE = np.sum([routing.hot(layer) for layer in routing.layers], axis=0)
+        slots = [hot_TE[:, list(near)].sum(1), hot_TE.sum(1)]
+        share = intervals.ratio(*(intervals.sums(count_T, routing.unit_T) for count_T in slots))
         measured = measure_quality(model, ids, a={}, b=change, baseline=baseline)
         assert measured is not None  # nobody cancels it
         quality = measured[0]
         rows.append(
             {
                 "bonus": bonus,
-                "slots near": f"{sum(shares) / len(shares):.1%}",
-                "KL divergence": "0" if quality.identical else str(quality.kl_mean),
-                "perplexity": "× 1" if quality.identical else f"× {quality.perplexity_ratio}",
+                "slots near": html.unbroken(share.mapped(lambda part: 100 * part, "%")),
+                "KL divergence": "0" if quality.identical else html.unbroken(quality.kl_mean),
+                "perplexity": "× 1"
+                if quality.identical
+                else html.unbroken(f"× {quality.perplexity_ratio}"),
             }
         )
     return pd.DataFrame(rows).set_index("bonus")

@@ -22,12 +22,14 @@ _SHADES = {
     "disk": (figures.INK,),
 }
 _STYLE = (
-    "<style>.ktlab .grid{overflow-x:auto}"
+    "<style>.ktlab .grid{overflow-x:auto;padding-right:8px}"
     "div.ktlab.ktlab.ktlab .grid table td,div.ktlab.ktlab.ktlab .grid table th{"
     "padding:1px 2px 1px 0;border:0;font-size:11px;font-weight:400}"
-    ".ktlab .grid th b{display:block;width:10px;overflow:visible;white-space:nowrap;"
+    # Many layers are narrower cells, not a picture that one has to scroll.
+    ".ktlab .grid table{table-layout:fixed}.ktlab .grid col:first-child{width:80px}"
+    ".ktlab .grid th b{display:block;width:0;overflow:visible;white-space:nowrap;"
     "font-weight:400}"
-    ".ktlab .grid i{display:block;width:10px;height:14px;border-radius:2px;opacity:.85}"
+    ".ktlab .grid i{display:block;height:14px;border-radius:2px;opacity:.85}"
     ".ktlab .grid-key{display:inline-block;width:10px;height:10px;border-radius:2px;"
     "margin:0 5px 0 12px}"
     "</style>"
@@ -73,7 +75,11 @@ def placement_grid(cells: Cells) -> html.Raw:
     )
     differ = any(share.phases != PHASES for found in cells.values() for share in found)
     phases = "; upper half decode, lower half prefill" if differ else ""
-    table = f'<div class="grid"><table><tr><td></td><th></th>{head}</tr>{body}</table></div>'
+    columns = len(layers) + 1
+    width = f'style="width:min(100%,{80 + 12 * columns}px);min-width:{80 + 6 * columns}px"'
+    cols = f"<colgroup>{'<col>' * (1 + columns)}</colgroup>"
+    table = f"<table {width}>{cols}<tr><td></td><th></th>{head}</tr>{body}</table>"
+    table = f'<div class="grid">{table}</div>'
     return html.Raw(f"{_STYLE}<div>where each layer's components go:{key}{phases}</div>{table}")
 
 

@@ -8,11 +8,12 @@ that layer's own (`ktlab.model.deferral`; KTransformers, SOSP 2025). K experts s
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ktlab import html
 from ktlab.errors import SettingError
+from ktlab.interval import Interval, median
 from ktlab.placement.predict import BEFORE_EXPERTS, prepare, stages_of
 from ktlab.placement.timeline import Task, Timeline, plot_timelines, schedule
 from ktlab.placement.timeline_view import seconds
@@ -52,6 +53,16 @@ class LayerTimes(Record):
         if not count:
             return 0.0
         return self.call_s + (self.experts_s - self.call_s) * count / self.experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassTimes(Record):
+    """What a decoded token takes: each layer's stages, and what follows the layers."""
+
+    layers: tuple[LayerTimes, ...]
+    output_s: float = 0.0
+    tokens: tuple["PassTimes", ...] = ()
+    """Where it was measured, every token whose medians these are; empty for a prediction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,77 +155,129 @@ class DeferralGain(Record):
 
     timelines: tuple[Timeline, ...]
     """By number deferred, from 0 on."""
+    seconds_by_token: tuple[tuple[float, ...], ...] = ()
+    """Of each measured token, by number deferred: what the intervals are of. A prediction follows
+    from its assumptions and has none; how far it errs, `placement.published` says."""
     method: str = ""
 
     @property
-    def gains(self) -> tuple[float, ...]:
-        """Times as fast as without, by number deferred."""
-        whole = self.timelines[0].seconds
-        return tuple(whole / line.seconds if line.seconds else 1.0 for line in self.timelines)
+    def seconds(self) -> tuple[Interval, ...]:
+        """Of a pass, by number deferred: the median over tokens, or what is predicted."""
+        if not self.seconds_by_token:
+            return tuple(_exactly(line.seconds) for line in self.timelines)
+        return tuple(median(column) for column in zip(*self.seconds_by_token, strict=True))
+
+    @property
+    def gains(self) -> tuple[Interval, ...]:
+        """Times as fast as without, by number deferred, token by token."""
+        tokens = self.seconds_by_token or (tuple(line.seconds for line in self.timelines),)
+        pairs = [[row[0] / s if s else 1.0 for s in row] for row in tokens]
+        if not self.seconds_by_token:
+            return tuple(map(_exactly, pairs[0]))
+        return tuple(median(column) for column in zip(*pairs, strict=True))
 
     @property
     def best(self) -> int:
         """The fewest deferred that gain all that there is to gain (within a thousandth)."""
-        most = max(self.gains)
-        return next(i for i, gain in enumerate(self.gains) if gain >= most * 0.999)
+        most = max(gain.value for gain in self.gains)
+        return next(i for i, gain in enumerate(self.gains) if gain.value >= most * 0.999)
 
     def to_frame(self) -> "pd.DataFrame":
-        """By number deferred: seconds, gain, and each lane's busy share."""
+        """By number deferred: seconds and gain with their ends, and each lane's busy share."""
         import pandas as pd
 
         rows = [
             {
                 "deferred": count,
-                "seconds": line.seconds,
-                "gain": gain,
+                "seconds": taken.value,
+                "seconds_low": taken.low,
+                "seconds_high": taken.high,
+                "gain": gain.value,
+                "gain_low": gain.low,
+                "gain_high": gain.high,
                 **{f"{lane} busy": line.busy(lane) / (line.seconds or 1.0) for lane in line.lanes},
             }
-            for count, (line, gain) in enumerate(zip(self.timelines, self.gains, strict=True))
+            for count, (line, taken, gain) in enumerate(self._by_count())
         ]
         return pd.DataFrame(rows).set_index("deferred")
 
     def plot(self, deferred: int | None = None) -> "Figure":
-        """The timeline without deferral over the one with `deferred` (default: the best)."""
+        """The timeline without deferral over the one with `deferred` (default: the best), of
+        medians where it was measured; the gain, with its interval, is said beside it."""
         count = self.best if deferred is None else deferred
         if not 0 <= count < len(self.timelines):
             raise SettingError(f"deferred = {count}: expected 0 to {len(self.timelines) - 1}")
         shown = {"none deferred": self.timelines[0]}
         if count:
-            shown[f"{count} deferred"] = self.timelines[count]
+            shown[f"{count} deferred<br>{_times(self.gains[count])}"] = self.timelines[count]
         return plot_timelines(shown)
+
+    def _by_count(self) -> Iterator[tuple[Timeline, Interval, Interval]]:
+        return zip(self.timelines, self.seconds, self.gains, strict=True)
 
     def _rows(self) -> list[tuple[object, ...]]:
         return [
-            (count, seconds(line.seconds), f"×{gain:.2f}",
+            (count, _duration(taken), _times(gain),
              *(f"{line.busy(lane) / (line.seconds or 1.0):.0%}" for lane in line.lanes))
-            for count, (line, gain) in enumerate(zip(self.timelines, self.gains, strict=True))
+            for count, (line, taken, gain) in enumerate(self._by_count())
         ]  # fmt: skip
 
     def __repr__(self) -> str:
         lanes = ", ".join(f"{lane} busy" for lane in self.timelines[0].lanes)
         rows = ["  " + "  ".join(map(str, row)) for row in self._rows()]
-        return "\n".join([f"Expert deferral: deferred, time, gain, {lanes}", *rows, self.method])
+        title = f"Expert deferral: deferred, time, gain, {lanes}"
+        return html.wrapped("\n".join([title, *rows, self._note()]))
+
+    def _note(self) -> str:
+        if not self.seconds_by_token:
+            return self.method
+        how = (
+            f"time and gain: medians over {len(self.seconds_by_token)} tokens, "
+            f"{100 * self.seconds[0].level:.0f} % intervals; drawn: medians of the stages"
+        )
+        return f"{self.method}; {how}" if self.method else how
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         lanes = [f"{lane} busy" for lane in self.timelines[0].lanes]
         table = html.table(self._rows(), ("deferred", "time", "gain", *lanes))
-        return html.mimebundle(repr(self), html.card("Expert deferral", table, self.method))
+        return html.mimebundle(repr(self), html.card("Expert deferral", table, self._note()))
+
+
+def _exactly(value: float) -> Interval:
+    return Interval(value=value, low=value, high=value)
+
+
+def _times(gain: Interval) -> str:
+    return f"×{gain.value:.2f}" if gain.low == gain.high else f"×{gain}"
+
+
+def _duration(taken: Interval) -> str:
+    """Seconds in the unit that suits them; a prediction's as its timeline says them."""
+    if taken.low == taken.high:
+        return seconds(taken.value)
+    return str(taken.mapped(lambda s: 1e3 * s, "ms"))
 
 
 def deferral_gain(
-    layers: Sequence[LayerTimes],
-    *,
-    lanes: Lanes | None = None,
-    after_s: float = 0.0,
-    method: str = "",
+    times: PassTimes, *, lanes: Lanes | None = None, method: str = ""
 ) -> DeferralGain:
-    """`timeline` for every possible number of deferred experts."""
-    most = min((times.experts for times in layers if times.experts), default=0)
-    lines = (
-        timeline(layers, count, lanes=lanes, after_s=after_s, method=method)
-        for count in range(most + 1)
+    """`timeline` for every possible number of deferred experts; of each token that was measured,
+    too, from which the gain has its interval."""
+    most = min((layer.experts for layer in times.layers if layer.experts), default=0)
+
+    def lines(one: PassTimes) -> tuple[Timeline, ...]:
+        return tuple(
+            timeline(one.layers, count, lanes=lanes, after_s=one.output_s, method=method)
+            for count in range(most + 1)
+        )
+
+    return DeferralGain(
+        timelines=lines(times),
+        seconds_by_token=tuple(
+            tuple(line.seconds for line in lines(token)) for token in times.tokens
+        ),
+        method=method,
     )
-    return DeferralGain(timelines=tuple(lines), method=method)
 
 
 def predicted_times(
@@ -224,8 +287,8 @@ def predicted_times(
     engine: str = "ktransformers-0.2.1",
     context: int = 512,
     format: str | None = None,
-) -> tuple[list[LayerTimes], float]:
-    """(each layer's stages of a decoded token, the output's seconds) as `ktlab.predict` has them.
+) -> PassTimes:
+    """A decoded token's stages as `ktlab.predict` has them.
 
     `machine` and `engine` are those of `predict`, with attention on a GPU and all experts on the
     CPU. SettingError for an engine without a GPU.
@@ -249,14 +312,11 @@ def predicted_times(
         )
         for index, rows in enumerate(case.layers("decode"))
     ]
-    return found, spent.get((None, "output"), 0.0)
+    return PassTimes(layers=tuple(found), output_s=spent.get((None, "output"), 0.0))
 
 
-def measured_times(
-    model: "Model", *, tokens: int = 32, context: int = 128
-) -> tuple[list[LayerTimes], float]:
-    """(each layer's stages of a decoded token, the output's seconds), timed one after another here,
-    medians over tokens.
+def measured_times(model: "Model", *, tokens: int = 32, context: int = 128) -> PassTimes:
+    """A decoded token's stages, timed one after another here: medians over tokens, and each token.
 
     The model decodes `tokens` after a prompt of `context`, stage by stage: no native call for a
     whole layer. Nothing of it overlaps, so it says what a second device would have to hide.
@@ -276,22 +336,25 @@ def measured_times(
     for recorder, i in zip(recorders, range(context, total), strict=True):
         twin.next_logits(ids[i : i + 1], cache, probe=recorder)
     counted = recorders[1:]  # the first use of a matrix packs it
-
-    def spent(layer: int, *stages: str) -> float:
-        return sum(median(f"layers.{layer}.{stage}") for stage in stages)
-
-    def median(stage: str) -> float:
-        return statistics.median(recorder.seconds.get(stage, 0.0) for recorder in counted)
-
     moe = {block.index: block for block in twin.moe_blocks}
-    found = [
-        LayerTimes(
-            layer=block.index,
-            attention_s=spent(block.index, "attention", "router"),
-            beside_s=spent(block.index, "shared", "mlp"),
-            experts_s=spent(block.index, "experts"),
-            experts=moe[block.index].router.rule.k_max if block.index in moe else 0,
+
+    def times(recorders: Sequence[Recorder]) -> PassTimes:
+        def spent(layer: int, *stages: str) -> float:
+            return sum(middle(f"layers.{layer}.{stage}") for stage in stages)
+
+        def middle(stage: str) -> float:
+            return statistics.median(recorder.seconds.get(stage, 0.0) for recorder in recorders)
+
+        found = (
+            LayerTimes(
+                layer=block.index,
+                attention_s=spent(block.index, "attention", "router"),
+                beside_s=spent(block.index, "shared", "mlp"),
+                experts_s=spent(block.index, "experts"),
+                experts=moe[block.index].router.rule.k_max if block.index in moe else 0,
+            )
+            for block in twin.layers
         )
-        for block in twin.layers
-    ]
-    return found, median("output")
+        return PassTimes(layers=tuple(found), output_s=middle("output"))
+
+    return replace(times(counted), tokens=tuple(times([recorder]) for recorder in counted))

@@ -26,7 +26,7 @@ class Score(Record):
     about: str
     hit_rate: Interval
     """Share of looked-up experts that were on the fast device."""
-    loads_per_token: float
+    loads_per_token: Interval
     """Experts that a token fetches over the link, or has computed on the slow device; with what a
     cache fetches ahead."""
     moves: bool
@@ -57,7 +57,8 @@ class Scores(Record):
         )
 
     def to_frame(self) -> "pd.DataFrame":
-        """strategy, hit_rate, low, high, loads_per_token, moves, needs_profile, about."""
+        """strategy, hit_rate, low, high, loads_per_token, loads_low, loads_high, moves,
+        needs_profile, about."""
         import pandas as pd
 
         found = [
@@ -66,7 +67,9 @@ class Scores(Record):
                 "hit_rate": row.hit_rate.value,
                 "low": row.hit_rate.low,
                 "high": row.hit_rate.high,
-                "loads_per_token": row.loads_per_token,
+                "loads_per_token": row.loads_per_token.value,
+                "loads_low": row.loads_per_token.low,
+                "loads_high": row.loads_per_token.high,
                 "moves": row.moves,
                 "needs_profile": row.needs_profile,
                 "about": row.about,
@@ -87,7 +90,7 @@ class Scores(Record):
             kinds=("fixed", "moves experts"),
             chance=self.budget / self.experts,
             x="hit rate on held-out text",
-            title=self._title(),
+            title=f"{self.budget:,} of {self.experts:,} experts near",
         )
 
     def _title(self) -> str:
@@ -95,7 +98,7 @@ class Scores(Record):
 
     def _table(self) -> list[tuple[object, ...]]:
         return [
-            (row.strategy, str(row.hit_rate), f"{row.loads_per_token:.1f}", row.about)
+            (row.strategy, str(row.hit_rate), str(row.loads_per_token), row.about)
             for row in self.rows
         ]
 

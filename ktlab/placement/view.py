@@ -1,5 +1,6 @@
 """What a plan shows of itself: text, HTML, rows for tables, a figure. Pure functions."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -149,6 +150,12 @@ def _ledger_lines(ledgers: Iterable[Ledger]) -> list[tuple[str, ...]]:
 LEDGER_HEADERS = ("device", *KINDS, "needed", "capacity", "headroom")
 
 
+def _by_kind(ledgers: Iterable[Ledger]) -> list[tuple[str, ...]]:
+    """A device is a column: its kinds of bytes are more than fit side by side."""
+    kinds = zip(LEDGER_HEADERS, *_ledger_lines(ledgers), strict=True)
+    return [row for row in kinds if any(row[1:])]
+
+
 def _head(plan: "Plan") -> str:
     return (
         f"{plan.model}: {html.quantity(plan.parameters)} parameters, "
@@ -167,9 +174,7 @@ def text(plan: "Plan") -> str:
     lines += [f"  {_context_line(plan)}", ""]
     components = [row[: len(NARROW_HEADERS)] for row in _component_lines(plan)]
     lines += _columns([NARROW_HEADERS, *components], left=4) + [""]
-    # A device is a column here: its kinds of bytes are more than fit side by side.
-    kinds = zip(LEDGER_HEADERS, *_ledger_lines(plan.ledgers), strict=True)
-    lines += _columns([row for row in kinds if any(row[1:])], left=1) + [""]
+    lines += _columns(_by_kind(plan.ledgers), left=1) + [""]
     return html.wrapped("\n".join([*lines, *plan.verdict]))
 
 
@@ -193,16 +198,24 @@ def bundle(plan: "Plan") -> dict[str, Any]:
     ]
     facts = {"from": plan.source, "on": str(plan.machine), "at": _context_line(plan)}
     verdict = html.Raw("".join(f"<div>{html.text(line)}</div>" for line in plan.verdict))
+    by_kind = _by_kind(plan.ledgers)
+    components = [[_breaking(cell) for cell in row] for row in (HEADERS, *_component_lines(plan))]
     body = html.card(
         f"Plan of {_head(plan)}",
         html.Raw("".join(badges)),
         html.pairs(facts),
         verdict,
-        html.table(_ledger_lines(plan.ledgers), LEDGER_HEADERS),
-        html.table(_component_lines(plan), HEADERS),
+        html.table(by_kind[1:], by_kind[0]),
+        html.table(components[1:], components[0]),
         grid(plan),
     )
     return html.mimebundle(str(plan), body)
+
+
+def _breaking(cell: str) -> str:
+    """A sum of formats, a long format, a quotient in a header: they may go on in the next line."""
+    broken = re.sub(r"([+/]|_(?=group))", r"\1<wbr>", html.text(cell))
+    return cell if broken == cell else html.Raw(broken)
 
 
 def grid(plan: "Plan") -> html.Raw:

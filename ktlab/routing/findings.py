@@ -140,12 +140,12 @@ class HotSet(Shown):
     coverage: Interval
     """Share of held-out routed slots that fall on `experts`."""
     uniform: float
-    """The coverage of any n experts if all were used alike: n / E."""
-    in_sample: float
+    """The coverage of any n experts if all were used alike: n / E, exactly."""
+    in_sample: Interval
     """Coverage on the text the set was chosen on: flattering, for comparison only."""
-    hindsight: float
+    hindsight: Interval
     """Coverage of the best n experts chosen on the held-out text itself: no set does better."""
-    hottest: float
+    hottest: Interval
     """Held-out load of the hottest expert of the training text, in multiples of uniform."""
     method: str = ""
 
@@ -177,8 +177,8 @@ class HotSet(Shown):
         return {
             "coverage": self.coverage,
             "uniform": f"{self.uniform:.4g}",
-            "on the text it was chosen on": f"{self.in_sample:.4g}",
-            "best with hindsight": f"{self.hindsight:.4g}",
-            "hottest expert": f"×{self.hottest:.2f} uniform",
+            "on the text it was chosen on": self.in_sample,
+            "best with hindsight": self.hindsight,
+            "hottest expert": f"×{self.hottest} uniform",
             "method": self.method,
         }

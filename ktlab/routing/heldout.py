@@ -62,32 +62,44 @@ def predictability(
 def hot_set(
     train_TE: NDArray[np.bool_],
     test_TE: NDArray[np.bool_],
-    unit_T: NDArray[np.int64],
+    train_unit_T: NDArray[np.int64],
+    test_unit_T: NDArray[np.int64],
     *,
     layer: int,
     share: float,
     method: str = HALVES,
 ) -> HotSet:
-    """The hottest `share` of experts on `train_TE`, and what they cover of `test_TE`."""
+    """The hottest `share` of experts on `train_TE`, and what they cover of `test_TE`.
+
+    The two flattering figures choose their set anew in each resample, as they do on the text.
+    """
     if not 0 < share <= 1:
         raise TraceError(f"expected a share of experts above 0 and up to 1, found {share}")
     num_experts = train_TE.shape[1]
-    train_E, test_E = train_TE.sum(0), test_TE.sum(0)
+    train_BE = intervals.sums(train_TE, train_unit_T)
+    test_BE = intervals.sums(test_TE, test_unit_T)
     count = ceil(share * num_experts - 1e-9)
-    hottest = np.argsort(-train_E, kind="stable")[:count]
-    slots = max(1, int(test_E.sum()))
+    hottest = np.argsort(-train_BE.sum(0), kind="stable")[:count]
+
+    def best(counts_RE: NDArray[np.float64]) -> NDArray[np.float64]:
+        covered_R = np.sort(counts_RE, axis=1)[:, num_experts - count :].sum(1)
+        return covered_R / np.maximum(counts_RE.sum(1), 1)
+
     return HotSet(
         layer=layer,
         experts=tuple(int(e) for e in hottest),
         num_experts=num_experts,
-        coverage=intervals.ratio(
-            intervals.sums(test_TE[:, hottest].sum(1), unit_T),
-            intervals.sums(test_TE.sum(1), unit_T),
-        ),
+        coverage=intervals.ratio(test_BE[:, hottest].sum(1), test_BE.sum(1)),
         uniform=count / num_experts,
-        in_sample=float(train_E[hottest].sum() / max(1, train_E.sum())),
-        hindsight=float(np.sort(test_E)[::-1][:count].sum() / slots),
-        hottest=float(test_E[hottest[0]] / slots * num_experts),
+        in_sample=intervals.bootstrap(train_BE, best, bounds=(0, 1)),
+        hindsight=intervals.bootstrap(test_BE, best, bounds=(0, 1)),
+        hottest=intervals.bootstrap(
+            test_BE,
+            lambda counts_RE: (
+                num_experts * counts_RE[:, hottest[0]] / np.maximum(counts_RE.sum(1), 1)
+            ),
+            bounds=(0, num_experts),
+        ),
         method=f"{method}; {intervals.METHOD}",
     )
 

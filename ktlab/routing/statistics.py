@@ -60,6 +60,14 @@ class RoutingStatistics(Selections):
             method=intervals.METHOD,
         )
 
+    def hottest(self, layer: int) -> Interval:
+        """Load of the layer's most loaded expert on this text, in multiples of uniform."""
+        return intervals.bootstrap(
+            intervals.sums(self.hot(layer), self.unit_T),
+            lambda counts_RE: self.num_experts * counts_RE.max(1) / counts_RE.sum(1).clip(1),
+            bounds=(1, self.num_experts),
+        )
+
     def coactivation(self, layer: int) -> Coactivation:
         """Tokens on which two experts were selected together (E, E), beside what loads explain."""
         hot_TE = self.hot(layer).astype(np.float32)
@@ -187,13 +195,19 @@ class RoutingStatistics(Selections):
         if held_out is None:
             held_T = self.held_out_T()
             return heldout.hot_set(
-                hot_TE[~held_T], hot_TE[held_T], self.unit_T[held_T], layer=layer, share=share
+                hot_TE[~held_T],
+                hot_TE[held_T],
+                self.unit_T[~held_T],
+                self.unit_T[held_T],
+                layer=layer,
+                share=share,
             )
         other = getattr(held_out, "routing", held_out)
         self.same_model(other)
         return heldout.hot_set(
             hot_TE,
             other.hot(layer),
+            self.unit_T,
             other.unit_T,
             layer=layer,
             share=share,
@@ -201,15 +215,21 @@ class RoutingStatistics(Selections):
         )
 
     def summary(self) -> list[dict[str, float]]:
-        """One row a layer, in numbers; reuse is nan where no two tokens follow one another."""
+        """One row a layer, in numbers, with the ends of their intervals; reuse is nan where no two
+        tokens follow one another. How many experts nobody chose is a count of this text."""
         rows: list[dict[str, float]] = []
         for layer in self.layers:
             histogram, reuse = self.histogram(layer), self._reuse_or_none(layer)
+            entropy, hottest = self.entropy(layer).interval, self.hottest(layer)
             row: dict[str, float] = {
                 "layer": layer,
-                "entropy_bits": float(entropy_bits(histogram.counts_E)),
+                "entropy_bits": entropy.value,
+                "entropy_low": entropy.low,
+                "entropy_high": entropy.high,
                 "entropy_maximum_bits": log2(self.num_experts),
-                "hottest_relative_to_uniform": float(histogram.relative_E.max()),
+                "hottest_relative_to_uniform": hottest.value,
+                "hottest_low": hottest.low,
+                "hottest_high": hottest.high,
                 "unused_experts": int((histogram.counts_E == 0).sum()),
                 "reuse": reuse.interval.value if reuse else nan,
                 "reuse_low": reuse.interval.low if reuse else nan,
@@ -232,16 +252,18 @@ class RoutingStatistics(Selections):
         )
 
     def _repr_mimebundle_(self, **_: object) -> Mapping[str, Any]:
-        headers = "layer", "entropy, bits", "at most", "hottest", "unused", "reused at next token"
+        headers = (
+            *("layer", f"entropy, of {log2(self.num_experts):.3g} bits", "hottest, × uniform"),
+            *("unused", "reused at next token", "by chance"),
+        )
         rows = [
             [
                 int(row["layer"]),
-                f"{row['entropy_bits']:.3f}",
-                f"{row['entropy_maximum_bits']:.3f}",
-                f"×{row['hottest_relative_to_uniform']:.2f} uniform",
+                _measured(row, "entropy_bits", "entropy"),
+                _measured(row, "hottest_relative_to_uniform", "hottest"),
                 int(row["unused_experts"]),
-                f"{row['reuse']:.3f} [{row['reuse_low']:.3f}, {row['reuse_high']:.3f}], "
-                f"by chance {row['reuse_chance']:.3f}",
+                _measured(row, "reuse", "reuse"),
+                f"{row['reuse_chance']:.3f}",
             ]
             for row in self.summary()
         ]
@@ -252,3 +274,7 @@ class RoutingStatistics(Selections):
             return self.reuse(layer)
         except TraceError:
             return None
+
+
+def _measured(row: Mapping[str, float], value: str, ends: str) -> str:
+    return str(Interval(value=row[value], low=row[f"{ends}_low"], high=row[f"{ends}_high"]))

@@ -127,8 +127,13 @@ def test_replay_scores_the_held_out_half_and_weighs_layers_by_lookups() -> None:
         assert overall.value == pytest.approx(sum(parts) / sum(lookups.values()))
         assert overall.low <= overall.value <= overall.high
     assert found.requests_per_token == pytest.approx(sum(lookups.values()) / 400)
-    assert found.loads_per_token("oracle", 8) == 0
-    assert found.loads_per_token("lru", 0) == pytest.approx(found.requests_per_token)
+    assert found.loads_per_token("oracle", 8).value == 0
+    assert found.loads_per_token("lru", 0).value == pytest.approx(found.requests_per_token)
+    loads, hits = found.loads_per_token("lru", 3), found.hit_rate("lru", 3)
+    assert loads.value == pytest.approx((1 - hits.value) * found.requests_per_token)
+    assert 0 < loads.low < loads.value < loads.high < found.requests_per_token
+    ends = found.at(3).loc["lru", ["loads_low", "loads_high"]]
+    assert list(ends) == [loads.low, loads.high]
 
 
 def test_equal_loads_leave_a_blind_cache_at_chance() -> None:

@@ -123,12 +123,14 @@ def test_what_follows_from_the_layer_before_is_foreseen() -> None:
     assert found.hit_rate("lru+next", 2, layer=1) == found.hit_rate("lru", 2, layer=1)
     assert found.hit_rate("lru+next", 2).value > found.hit_rate("oracle", 2).value
     for capacity in (0, 2, 5, 16):
-        moved = found.loads_per_token("lru+next", capacity)
-        assert moved >= found.loads_per_token("oracle", capacity) - 1e-9, "nobody moves less"
-    assert found.ahead_C["lru+next"][0] == 0
+        moved = found.loads_per_token("lru+next", capacity).value
+        assert moved >= found.loads_per_token("oracle", capacity).value - 1e-9, "nobody moves less"
+    assert found.loads_per_token("lru+next", 0).value == found.requests_per_token
+    missed = (1 - found.hit_rate("lru+next", 5).value) * found.requests_per_token
+    assert found.loads_per_token("lru+next", 5).value > missed, "what was fetched ahead counts"
     frame = found.at(2)
     assert list(frame.index) == ["lru+next", "oracle", "lru"]
-    assert frame.loc["lru", "loads_per_token"] == found.loads_per_token("lru", 2)
+    assert frame.loc["lru", "loads_per_token"] == found.loads_per_token("lru", 2).value
 
 
 def test_every_known_policy_is_scored_on_the_same_text() -> None:

@@ -74,6 +74,9 @@ def test_router_view_follows_layer_and_expert(view):
     view.expert_choice.value = 3
     assert view.bars.data[-1].y[3] == pytest.approx(view.trace.routing.histogram(1).relative_E[3])
     assert "expert 3 has" in view.tokens.value
+    measured = ("entropy of the load", "as many as", "hottest", "used again at the next token")
+    said = [str(view.figures()[name]) for name in measured]
+    assert all("±" in words or "[" in words for words in said), said
 
 
 @pytest.mark.parametrize("view", [OffloadView], indirect=True)
@@ -147,7 +150,9 @@ def test_passages_are_labelled_and_apart(model):
     layer = model.moe_blocks[0].index
     coverage = router_tables.coverage_GG(trace, layer, 0.5)
     assert coverage.shape == (2, 2) and ((coverage > 0) & (coverage <= 1)).all()
-    assert experts_touched(trace, layer, 1) == model.config.top_k
+    one, four = (experts_touched(trace, layer, tokens) for tokens in (1, 4))
+    assert one.low == one.value == one.high == model.config.top_k
+    assert four.low < four.value < four.high < 4 * model.config.top_k
     with pytest.raises(KtlabError, match="no text in the trace has"):
         experts_touched(trace, layer, 1000)
     with pytest.raises(KtlabError, match="no texts"):
@@ -203,10 +208,14 @@ def test_tables_of_the_notebooks(model):
     mine = model.trace(TEXTS["one"][:64], domain="mine")
     assert set(router_tables.likeness_frame(mine, trace, layer).index) == {"one", "two"}
     touched = offload_tables.touched_frame(model, trace, layer, [1, 4])
-    assert touched["experts read"][1] == f"{model.config.top_k:.1f}"
+    assert touched["experts read"][1] == str(model.config.top_k)
+    measured = touched.loc[4, ["experts read", "bytes", "FLOP per byte"]]
+    assert all("±" in said or "[" in said for said in measured)
     assert len(offload_tables.static_set_frame(trace, layer, 0.25)) == 2
     link = offload_tables.link_frame(model, replay(trace), 8, 25e9)
     assert "DeepSeek-V3's sizes" in link.index.get_level_values("model")
+    moved = link[["moved a token", "tokens/s at most"]].to_numpy().ravel()
+    assert all("±" in said or "[" in said for said in moved)
     assert len(quantization_tables.component_frame(model)) == 5
     assert len(quantization_tables.formats_frame()) == len(FORMATS)
     plot = quantization_tables.snr_plot(model.moe_blocks[0].experts.gate[0])

@@ -176,8 +176,15 @@ def test_roofline_view_fills_up(model, monkeypatch):
 
 
 def test_the_switch_is_drawn_with_the_border_in_force():
-    curve = measure_switch(tensor("q8_0"), tokens=(1, 8, 64), repeats=1)
+    curve = measure_switch(tensor("q8_0"), tokens=(1, 8, 64), repeats=3)
     fig = switch_figure(curve)
+    for path, drawn in zip(("few", "many"), fig.data, strict=True):
+        for point, y, up, down in zip(
+            curve.points, drawn.y, drawn.error_y.array, drawn.error_y.arrayminus, strict=True
+        ):
+            time_s = getattr(point, path)
+            ends = [(y - down) * point.tokens / 1e6, (y + up) * point.tokens / 1e6]
+            assert ends == pytest.approx([time_s.low, time_s.high])
     said = [a.text for a in fig.layout.annotations]
     assert f"in force: few = {curve.default_few}" in said
     assert len(fig.data) == 2

@@ -222,6 +222,8 @@ def test_tables_and_picture() -> None:
     assert drawn == pytest.approx(sum(one.needed for one in found.ledgers) / 1e9)
     bundle = found._repr_mimebundle_()
     assert "largest context" in bundle["text/plain"] and "layer 5, experts" in bundle["text/html"]
+    devices = "".join(f"<th class=n>{one.device}</th>" for one in found.ledgers)
+    assert f"<tr><th>device</th>{devices}</tr>" in bundle["text/html"], "a device is a column"
     moved = found.diff(plan("deepseek-v2-lite", format="q4_k_m", ram="16GB"))
     assert set(moved.component) >= {"attention", "cache"} and "experts" not in set(moved.component)
     assert set(moved.device_a) == {"cuda:0"} and set(moved.device_b) == {"cpu"}

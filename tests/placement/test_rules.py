@@ -199,7 +199,7 @@ def test_the_preview_of_a_whole_file(model: Model) -> None:
         "shadowed",
     }
     page = found._repr_html_()
-    assert "model.layers.1-2.mlp.experts" in page and "-&gt;" in page and "<script" not in page
+    assert "model.layers.1-2.mlp.experts" in page and "→" in page and "<script" not in page
     assert found._repr_mimebundle_()["text/plain"] == repr(found)
     assert Preview.from_json(found.to_json()) == found
 

@@ -172,9 +172,9 @@ def test_hot_set_is_measured_where_it_was_not_chosen() -> None:
     """Two halves with opposite favourites: in sample all, held out nothing."""
     ids_TK = np.repeat([[0, 1], [2, 3]], 100, axis=0)
     found = trace_of({1: ids_TK}, 8).routing.hot_set(1, share=0.25)
-    assert found.experts == (0, 1) and found.in_sample == 1
-    assert found.coverage.value == 0 and found.hindsight == 1
-    assert found.verdict.startswith("no hot set") and found.hottest == 0
+    assert found.experts == (0, 1) and found.in_sample.value == 1
+    assert found.coverage.value == 0 and found.hindsight.value == 1
+    assert found.verdict.startswith("no hot set") and found.hottest.value == 0
 
 
 def test_hot_set_verdicts_follow_the_load() -> None:
@@ -184,7 +184,11 @@ def test_hot_set_verdicts_follow_the_load() -> None:
     hot = trace_of({1: draw(load, 3000, 1, seed=1)}, 40).routing.hot_set(1)
     assert set(hot.experts) == set(range(10)) and hot.verdict.startswith("a hot set")
     assert hot.coverage.value == pytest.approx(300 / 330, abs=0.03)
-    assert hot.in_sample == pytest.approx(hot.coverage.value, abs=0.03)
+    assert hot.in_sample.value == pytest.approx(hot.coverage.value, abs=0.03)
+    for figure, expected in ((hot.in_sample, 300 / 330), (hot.hottest, 40 * 30 / 330)):
+        assert figure.low < figure.value < figure.high and figure.contains(expected)
+    assert hot.hindsight.value >= hot.coverage.value and hot.hindsight.half_width > 0
+    assert f"best with hindsight: {hot.hindsight}" in repr(hot)
     everything = trace_of({1: draw(load, 300, 1)}, 40).routing.hot_set(1, share=1.0)
     assert everything.coverage.value == 1 and everything.verdict.startswith("no question")
 
@@ -301,7 +305,17 @@ def test_every_result_shows_itself(ids: dict[int, NDArray]) -> None:
         bundle = value._repr_mimebundle_()
         assert bundle["text/plain"] == repr(value)
         assert "<b>" not in bundle["text/html"]
-    assert list(routing.to_frame().index) == [1, 2]
+    frame = routing.to_frame()
+    assert list(frame.index) == [1, 2]
+    for name, value in (
+        ("entropy", "entropy_bits"),
+        ("hottest", "hottest_relative_to_uniform"),
+        ("reuse", "reuse"),
+    ):
+        low, high = frame[f"{name}_low"], frame[f"{name}_high"]
+        assert ((low <= frame[value]) & (frame[value] <= high) & (low < high)).all()
+    hottest = str(routing.hottest(1))
+    assert routing.hottest(1).low >= 1 and hottest in routing._repr_mimebundle_()["text/html"]
     assert routing.coactivation(1).plot().data[0].z.shape == (E, E)
 
 

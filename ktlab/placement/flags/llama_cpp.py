@@ -24,6 +24,7 @@ from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.names import expected_tensors
 from ktlab.errors import PlacementError, nearest, short
 from ktlab.placement.flags import llama_cpp_writing
+from ktlab.placement.flags.shown import shown
 from ktlab.placement.parts import component_of
 from ktlab.placement.patterns import PATTERN_ERRORS, Pattern
 from ktlab.placement.placement import FOLLOW, Placement
@@ -218,7 +219,7 @@ class LlamaCpp(Record):
         return shlex.join(self.args)
 
     def __repr__(self) -> str:
-        return "\n".join([str(self), *(f"# left out: {what}" for what in self.left_out)])
+        return shown(self.args, self.left_out)
 
 
 def of_first(layer: int) -> Override:

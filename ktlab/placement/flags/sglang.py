@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktlab.errors import PlacementError, nearest
+from ktlab.placement.flags.shown import shown
 from ktlab.placement.placement import PHASES, Placement
 from ktlab.placement.ranges import write_ranges
 from ktlab.record import Record
@@ -118,7 +119,7 @@ class SGLang(Record):
         return shlex.join(self.args)
 
     def __repr__(self) -> str:
-        return "\n".join([str(self), *(f"# left out: {what}" for what in self.left_out)])
+        return shown(self.args, self.left_out)
 
 
 def _is_gpu(device: str) -> bool:

@@ -162,21 +162,30 @@ class Preview(Record):
         return "\n".join([self._title(), *("  " + line for line in lines)])
 
     def _repr_html_(self) -> str:
-        rows = [
-            (
-                html.Raw(html.text(rule)),
-                names,
-                stage,
-                html.badge(status, TONES.get(status, "")),
-                what,
-            )
-            for rule, names, stage, status, what in self._cells()
-        ]
-        body: list[object] = [html.table(rows, HEADERS), self.where_html()]
+        body: list[object] = [self.table_html(), self.where_html()]
         if missing := self.missing:
             listed = html.table((counted("rule", at), what) for what, at in missing.items())
             body.append(html.details(f"asked for and not done: {len(missing)}", listed))
         return html.card(self._title(), *body)
+
+    def table_html(self) -> html.Raw:
+        """The rules one after the other, with what each does to which modules: in a narrow cell."""
+        groups: dict[tuple[int, str, str, str], list[str]] = {}
+        for row in self.rows:
+            key = (row.rule, row.replacement, row.status, row.what)
+            groups.setdefault(key, []).append(row.modules)
+        rows = [
+            (
+                html.Raw(f"{rule}"),
+                html.Raw(f"{html.text(becomes)}<br>{html.badge(status, TONES.get(status, ''))}"),
+                html.Raw(
+                    f'<div style="overflow-wrap:anywhere">{html.text(", ".join(modules))}</div>'
+                    f'<div class="s">{html.text(what.replace("->", "→"))}</div>'
+                ),
+            )
+            for (rule, becomes, status, what), modules in groups.items()
+        ]
+        return html.table(rows, ("rule", "becomes", "modules, and what is done to them"))
 
     def where_html(self) -> html.Raw:
         """The grid of the placement, where it isn't all on the CPU, and what it cannot say."""
