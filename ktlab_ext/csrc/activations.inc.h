@@ -7,6 +7,7 @@ typedef uint64_t parts_2 __attribute__((vector_size(64)));
 
 enum { TRIES = 5, PARTS = KTL_CHUNK / KTL_FINE, MAGNITUDE = 0x7fffffff };
 #define CHOOSE(which, yes, no) (((which) & (parts_i)(yes)) | (~(which) & (parts_i)(no)))
+#define LARGER(a, b) CHOOSE((a) > (b), a, b)
 #define NEIGHBOURS(v) ((parts_2)(v) >> 32 | (parts_2)(v) << 32) /* each two lanes exchanged */
 
 /* Nearest: adding KTL_START rounds; the integers are then in the low bits. */
@@ -27,15 +28,16 @@ KTL_INLINE void quantize_short(int group, int tries, const float *x, ktl_act *a,
     parts_f column[KTL_FINE];
     TRANSPOSE16((const uint32_t *)x, KTL_FINE, (uint32_t *)column);
     /* On the bits: integers compare as magnitudes do, and a NaN is more than infinity. */
-    parts_i most = (parts_i)column[0] & MAGNITUDE;
+    parts_i four[4] = {{0}}; /* one chain would be waited for */
 #pragma GCC unroll 16
-    for (int j = 1; j < KTL_FINE; j++) {
+    for (int j = 0; j < KTL_FINE; j++) {
         const parts_i bits = (parts_i)column[j] & MAGNITUDE;
-        most = CHOOSE(bits > most, bits, most);
+        four[j % 4] = LARGER(bits, four[j % 4]);
     }
+    parts_i most = LARGER(LARGER(four[0], four[1]), LARGER(four[2], four[3]));
     if (group == KTL_GROUP) {
         const parts_i other = (parts_i)NEIGHBOURS(most);
-        most = CHOOSE(other > most, other, most);
+        most = LARGER(other, most);
     }
     const parts_f one = (parts_f){0} + 1.0f, size = (parts_f)most;
     const parts_i some = (size <= 3.4028235e38f) & (size > 1e-35f);
