@@ -366,7 +366,8 @@ def roofline(
     """
     fig = figure(title, x="operations per byte of weights touched", y=unit, height=height)
     at = [x for found in points.values() for x, _, _ in found]
-    low, high = (min(at) / 4, max(at) * 2) if at else (0.5, 1000.0)  # room for the slope's words
+    # Room for the words of the slope on the left, of the flats on the right.
+    low, high = (min(at) / 4, max(at) * 5) if at else (0.5, 1000.0)
     if read > 0 and peaks:
         top = max(peaks.values())
         ceilings = [([low, top / read], [low * read, top])]
@@ -404,7 +405,7 @@ def roofline(
                     "line": {"color": INK, "width": 0.5}},
             hovertemplate=f"{name}, %{{text}}: %{{y:,.3g}} {unit}<extra></extra>",
         )  # fmt: skip
-    fig.update_xaxes(type="log").update_yaxes(type="log")
+    fig.update_xaxes(type="log", dtick="D2").update_yaxes(type="log", dtick=1)
     below = {"y": -0.28, "yanchor": "top", "x": 0, "xanchor": "left"}  # beside, it halves the plot
     return fig.update_layout(legend=below)
 

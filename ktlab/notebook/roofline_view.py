@@ -217,10 +217,10 @@ def kernel_frame(
     layer = f"layers.{model.moe_blocks[0].index}"
     name, chosen = f"{layer}.experts.output", f"{layer}.router.ids"
     every, model = len(model.layers), beginning(model)
-    count, of_logits, what = len(model.layers), "logits", "experts' output"
+    count, of_logits, what = len(model.layers), "logits, %", "experts' output, %"
     large, start = count < every, monotonic()
     if large:  # serial code takes seconds a token, and a layout is a copy of what it is set on
-        ids, of_logits = ids[:LARGE_TOKENS], f"logits of the first {count} layers"
+        ids, of_logits = ids[:LARGE_TOKENS], f"logits of the first {count} layers, %"
     tell = ProgressBar("kernels", shown=None if large else False)
 
     def outputs(words: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
@@ -264,11 +264,19 @@ def kernel_frame(
 
 
 def _relative(found_TD: Any, exact_TD: Any) -> str:
-    """Median over tokens of |found - exact| / |exact|, in per cent."""
+    """Median over tokens of |found - exact| / |exact|, in per cent, with its interval: two digits
+    of each, which leave room for two such columns on a narrow page."""
     import numpy as np
 
     error_T = np.linalg.norm(found_TD - exact_TD, axis=-1) / np.linalg.norm(exact_TD, axis=-1)
-    return str(median((100 * error_T).tolist(), unit="%"))
+    found = median((100 * error_T).tolist())
+    if found.low == found.high or len(error_T) == 1:
+        return _two_digits(found.value)
+    return f"{_two_digits(found.value)} [{_two_digits(found.low)}, {_two_digits(found.high)}]"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:#.2g}" if value else "0"
 
 
 assert TOKENS
