@@ -126,11 +126,25 @@ class SpeedComparison(Record):
 
     def to_html(self) -> str:
         """A table; below it what settings with a name are, and the method."""
-        headers = ("phase", "setting", "median", "against the first", "MAD a token", "ceiling")
+        headers = (
+            "phase",
+            "setting",
+            "median",
+            "against the first",
+            "MAD a token",
+            "of the ceiling",
+        )
         meant = {_named(name, one.label): name for name, one in self.speeds.items()}
         rows = [
-            (phase, meant[setting], median, "–" if ratio == "baseline" else ratio, *rest)
-            for phase, setting, median, ratio, *rest in self.rows()
+            (
+                phase,
+                meant[setting],
+                median,
+                "–" if ratio == "baseline" else ratio,
+                spread,
+                bound.replace(" of the ceiling", ""),
+            )
+            for phase, setting, median, ratio, spread, bound in self.rows()
         ]
         notes = [said for said, name in meant.items() if said != name] + [self.method]
         below = (html.Raw(f'<div class="s">{html.text(note)}</div>') for note in notes)
