@@ -23,6 +23,8 @@ SKY, VERMILION, YELLOW = "#56B4E9", "#D55E00", "#F0E442"
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW)
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "diamond-open", "square", "triangle-up-open")
+WORDS = 0.07
+"""Of an axis: the height of a line of small words in a figure that a legend leaves half of."""
 SEQUENTIAL = "Cividis"
 DIVERGING = [[0, BLUE], [0.5, "#9a9a9a"], [1, VERMILION]]
 """The middle is grey, not white: it must not glare on a dark page."""
@@ -364,7 +366,8 @@ def roofline(
     """
     fig = figure(title, x="operations per byte of weights touched", y=unit, height=height)
     at = [x for found in points.values() for x, _, _ in found]
-    low, high = (min(at) / 2, max(at) * 2) if at else (0.5, 1000.0)
+    # Room for the words of the slope on the left, of the flats on the right.
+    low, high = (min(at) / 4, max(at) * 5) if at else (0.5, 1000.0)
     if read > 0 and peaks:
         top = max(peaks.values())
         ceilings = [([low, top / read], [low * read, top])]
@@ -374,15 +377,24 @@ def roofline(
                 x=x, y=y, mode="lines", hoverinfo="skip", showlegend=False,
                 line={"color": INK, "width": 1.2},
             )  # fmt: skip
-        notes = [(low * 1.15, low * 1.15 * read, f"read {read:.3g} GB/s", "left")]
+        # Below the slope, which would rise through words that stand on it.
+        notes = [(low * 1.15, low * 1.15 * read, f"read {read:.3g} GB/s", "left", "top")]
         # Not at the very end of the lines, which is the end of the axis: rounding decides there
         # whether Plotly takes the words to be inside and draws them.
         right = max(high, 2 * top / read) / 1.02
-        notes += [(right, peak, words, "right") for peak, words in _side_by_side(peaks)]
-        for at_x, at_y, words, side in notes:
+        rates = [
+            *peaks.values(),
+            low * read,
+            *(y for found in points.values() for _, y, _ in found),
+        ]
+        apart = (max(rates) / min(rates)) ** WORDS
+        notes += [
+            (right, peak, words, "right", "bottom") for peak, words in _side_by_side(peaks, apart)
+        ]
+        for at_x, at_y, words, side, end in notes:
             fig.add_annotation(
                 x=np.log10(at_x), y=np.log10(at_y), text=words, showarrow=False, xanchor=side,
-                yanchor="bottom", font={"color": INK, "size": 11},
+                yanchor=end, font={"color": INK, "size": 11},
             )  # fmt: skip
     for number, (name, found) in enumerate(points.items()):
         fig.add_scatter(
@@ -393,17 +405,17 @@ def roofline(
                     "line": {"color": INK, "width": 0.5}},
             hovertemplate=f"{name}, %{{text}}: %{{y:,.3g}} {unit}<extra></extra>",
         )  # fmt: skip
-    fig.update_xaxes(type="log").update_yaxes(type="log")
+    fig.update_xaxes(type="log", dtick="D2").update_yaxes(type="log", dtick=1)
     below = {"y": -0.28, "yanchor": "top", "x": 0, "xanchor": "left"}  # beside, it halves the plot
     return fig.update_layout(legend=below)
 
 
-def _side_by_side(peaks: Mapping[str, float]) -> list[tuple[float, str]]:
-    """(height, words) of each ceiling; those that lie within 40 % share one line of words."""
+def _side_by_side(peaks: Mapping[str, float], apart: float) -> list[tuple[float, str]]:
+    """(height, words) of each ceiling; those less than a factor apart share a line of words."""
     lines: list[tuple[float, str]] = []
     for name, peak in sorted(peaks.items(), key=lambda item: item[1]):
         words = f"{name} {peak:,.0f}"
-        if lines and peak < 1.4 * lines[-1][0]:
+        if lines and peak < apart * lines[-1][0]:
             lines[-1] = (peak, f"{lines[-1][1]} · {words}")
         else:
             lines.append((peak, words))

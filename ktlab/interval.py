@@ -66,7 +66,8 @@ class Interval(Record):
         elif math.isinf(self.low) and math.isinf(self.high):
             text += " (sample too small for an interval)"
         elif math.isinf(self.high):
-            text += f" (at least {_digits(self.low, self.value - self.low)})"
+            least = _digits(self.low, self.value - self.low) if self.low else "0"
+            text += f" (at least {least})"
         elif abs((self.high - self.value) - (self.value - self.low)) < 0.2 * self.half_width:
             text += f" ± {_digits(self.half_width, self.half_width)}"
         else:

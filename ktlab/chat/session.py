@@ -39,7 +39,9 @@ CHUNK = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One answer and what it cost; printed, the line that the chat shows below it."""
+    """One answer and what it cost; printed, the line that the chat shows below it.
+
+    Its speeds are of this one run, so they have no interval; `ktlab.compare` repeats."""
 
     text: str
     ids: tuple[int, ...]
@@ -71,6 +73,7 @@ class Answer:
         parts = [
             f"prefill {new:,} tokens{cached} at {self.prefill_tokens_per_s:,.1f} tokens/s",
             f"decode {len(self.ids):,} tokens at {self.decode_tokens_per_s:,.1f} tokens/s",
+            "one run",
             self.experts,
             WHY[self.stopped],
         ]

@@ -44,6 +44,10 @@ WEIGHT_BYTES = 224 << 20
 COPY_BYTES = 600 << 20
 """No kernel may make a larger copy of them."""
 PEERS = ("llama.cpp/cpu", "kt-kernel/llamafile")
+ERROR = (
+    f"error: norm of the difference of the first {SAMPLE_TOKENS} tokens' outputs (of all, where "
+    "there are fewer) from float64 products of the same weights, over the norm of those"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +125,7 @@ class KernelRoofline(Record):
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         headers = ("tokens", "kernel", "median", "GFLOP/s", "GB/s", "ceiling", "error")
         missing = html.pairs(self.left_out) if self.left_out else html.Raw("")
-        note = html.Raw(f'<div class="s">{html.text(self.what)}</div>')
+        note = html.Raw(f'<div class="s">{html.text(self.what)}. {html.text(ERROR)}</div>')
         body = html.card("kernels under the roofline", html.table(self.rows(), headers), note)
         return html.mimebundle(str(self), body + html.card("not measured", missing))
 

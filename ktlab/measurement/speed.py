@@ -125,10 +125,30 @@ class SpeedComparison(Record):
     __repr__ = __str__
 
     def to_html(self) -> str:
-        """A table with the method below."""
-        headers = ("phase", "setting", "median", "against the first", "MAD a token", "ceiling")
-        note = html.Raw(f'<div class="s">{html.text(self.method)}</div>')
-        return html.card("speed on this machine", html.table(self.rows(), headers), note)
+        """A table; below it what settings with a name are, and the method."""
+        headers = (
+            "phase",
+            "setting",
+            "median",
+            "against the first",
+            "MAD a token",
+            "of the ceiling",
+        )
+        meant = {_named(name, one.label): name for name, one in self.speeds.items()}
+        rows = [
+            (
+                phase,
+                meant[setting],
+                median,
+                "–" if ratio == "baseline" else ratio,
+                spread,
+                bound.replace(" of the ceiling", ""),
+            )
+            for phase, setting, median, ratio, spread, bound in self.rows()
+        ]
+        notes = [said for said, name in meant.items() if said != name] + [self.method]
+        below = (html.Raw(f'<div class="s">{html.text(note)}</div>') for note in notes)
+        return html.card("speed on this machine", html.table(rows, headers), *below)
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         return html.mimebundle(str(self), self.to_html())

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ class Sweep(Record):
         lines: list[tuple[str, ...]] = []
         timed = all(row.speed for row in self.rows)
         last = "decode" if timed else "a token reads"
-        headers = ("settings", "KL, mean", "same top-1", "perplexity ratio", last, "front")
+        headers = ("settings", "mean KL, nats", "same top-1", "perplexity ratio", last, "front")
         for row in self.rows:
             q = row.quality
             decode = (
@@ -101,7 +101,7 @@ class Sweep(Record):
             lines.append(
                 (
                     row.label,
-                    str(q.kl_mean),
+                    str(replace(q.kl_mean, unit="")),
                     str(q.top1_agreement),
                     f"×{q.perplexity_ratio}",
                     decode,

@@ -103,7 +103,7 @@ class TileView(Instrument):
         self.instruction = widgets.ToggleButtons(
             options=[("AMX: TDPBSUD", "TDPBSUD"), ("AVX-512: VPDPBUSD", "VPDPBUSD")],
             tooltips=["16 tokens at once", "one token at a time"],
-            style={"button_width": "150px"},
+            style={"button_width": "auto"},
         )
         self.format_choice = widgets.Dropdown(options=names, description="format")
         self.step_slider = widgets.IntSlider(min=0, max=63, value=9, description="step")

@@ -109,7 +109,7 @@ def continuations_html(before: "Generation", after: "Generation") -> str:
     verdict = (
         "the same greedy continuation"
         if before.ids == after.ids
-        else f"greedy continuations part after {same} tokens"
+        else f"greedy continuations part after {same} token{'s' * (same != 1)}"
     )
     return (
         f'<div style="margin-top:8px">{verdict}</div>'

@@ -241,7 +241,7 @@ def stage_bars(found: Prediction | None) -> "Figure":
             marker=_marker(name), hovertext=hover, hovertemplate="%{hovertext}<extra></extra>",
         )  # fmt: skip
     fig.update_layout(barmode="stack", bargap=0.3)
-    fig.update_xaxes(tickformat=".0%", range=[0, 1])
+    fig.update_xaxes(tickformat=".0%", range=[0, 1.02])
     below = {"y": -0.2, "yanchor": "top", "x": 0, "xanchor": "left", "traceorder": "normal"}
     return fig.update_layout(legend=below)
 
@@ -331,7 +331,7 @@ def efficiency_table() -> Snapshot:
     rows = [
         (
             html.Raw(f"{html.text(name)} {html.badge('fitted', 'warn') if one.fitted else ''}"),
-            f"{one.value:.3g} {one.unit}",
+            seconds(one.value) if one.unit == "s" else f"{one.value:.3g} {one.unit}",
             f"{one.meaning} ({one.how})",
         )
         for name, one in found

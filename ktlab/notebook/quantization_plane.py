@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 AS_LOADED = "as loaded"
+CLOSE = 1.4
+"""Ratio of two KLs below which their points lie closer than the height of two labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,19 @@ def label_places(size: Sequence[float], kl: Sequence[float], loaded: float) -> l
     crowd = sorted(
         (k, i) for i, (s, k) in enumerate(zip(size, kl, strict=True)) if s > 0.9 * loaded
     )
-    for number, (_, index) in enumerate(crowd):
-        places[index] = "top left" if number % 2 else "bottom left"
+    groups: list[list[int]] = []  # of points too close for a label between them
+    last = 0.0
+    for k, index in crowd:
+        if groups and k <= CLOSE * last:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+        last = k
+    for group in groups:
+        for index in group:
+            places[index] = "middle left"
+        if len(group) > 1:
+            places[group[0]], places[group[-1]] = "bottom left", "top left"
     return places
 
 

@@ -10,8 +10,9 @@ import ipywidgets as widgets
 
 from ktlab import figures, html
 from ktlab.errors import SettingError
+from ktlab.interval import median
 from ktlab.kernels.switch_measurement import SwitchCurve
-from ktlab.measurement.kernel_points import TOKENS, KernelRoofline, stream_points
+from ktlab.measurement.kernel_points import ERROR, TOKENS, KernelRoofline, stream_points
 from ktlab.model.block import MoEBlock
 from ktlab.model.copies import passing
 from ktlab.notebook.css import style
@@ -132,6 +133,7 @@ def result_table(result: KernelRoofline) -> str:
     rows = result.rows()
     first = [next(r for r in rows if r[0] == t) for t in dict.fromkeys(r[0] for r in rows)]
     parts = [html.Raw("<b>the fastest at each number of tokens</b>"), html.table(first, headers)]
+    parts.append(html.Raw(f'<div class="s">{html.text(ERROR)}</div>'))
     parts.append(html.details(f"all {len(rows)} points", html.table(rows, headers)))
     if result.left_out:
         parts.append(html.details(f"{len(result.left_out)} not measured: why",
@@ -198,9 +200,10 @@ def beginning(model: "Model", weights: float = COMPARED_WEIGHTS) -> "Model":
 def kernel_frame(
     model: "Model", settings: dict[str, dict[str, Any]], ids: list[int]
 ) -> "pd.DataFrame":
-    """Each setting's kernel and its error: relative distance of the experts' outputs of the first
-    layer with experts (of tokens that went to the same ones), and of the logits, from float32
-    products of the stored weights.
+    """Each setting's kernel and its error: relative distance of a token's output of the experts of
+    the first layer that has some (of tokens that went to the same ones), and of its logits, from
+    float32 products of the stored weights. Medians over the tokens, with 95 % intervals between
+    order statistics (of fewer than 6 tokens: the smallest and the largest).
 
     A setting that cannot compute this model says why. Of a large model only the first layers run,
     with the settings on the experts alone; the column says how many layers. Copies are let go
@@ -214,10 +217,10 @@ def kernel_frame(
     layer = f"layers.{model.moe_blocks[0].index}"
     name, chosen = f"{layer}.experts.output", f"{layer}.router.ids"
     every, model = len(model.layers), beginning(model)
-    count, of_logits, what = len(model.layers), "logits", "experts' output"
+    count, of_logits, what = len(model.layers), "logits, %", "experts' output, %"
     large, start = count < every, monotonic()
     if large:  # serial code takes seconds a token, and a layout is a copy of what it is set on
-        ids, of_logits = ids[:LARGE_TOKENS], f"logits of the first {count} layers"
+        ids, of_logits = ids[:LARGE_TOKENS], f"logits of the first {count} layers, %"
     tell = ProgressBar("kernels", shown=None if large else False)
 
     def outputs(words: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
@@ -260,11 +263,20 @@ def kernel_frame(
     return pd.DataFrame(rows).set_index("setting")
 
 
-def _relative(found: Any, exact: Any) -> str:
+def _relative(found_TD: Any, exact_TD: Any) -> str:
+    """Median over tokens of |found - exact| / |exact|, in per cent, with its interval: two digits
+    of each, which leave room for two such columns on a narrow page."""
     import numpy as np
 
-    error = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
-    return f"{100 * error:.2g} %"
+    error_T = np.linalg.norm(found_TD - exact_TD, axis=-1) / np.linalg.norm(exact_TD, axis=-1)
+    found = median((100 * error_T).tolist())
+    if found.low == found.high or len(error_T) == 1:
+        return _two_digits(found.value)
+    return f"{_two_digits(found.value)} [{_two_digits(found.low)}, {_two_digits(found.high)}]"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:#.2g}" if value else "0"
 
 
 assert TOKENS

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ktlab import html
+from ktlab.placement.timeline_view import seconds
 
 if TYPE_CHECKING:
     from ktlab.placement.machine import Machine
@@ -10,7 +11,9 @@ if TYPE_CHECKING:
 
 def rows(of: "Machine") -> list[tuple[str, str]]:
     """What there is, and how much of it."""
-    found = [(device.name, str(device)) for device in of.devices]
+    found = [
+        (device.name, str(device).removeprefix(device.name).strip(" ()")) for device in of.devices
+    ]
     chip = of.processor
     if chip is not None:
         count = f"{of.sockets} x " if of.sockets > 1 else ""
@@ -45,13 +48,15 @@ def rows(of: "Machine") -> list[tuple[str, str]]:
         for one in of.kernels
     ]
     if of.token_s is not None:
-        found.append(("beside kernels", f"{html.quantity(of.token_s, 's')} a token of decode"))
+        found.append(("beside kernels", f"{seconds(of.token_s)} a token of decode"))
     return found
 
 
 def title(of: "Machine") -> str:
     """One line."""
     how = "measured" if of.measured else "listed" if of.sources else ""
+    if how in of.about.split():
+        how = ""
     return ", ".join(part for part in (f"machine {of.name}", of.about, how) if part)
 
 

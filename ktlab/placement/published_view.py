@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from ktlab.placement.published import Published
 
 HEADERS = ("model", "machine", "engine", "experts", "prompt", "", "published", "predicted", "error")
+NARROW = (
+    "what ran where",
+    *HEADERS[3:5],
+    "phase",
+    "published, tokens/s",
+    "predicted, tokens/s",
+    "error",
+)
+"""Headers of the card: model, machine and engine share a column, said once for the rows alike."""
 
 
 def rows(of: "Published", kind: str) -> list[tuple[str, ...]]:
@@ -24,10 +33,26 @@ def rows(of: "Published", kind: str) -> list[tuple[str, ...]]:
             one.phase,
             f"{one.published:.4g}",
             f"{one.predicted:.4g}",
-            f"{100 * one.error:+.1f} %",
+            percent(one.error),
         )
         for one in getattr(of, kind)
     ]
+
+
+def percent(error: float) -> str:
+    """With a sign, which a zero has not."""
+    said = f"{100 * error:+.1f} %"
+    return said if said.strip("+-") != "0.0 %" else "0.0 %"
+
+
+def narrow_rows(of: "Published", kind: str) -> list[tuple[str, ...]]:
+    """`rows` for a page 800 pixels wide."""
+    found, before = [], ""
+    for model, machine, engine, *rest in rows(of, kind):
+        where = f"{model}, {machine}, {engine}"
+        found.append((where if where != before else "", *rest))
+        before = where
+    return found
 
 
 def memory_rows(of: "Published") -> list[tuple[str, ...]]:
@@ -39,7 +64,7 @@ def memory_rows(of: "Published") -> list[tuple[str, ...]]:
             one.device,
             html.decimal_bytes(one.published),
             html.decimal_bytes(one.predicted),
-            f"{100 * one.error:+.1f} %",
+            percent(one.error),
         )
         for one in of.memory
     ]
@@ -62,7 +87,7 @@ def text(of: "Published") -> str:
         + ", ".join(f"{name} {value:.3g}" for name, value in of.free.items())
     ]
     for kind in ("fitted", "held_out"):
-        lines += ["", summary(of, kind)]
+        lines += ["", f"{summary(of, kind)}; in tokens/s"]
         lines += [
             "  " + "".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
             for row in (HEADERS, *rows(of, kind))
@@ -78,8 +103,8 @@ def bundle(of: "Published") -> dict[str, Any]:
     headers = ("who", "model", "device", "published", "planned", "error")
     parts = [
         html.Raw(f"<b>{summary(of, 'fitted')}</b>"),
-        html.table(rows(of, "fitted"), HEADERS),
-        html.details(summary(of, "held_out"), html.table(rows(of, "held_out"), HEADERS)),
+        html.table(narrow_rows(of, "fitted"), NARROW),
+        html.details(summary(of, "held_out"), html.table(narrow_rows(of, "held_out"), NARROW)),
         html.details("memory", html.table(memory_rows(of), headers)),
         html.details("not explained", html.table([(one,) for one in of.unexplained])),
     ]
@@ -115,7 +140,7 @@ def figure(of: "Published") -> "Figure":
                 f"{one.model}, {one.machine}, {one.engine}<br>"
                 f"{one.top_k} experts, prompt {one.prompt:,}<br>"
                 f"{one.published:.4g} published, {one.predicted:.4g} predicted "
-                f"({100 * one.error:+.1f} %)<br>waits for {one.bound}"
+                f"({percent(one.error)})<br>waits for {one.bound}"
                 for one in found
             ],
             hovertemplate="%{hovertext}<extra></extra>",

@@ -205,3 +205,8 @@ def test_strata_against_the_textbook():
     df = 6 * (1 - r**2) / (1 + r**2)
     expected = student_quantile(0.975, df) * math.sqrt(variance * (1 + r) / (1 - r))
     assert intervals.mean(values, blocks).half_width == pytest.approx(expected, rel=1e-9)
+
+
+def test_at_least_nothing_has_no_digits() -> None:
+    assert str(intervals.median([0.004568], unit="nats")) == "0.004568 (at least 0) nats"
+    assert str(intervals.median([12.5], unit="tokens/s")) == "12.5 (at least 0) tokens/s"

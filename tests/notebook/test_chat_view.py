@@ -30,7 +30,9 @@ def test_enter_asks_and_the_cost_is_shown(view: ChatView) -> None:
     press_enter(view, "Hello <b>")
     assert view.entry.value == "" and view.error == ""
     assert view.chat.last is not None and view.turns[0].answer == view.chat.last.text
-    assert "Hello &lt;b&gt;" in view.transcript.value and "tokens/s" in view.transcript.value
+    assert (
+        "Hello &lt;b&gt;" in view.transcript.value and "tokens/s · one run" in view.transcript.value
+    )
     assert "4 experts, as trained" in view.transcript.value
     assert "of 200 tokens of context used" in view.status.value
     press_enter(view, "more")

@@ -233,8 +233,8 @@ def test_cache_of_a_token_as_published(model):
 
 
 def test_labels_of_crowded_points_go_apart():
-    assert label_places([5.0, 9.5, 9.6], [1.0, 2.0, 1.5], 10.0) == [
-        "top right", "top left", "bottom left"
+    assert label_places([5.0, 9.5, 9.6, 9.7], [1.0, 2.0, 1.5, 0.1], 10.0) == [
+        "top right", "top left", "bottom left", "middle left"
     ]  # fmt: skip
 
 

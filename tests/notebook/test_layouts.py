@@ -195,5 +195,6 @@ def test_errors_of_settings_against_float32(model):
     before = model.settings
     frame = kernel_frame(model, settings, list(range(2, 20)))
     assert list(frame.index) == ["exact", "coarse"] and model.settings == before
-    exact, coarse = (float(v.rstrip(" %")) for v in frame["experts' output"])
+    assert all(re.fullmatch(r"\S+ \[\S+, \S+\]", said) for said in frame.to_numpy()[:, 1:].flat)
+    exact, coarse = (float(said.split()[0]) for said in frame["experts' output, %"])
     assert exact < 0.01 < 1 < coarse

@@ -196,8 +196,8 @@ def test_of_a_large_model_kernels_are_compared_on_its_first_layers(
     monkeypatch.setattr("ktlab.notebook.roofline_view.beginning", lambda m: beginning(m, 1))
     settings = {"float32": dict(backend="numpy"), "coarse": dict(quantize="q4_0")}
     frame = kernel_frame(model, settings, [1, 2, 3])
-    column = f"logits of the first {len(first.layers)} layers"
-    assert frame.loc["float32", column] == "0 %" != frame.loc["coarse", column]
+    column = f"logits of the first {len(first.layers)} layers, %"
+    assert frame.loc["float32", column] == "0" != frame.loc["coarse", column]
     bank = first.moe_blocks[0].experts
     for stack in (*bank.stacks, *first.output.stacks):
         assert "float32" not in stack.operand_bytes
@@ -220,7 +220,7 @@ def test_of_a_large_model_kernels_are_compared_for_a_while(
     settings = {"float32": dict(backend="numpy"), "coarse": dict(quantize="q4_0")}
     monkeypatch.setattr(roofline_view, "LARGE_S", -1.0)
     small = kernel_frame(model, settings, [1, 2, 3])
-    assert small.loc["coarse", "logits"], "a small model is never cut short"
+    assert small.loc["coarse", "logits, %"], "a small model is never cut short"
     monkeypatch.setattr(roofline_view, "beginning", lambda m: beginning(m, 1))
     late = kernel_frame(model, settings, [1, 2, 3])
     assert set(late["kernel"]) == {"not measured: -1 s are over"}
@@ -235,7 +235,7 @@ def test_of_a_large_model_kernels_are_compared_for_a_while(
 
     monkeypatch.setattr(Model, "forward", interrupted)
     part = kernel_frame(model, settings, [1, 2, 3])
-    assert part.loc["float32", "experts' output"] == "0 %"
+    assert part.loc["float32", "experts' output, %"] == "0"
     assert part.loc["coarse", "kernel"] == "not measured: interrupted"
 
 

@@ -1,6 +1,7 @@
 """llama.cpp's and SGLang's command lines: read into placements and written from them."""
 
 import re
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, TINY_V2_CONFIG
 from ktlab.errors import PlacementError, SettingError
 from ktlab.placement.flags import LlamaCpp, SGLang
 from ktlab.placement.flags.llama_cpp_writing import LAST_NORM, TENSORS
+from ktlab.placement.flags.shown import shown
 from ktlab.placement.parts import component_of
 from ktlab.placement.placement import FOLLOW, Placement
 from ktlab.placement.plan import Plan
@@ -284,3 +286,24 @@ def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing=CPU: decides for no tensor of" in capsys.readouterr().err
     assert main([*shape, "--placement", "x.yaml", "-ngl", "1"]) == 2
     assert "both say what goes where" in capsys.readouterr().err
+
+
+@given(st.lists(st.text("ab -=^$\\'|()", min_size=1, max_size=40), min_size=1, max_size=30))
+def test_lines_of_a_terminal(words: list[str]) -> None:
+    """A shell, which drops a backslash with its line's end, reads the same words; none is wider
+    than 80 columns."""
+    lines = shown(words, ["a long reason, " * 10]).splitlines()
+    command = [line for line in lines if not line.startswith("#")]
+    assert shlex.split("\n".join(command).replace(" \\\n", " ")) == words
+    assert all(line.endswith(" \\") for line in command[:-1])
+    widest = max(len(shlex.quote(word)) for word in words)
+    assert max(map(len, lines)) <= 80 or widest > 74, "only a word alone may be wider"
+
+
+@pytest.mark.parametrize("last", range(30, 45))
+def test_a_line_of_a_terminal_is_filled_to_its_end(last: int) -> None:
+    lines = shown(["x" * 60, "y" * 35, "z" * last, "w" * 60], []).splitlines()
+    one_line = 4 + 35 + 1 + last + 2  # indented, and a backslash
+    assert [len(line) for line in lines] == [
+        62, *([one_line] if one_line <= 80 else [41, last + 6]), 64
+    ]  # fmt: skip

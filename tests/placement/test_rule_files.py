@@ -142,6 +142,7 @@ def test_the_words_of_the_first_release() -> None:
         (rule(match="name: a, name: b"), 1, "name stands here twice"),
         (rule(match="name: 5"), 1, "name: expected text, found 5"),
         (rule(match="5: a"), 1, "expected words as keys, found int '5'"),
+        (rule(match=r"name: '^a\.(b'"), 1, r"'\^a\\\.\(b' is no regular expression: missing"),
         (rule(match="name: '(a'"), 1, r"'\(a' is no regular expression: missing \), unterminated"),
         (rule(match=f"name: {'a' * 1001}"), 1, "a regular expression of 1,001 characters"),
         (rule(match="class: torch.nn.Linaer"), 1, 'did you mean "torch.nn.Linear"'),

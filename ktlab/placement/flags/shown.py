@@ -12,7 +12,7 @@ def shown(args: Iterable[str], left_out: Iterable[str]) -> str:
     """The arguments, going on in the next line where they are many; what they cannot say below."""
     lines = [""]
     for word in map(shlex.quote, args):
-        if lines[-1].strip() and len(lines[-1]) + len(word) > WIDTH:
+        if lines[-1].strip() and len(f"{lines[-1]} {word}") > WIDTH:
             lines.append("   ")
         lines[-1] += f" {word}"
     comments = (

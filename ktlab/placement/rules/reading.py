@@ -269,7 +269,10 @@ class _Reader:
             node, position = match["name"][1], getattr(error, "pos", None)
             mark = node.start_mark
             column = mark.column + 1 + _written_before(node, position or 0)
-            said = f"{short(pattern)} is no regular expression: {what}"
+            written = short(pattern)
+            if pattern.isprintable():  # as it was typed: its backslashes are no escapes of Python's
+                written = written.replace("\\\\", "\\")
+            said = f"{written} is no regular expression: {what}"
             if position is not None:
                 said += f", at character {position + 1}"
             self.problems.append((mark.line + 1, column, said))
