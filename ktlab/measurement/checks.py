@@ -224,10 +224,24 @@ def kernels() -> Iterator[Check]:
         found=f"{threads.default_threads()} by default: a core each, of {len(cpus)} processors",
         why="set with threads=; numa= keeps them on one node",
     )
+    yield _waiting_threads()
     yield Check(
         group="kernels",
         name="NUMA nodes",
         found=", ".join(f"{n}: {len(c)} processors" for n, c in nodes.items()) or "unknown",
+    )
+
+
+def _waiting_threads() -> Check:
+    """torch's threads wait for work on the cores that the kernels compute on."""
+    passive = os.environ.get("OMP_WAIT_POLICY", "").strip().lower() == "passive"
+    return Check(
+        group="kernels",
+        name="OpenMP threads",
+        found="sleep while they wait" if passive else "spin while they wait",
+        verdict="ok" if passive else "warn",
+        why="" if passive else "torch's take cores from the kernels: a prompt is slower",
+        do="" if passive else "start with OMP_WAIT_POLICY=PASSIVE, as `make lab` does",
     )
 
 

@@ -254,6 +254,15 @@ def test_kernels_are_reported_with_the_reason_for_each(monkeypatch):
     assert found["numba kernels"].verdict == "warn"
 
 
+def test_openmp_threads_that_spin(monkeypatch):
+    found = {}
+    for policy in ("PASSIVE", "active", ""):
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+        (found[policy],) = (c for c in checks.kernels() if c.name == "OpenMP threads")
+    assert [check.verdict for check in found.values()] == ["ok", "warn", "warn"]
+    assert "OMP_WAIT_POLICY=PASSIVE" in found[""].do
+
+
 def test_provenance_says_which_kernels_were_there(monkeypatch):
     from ktlab.kernels import native
     from ktlab.measurement.provenance import Provenance
