@@ -52,9 +52,14 @@ def cpuinfo() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system gives it. In a virtual machine that may be a maker's name for
+    several ("AMD EPYC"): then with family and model, which tell one generation from another."""
     info = cpuinfo()
-    return info.get("model name") or platform.processor() or platform.machine() or "unknown"
+    name = info.get("model name") or platform.processor() or platform.machine() or "unknown"
+    family, model = info.get("cpu family"), info.get("model")
+    if family is None or model is None or any(letter.isdigit() for letter in name):
+        return name
+    return f"{name} (family {family} model {model})"
 
 
 def features() -> dict[str, bool] | None:

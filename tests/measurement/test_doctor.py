@@ -67,6 +67,18 @@ def test_amx_counts_only_if_granted(cpu, grant, verdict):
     assert bool(sets["AMX"].do) is not grant
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 26 model 2)"),
+        ("AMD EPYC 9654 96-Core Processor", "AMD EPYC 9654 96-Core Processor"),
+    ],
+)
+def test_a_name_without_a_number_says_which_generation(cpu, name, shown):
+    cpu("avx2", **{"model name": name, "cpu family": "26", "model": "2"})
+    assert hardware.cpu_name() == shown
+
+
 def test_no_flags_is_unknown_not_absent(cpu):
     cpu(None, **{"model name": "Apple M9"})
     assert hardware.features() is None and hardware.isa() == ()
