@@ -18,12 +18,14 @@ from torch import Tensor
 
 from ktlab.errors import ContextError, SettingError
 from ktlab.measurement.tokens import (
+    SMALL_VOCABULARY,
     Baseline,
     BaselineCache,
     Prediction,
     TokenComparison,
     window_key,
 )
+from ktlab.memory import trim
 
 if TYPE_CHECKING:
     from ktlab.checkpoint.tokenizer import Tokenizer
@@ -107,6 +109,8 @@ def evaluate(
                 ids = some_T.numpy()
                 parts.append(TokenComparison.of(before, after, ids, bytes_of(ids)))
                 del before, after  # the next piece makes its own
+                if model.config.vocab_size > SMALL_VOCABULARY:
+                    trim()  # else the C library keeps 0.2 GB of what a pass has freed
             del of_a, of_b
             yield Step(
                 text=name,
