@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,22 @@ from torch import Tensor
 
 from ktlab.errors import ContextError, SettingError
 from ktlab.measurement.tokens import (
+    SMALL_VOCABULARY,
     Baseline,
     BaselineCache,
     Prediction,
     TokenComparison,
     window_key,
 )
+from ktlab.memory import trim
 
 if TYPE_CHECKING:
     from ktlab.checkpoint.tokenizer import Tokenizer
     from ktlab.model.model import Model
+
+PIECE_BYTES = 32 << 20
+"""Of logits at a time. A window of 256 tokens is one piece up to a vocabulary of 32 thousand; with
+100 thousand its logits have 105 MB, and two settings are compared."""
 
 Text = str | Sequence[int] | NDArray[np.integer] | Tensor
 
@@ -90,19 +97,27 @@ def evaluate(
         for name, inputs_T, targets_T in _in_turn(texts, window, first, bos):
             if cancel is not None and cancel.is_set():
                 return
-            before = _baseline(clone_a, inputs_T, targets_T, baseline, groups[name], total)
-            if cancel is not None and cancel.is_set():
-                return
-            after = before if identical else _predicted(clone_b, inputs_T, targets_T)
-            ids = targets_T.numpy()
+            of_a = _baseline(clone_a, inputs_T, targets_T, baseline, groups[name], total)
+            of_b = _predicted(clone_b, inputs_T, targets_T)
+            parts: list[TokenComparison] = []
+            count = _count(len(targets_T), model.config.vocab_size)
+            for some_T in targets_T.tensor_split(count):
+                before = next(of_a)
+                if cancel is not None and cancel.is_set():
+                    return
+                after = before if identical else next(of_b)
+                ids = some_T.numpy()
+                parts.append(TokenComparison.of(before, after, ids, bytes_of(ids)))
+                del before, after  # the next piece makes its own
+                if model.config.vocab_size > SMALL_VOCABULARY:
+                    trim()  # else the C library keeps 0.2 GB of what a pass has freed
+            del of_a, of_b
             yield Step(
                 text=name,
-                tokens=TokenComparison.of(before, after, ids, bytes_of(ids)),
+                tokens=TokenComparison.join(parts),
                 identical=identical,
                 total_tokens=total,
             )
-            # With a large vocabulary they are 0.1 GB each, and the next window makes its own.
-            del before, after
 
 
 def bos_of(model: "Model") -> int | None:
@@ -217,18 +232,32 @@ def _baseline(
     cache: BaselineCache | None,
     of: Baseline,
     total_tokens: int,
-) -> Prediction:
-    """The baseline's prediction of a window, from the cache where it has it."""
-    if cache is None:
-        return _predicted(model, inputs_T, targets_T)
-    key = (window_key(inputs_T), window_key(targets_T))
-    prediction = cache.get(of, key)
-    if prediction is None:
-        prediction = _predicted(model, inputs_T, targets_T)
-        dtype = cache.dtype_for(total_tokens, prediction.logprobs_TV.shape[1])
-        cache.put(of, key, prediction, dtype)
-    return prediction
+) -> Iterator[Prediction]:
+    """The baseline's predictions of a window, from the cache where it has them."""
+    computed: Iterator[tuple[int, Prediction]] | None = None
+    key, vocab_size = (window_key(inputs_T), window_key(targets_T)), model.config.vocab_size
+    for index in range(_count(len(targets_T), vocab_size)):
+        prediction = cache.get(of, (*key, index)) if cache is not None else None
+        if prediction is None:
+            computed = computed or enumerate(_predicted(model, inputs_T, targets_T))
+            prediction = next(found for at, found in computed if at == index)
+            if cache is not None:
+                dtype = cache.dtype_for(total_tokens, vocab_size)
+                cache.put(of, (*key, index), prediction, dtype)
+        yield prediction
+        del prediction
 
 
-def _predicted(model: "Model", inputs_T: Tensor, targets_T: Tensor) -> Prediction:
-    return Prediction.of(model.forward(inputs_T), targets_T, own=True)
+def _predicted(model: "Model", inputs_T: Tensor, targets_T: Tensor) -> Iterator[Prediction]:
+    """What `model` predicts, in as many pieces as `_count` says; the pass is made for the first."""
+    count = _count(len(targets_T), model.config.vocab_size)
+    if count == 1:
+        yield Prediction.of(model.forward(inputs_T), targets_T, own=True)
+        return
+    logits = model.logits_in_pieces(inputs_T, count)
+    yield from map(partial(Prediction.of, own=True), logits, targets_T.tensor_split(count))
+
+
+def _count(tokens: int, vocab_size: int) -> int:
+    """Pieces in which the predictions of a window are made, kept and compared."""
+    return -(-4 * tokens * vocab_size // PIECE_BYTES)

@@ -175,6 +175,17 @@ class Model:
         return logits_BTV[0] if squeeze else logits_BTV
 
     @torch.inference_mode()
+    def logits_in_pieces(self, ids: Ids, count: int) -> Iterator[Tensor]:
+        """`forward` of (T,) ids, whose logits come in `count` pieces of nearly the same length.
+
+        With a large vocabulary all at once would take more room than the pass itself.
+        """
+        ids_BT, _ = self._ids(ids)
+        hidden_BTD = self._hidden(ids_BT, self._cache_for(ids_BT, None), None, NO_PROBE, CHUNK)
+        for some_TD in hidden_BTD[0].tensor_split(count):
+            yield self._head(some_TD, NO_PROBE)
+
+    @torch.inference_mode()
     def next_logits(
         self,
         ids: Ids,

@@ -10,6 +10,7 @@ import torch
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.checkpoint.tokenizer import byte_tokenizer
 from ktlab.errors import ContextError, KtlabError, SettingError
+from ktlab.measurement import windows
 from ktlab.measurement.quality import (
     BaselineCache,
     Quality,
@@ -160,6 +161,24 @@ def test_baseline_cache_spares_half_the_work(fake):
     fake.log.clear()
     last(stream_quality(fake, ids, a={"shift": 0.1}, b={}, baseline=cache))
     assert sum(s.get("shift") == 0.1 for s, _ in fake.log) == 5, "another baseline is computed"
+
+
+def test_a_large_vocabulary_goes_in_pieces(model, ids, monkeypatch):
+    whole = last(stream_quality(model, ids, a={}, b={"top_k": 1}))
+    heads, head = [], Model._head
+    monkeypatch.setattr(Model, "_head", lambda *of: heads.append(of[1].shape) or head(*of))
+    monkeypatch.setattr(windows, "PIECE_BYTES", 100 * 4 * model.config.vocab_size)
+    # Windows of 64, 256, 256 and 22 tokens. Nothing kept; the first and a third of the second, of
+    # which a pass makes all; everything.
+    for room, made in ((0, 16), (90_000, 15), (1 << 20, 8)):
+        cache = BaselineCache(max_bytes=room)
+        for _ in range(2):
+            heads.clear()
+            found = last(stream_quality(model, ids, a={}, b={"top_k": 1}, baseline=cache))
+            assert found.tokens == whole.tokens and found.top1_agreement == whole.top1_agreement
+            assert found.kl_mean.value == pytest.approx(whole.kl_mean.value, rel=1e-4)
+            assert found.perplexity_b.value == pytest.approx(whole.perplexity_b.value, rel=1e-5)
+        assert len(heads) == made and max(shape[0] for shape in heads) <= 100
 
 
 def test_cancel(fake):

@@ -85,7 +85,7 @@ def test_cache_returns_what_was_put():
     assert cache.get(Baseline(owner=object(), settings="k=8"), 1) is None, "other weights"
     assert cache.get(Baseline(owner=owner, settings="k=6"), 1) is None, "other settings"
     assert (cache.hits, cache.misses) == (1, 3)
-    assert "1 windows reused" in repr(cache)
+    assert "1 predictions reused" in repr(cache)
 
 
 def test_cache_is_bounded_and_drops_the_oldest_baseline():
@@ -110,6 +110,7 @@ def test_half_precision_moves_the_divergence_by_next_to_nothing():
     cache, baseline = BaselineCache(max_bytes=1), Baseline(owner=logits, settings="")
     assert cache.dtype_for(1000, 300) == torch.float16
     assert BaselineCache().dtype_for(1000, 300) == torch.float32
+    assert BaselineCache().dtype_for(100, 100_000) == torch.float16
     cache.max_bytes = 1 << 20
     kept, targets = prediction(5, 40), torch.zeros(40, dtype=torch.int64)
     cache.put(baseline, 0, kept, torch.float16)

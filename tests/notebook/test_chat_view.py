@@ -5,6 +5,7 @@ import time
 import pytest
 
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
+from ktlab.model import generation
 from ktlab.model.model import Model
 from ktlab.notebook.chat_view import ChatView
 from ktlab.routing.rules import FixedK
@@ -63,7 +64,13 @@ def test_what_fails_is_given_back(text: str, expected: str, view: ChatView) -> N
     assert view.error == "" and len(view.turns) == 1
 
 
-def test_stop_and_another_question(view: ChatView) -> None:
+def test_stop_and_another_question(view: ChatView, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object, **__: object) -> int:
+        """Neither the end nor, before the reader looks, the last token, on any processor."""
+        time.sleep(0.01)
+        return ord("a")
+
+    monkeypatch.setattr(generation, "sample", slow)
     view.chat.max_new_tokens = 150
     view.ask("one")
     while not view.turns or not view.turns[0].answer:

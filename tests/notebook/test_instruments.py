@@ -168,7 +168,9 @@ def test_editing_makes_it_the_readers_own_text():
     assert calls == ["two", OWN, "one"] and source.text.startswith("It was")
 
 
-def test_what_is_written_has_intervals_and_a_ceiling(model):
+def test_what_is_written_has_intervals_and_a_ceiling(model, monkeypatch):
+    # What random weights draw differs between processors; the end may be among it.
+    monkeypatch.setattr(model.checkpoint.tokenizer, "stop_ids", frozenset())
     view = GenerationView(model, TEXTS, max_new_tokens=96)
     try:
         view.wait(60)
