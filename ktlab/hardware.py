@@ -52,8 +52,8 @@ def cpuinfo() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it. In a virtual machine that may be a maker's name for
-    several ("AMD EPYC"): then with family and model, which tell one generation from another."""
+    """The processor's name as the system gives it. In a virtual machine that may be a maker's name
+    for several ("AMD EPYC"): then with family and model, which tell one generation from another."""
     info = cpuinfo()
     name = info.get("model name") or platform.processor() or platform.machine() or "unknown"
     family, model = info.get("cpu family"), info.get("model")

@@ -100,7 +100,7 @@ def evaluate(
             of_a = _baseline(clone_a, inputs_T, targets_T, baseline, groups[name], total)
             of_b = _predicted(clone_b, inputs_T, targets_T)
             parts: list[TokenComparison] = []
-            count = _count(len(targets_T), model.config.vocab_size)
+            count = piece_count(len(targets_T), model.config.vocab_size)
             for some_T in targets_T.tensor_split(count):
                 before = next(of_a)
                 if cancel is not None and cancel.is_set():
@@ -236,7 +236,7 @@ def _baseline(
     """The baseline's predictions of a window, from the cache where it has them."""
     computed: Iterator[tuple[int, Prediction]] | None = None
     key, vocab_size = (window_key(inputs_T), window_key(targets_T)), model.config.vocab_size
-    for index in range(_count(len(targets_T), vocab_size)):
+    for index in range(piece_count(len(targets_T), vocab_size)):
         prediction = cache.get(of, (*key, index)) if cache is not None else None
         if prediction is None:
             computed = computed or enumerate(_predicted(model, inputs_T, targets_T))
@@ -249,8 +249,8 @@ def _baseline(
 
 
 def _predicted(model: "Model", inputs_T: Tensor, targets_T: Tensor) -> Iterator[Prediction]:
-    """What `model` predicts, in as many pieces as `_count` says; the pass is made for the first."""
-    count = _count(len(targets_T), model.config.vocab_size)
+    """What `model` predicts, in `piece_count` pieces; the pass is made for the first."""
+    count = piece_count(len(targets_T), model.config.vocab_size)
     if count == 1:
         yield Prediction.of(model.forward(inputs_T), targets_T, own=True)
         return
@@ -258,6 +258,6 @@ def _predicted(model: "Model", inputs_T: Tensor, targets_T: Tensor) -> Iterator[
     yield from map(partial(Prediction.of, own=True), logits, targets_T.tensor_split(count))
 
 
-def _count(tokens: int, vocab_size: int) -> int:
+def piece_count(tokens: int, vocab_size: int) -> int:
     """Pieces in which the predictions of a window are made, kept and compared."""
     return -(-4 * tokens * vocab_size // PIECE_BYTES)

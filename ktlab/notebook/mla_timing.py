@@ -17,7 +17,8 @@ from ktlab.errors import ContextError
 from ktlab.interval import Interval
 from ktlab.measurement import intervals
 from ktlab.measurement.blocks import Blocks
-from ktlab.measurement.tokens import divergence, pieces
+from ktlab.measurement.tokens import divergence
+from ktlab.measurement.windows import piece_count
 from ktlab.memory import trim
 from ktlab.model.components import every_product
 from ktlab.model.copies import room
@@ -59,28 +60,36 @@ class Agreement:
 
 def agreement(model: "Model", ids: Sequence[int]) -> Agreement:
     """Naive against absorbed over `ids`."""
-    logits: dict[str, torch.Tensor] = {}
-    twin = model.clone()
-    for form in FORMS:
-        with twin.override(attention=form):
-            logits[form] = twin.forward(ids)
-    a, b = logits["naive"], logits["absorbed"]
-    differences, kl = [], []
-    for rows in pieces(*a.shape):  # a copy of all logits of a large vocabulary is 0.1 GB
-        differences.append((a[rows] - b[rows]).abs().max())
-        kl.append(divergence(a[rows].log_softmax(-1), b[rows].log_softmax(-1)))
-    difference = float(torch.stack(differences).max())
-    blocks = Blocks.cut([len(a)])
-    kl_T = torch.cat(kl).numpy()
-    same_T = (a.argmax(-1) == b.argmax(-1)).numpy()
+    twins = _twins(model)
+    # Piece by piece: all logits of a large vocabulary, of both forms, are 0.2 GB.
+    count = piece_count(len(ids), model.config.vocab_size)
+    logits = zip(*(twins[form].logits_in_pieces(ids, count) for form in FORMS), strict=True)
+    most = difference = 0.0
+    same, kl = [], []
+    for a, b in logits:
+        most = max(most, float(a.abs().max()))
+        difference = max(difference, float((a - b).abs().max()))
+        same.append(a.argmax(-1) == b.argmax(-1))
+        kl.append(divergence(a.log_softmax(-1), b.log_softmax(-1)))
+    trim()
+    kl_T, same_T = torch.cat(kl).numpy(), torch.cat(same).numpy()
+    blocks = Blocks.cut([len(kl_T)])
     return Agreement(
-        tokens=len(a),
+        tokens=len(kl_T),
         max_difference=difference,
-        relative=difference / float(a.abs().max()),
+        relative=difference / most,
         same_top1=intervals.share(same_T, blocks),
         kl=intervals.mean(kl_T, blocks, scale="log", unit="nats"),
-        rounded=any(p.kernel.backend not in EXACT for p in every_product(twin)),
+        rounded=any(p.kernel.backend not in EXACT for p in every_product(model)),
     )
+
+
+def _twins(model: "Model") -> "dict[Form, Model]":
+    """The same weights in each form."""
+    twins = {form: model.clone() for form in FORMS}
+    for form, twin in twins.items():
+        twin.set(attention=form)
+    return twins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +179,7 @@ def measure(
     The cache is filled with a constant instead of a text's latents: the time does not depend on
     the values. Attention is timed inside whole forward passes, so caches are as cold as in use.
     """
-    twins = {form: model.clone() for form in FORMS}
-    for form, twin in twins.items():
-        twin.set(attention=form)
+    twins = _twins(model)
     ids = np.full(tokens, 5 % model.config.vocab_size)
     caches: dict[Form, Any] = {}
     for context in contexts:
