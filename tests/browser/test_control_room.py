@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -182,7 +183,7 @@ def test_the_latest_toggle_wins_and_the_first_answer_is_quick(room) -> None:
                 page.wait_for_timeout(700)  # a reader looks before pressing again
                 number = shown(f"k={name}{suffix}", text)
                 kind.append(
-                    seconds_from_press(lab, lambda n=name: page.click(BUTTON.format(n)), number)
+                    seconds_from_press(lab, partial(page.click, BUTTON.format(name)), number)
                 )
     hold_the_promise(lab, "toggles", {"never measured before": fresh, "known already": known})
 

@@ -166,7 +166,12 @@ def test_baseline_cache_spares_half_the_work(fake):
 def test_a_large_vocabulary_goes_in_pieces(model, ids, monkeypatch):
     whole = last(stream_quality(model, ids, a={}, b={"top_k": 1}))
     heads, head = [], Model._head
-    monkeypatch.setattr(Model, "_head", lambda *of: heads.append(of[1].shape) or head(*of))
+
+    def watched(model, hidden, probe):
+        heads.append(hidden.shape)
+        return head(model, hidden, probe)
+
+    monkeypatch.setattr(Model, "_head", watched)
     monkeypatch.setattr(windows, "PIECE_BYTES", 100 * 4 * model.config.vocab_size)
     # Windows of 64, 256, 256 and 22 tokens. Nothing kept; the first and a third of the second, of
     # which a pass makes all; everything.

@@ -145,9 +145,9 @@ def test_stop_keeps_what_is_known_and_resume_goes_on(model):
     room.stop()
     assert room.wait(5) and room.phase == "stopped"
     kept = room.results
-    assert f"{kept.speed.repeats} repeats" in room.screen.html["speed"].value
     assert kept and kept.quality and kept.quality.done
     assert kept.speed and kept.speed.repeats < 500
+    assert f"{kept.speed.repeats} repeats" in room.screen.html["speed"].value
     room.resume()
     assert room.busy and room.results is kept
     room.close()
