@@ -215,7 +215,8 @@ KTL_INLINE void dot_packed_as(int format, const uint8_t *head, const uint8_t *ch
     case T:                                                                                         \
         if (ktl_is_float(format))                                                                   \
             dot_packed_float(format, T, chunk, groups, (const float *const *)a, acc);               \
-        else dot_packed_int8(format, T, head, chunk, groups, job->far, (const ktl_act *const *)a, acc);       \
+        else dot_packed_int8(format, T, head, chunk, groups, job->far, (const ktl_act *const *)a,   \
+                             acc);                                                                  \
         break;
         switch (T) { PASS(1) PASS(2) PASS(3) PASS(4) }
 #undef PASS
