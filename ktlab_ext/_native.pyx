@@ -40,6 +40,17 @@ def cpu_vendor():
     return ktl_cpu_vendor().decode()
 
 
+def pairs():
+    """Whether avx512_vnni scales many tokens' sums two by two as 16 bits (csrc/pairs.inc.h)."""
+    return bool(ktl_pairs())
+
+
+def set_pairs(wanted):
+    """The same by hand, for tests and comparisons; None: as suits the processor's maker. Process-wide; not
+    while another thread computes."""
+    ktl_set_pairs(-1 if wanted is None else bool(wanted))
+
+
 cdef int format_of(str name) except -1:
     cdef int found = ktl_format_of(name.encode())
     if found < 0:

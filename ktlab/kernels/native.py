@@ -71,6 +71,12 @@ def cpu_vendor() -> str:
     return ktlab_ext.native.cpu_vendor() if ktlab_ext.native is not None else ""
 
 
+def pairs() -> bool:
+    """Whether avx512_vnni scales many tokens' sums two by two as 16 bits (ktlab_ext, pairs.inc.h):
+    so on AMD's processors, where an addition costs nothing beside a product."""
+    return ktlab_ext.native is not None and bool(ktlab_ext.native.pairs())
+
+
 @lru_cache(maxsize=1)
 def formats() -> tuple[str, ...]:
     """Formats that the C kernels compute on their encoded values."""

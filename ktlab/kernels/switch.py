@@ -19,6 +19,8 @@ FAMILIES = {
     "256 a block": ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"),
 }
 """Formats whose kernels do the same work for each weight."""
+SHORT_SCALES = ("32 a scale", "256 a block")
+"""Families with a scale for every 16 or 32 weights."""
 
 
 def family(format: str) -> str:

@@ -96,6 +96,40 @@ KTL_INLINE void quantize_long(int group, const float *x, float most, ktl_act *a,
     }
 }
 
+/* Numbers to 16 bits in steps of the largest's 32767th part, which is returned: NaN where one of them is
+ * no number. Of two the second comes first. */
+KTL_INLINE float to_pairs(const float *x, int count, int16_t *to) {
+    float most = 0, rest = 0;
+    for (int i = 0; i < count; i++) {
+        const float size = x[i] < 0 ? -x[i] : x[i];
+        most = size > most ? size : most;
+        rest += x[i] * 0.0f;
+    }
+    const int some = most > 1e-30f && rest == 0;
+    const float by = some ? 32767.0f / most : 0.0f;
+    for (int i = 0; i < count; i++) {
+        const float shifted = (rest == 0 ? x[i] : 0.0f) * by + KTL_START;
+        uint32_t bits;
+        memcpy(&bits, &shifted, 4);
+        to[i ^ 1] = (int16_t)bits;
+    }
+    return (some ? most / 32767.0f : 0.0f) + rest;
+}
+
+/* Scales and sums in pairs, and what their integer sums start from. */
+KTL_INLINE void pair_up(ktl_act_key key, ktl_act *a) {
+    const int sub = key.sub / KTL_FINE, each = key.sub < key.group ? sub : key.group / KTL_FINE;
+    const int dropped = key.pairs - 1, units = PARTS / each, subs = PARTS / sub;
+    float scale[PARTS], sum[16];
+    for (int u = 0; u < units; u++) {
+        scale[u] = a->scale[u * each];
+        a->init[u * each] += dropped ? 1 << (dropped - 1) : u % 2 << 15;
+    }
+    memcpy(sum, a->sum, sizeof sum);
+    a->unit = to_pairs(scale, units, a->pair_scale) * (float)(1 << (15 + dropped));
+    a->sum_unit = to_pairs(sum, subs, a->pair_sum);
+}
+
 /* A group with a NaN or an infinity gets the scale NaN, so that it shows in every product. */
 KTL_INLINE void quantize_act(ktl_act_key key, const float *x, float most, ktl_act *a) {
     int32_t total[PARTS] KTL_ALIGNED;
@@ -115,4 +149,5 @@ KTL_INLINE void quantize_act(ktl_act_key key, const float *x, float most, ktl_ac
         a->sum[s] = 0;
         for (int i = s * sub; i < (s + 1) * sub; i++) a->sum[s] += a->scale[i] * (float)total[i];
     }
+    if (key.pairs) pair_up(key, a);
 }

@@ -93,6 +93,14 @@ const char *ktl_cpu_vendor(void) {
     return vendor;
 }
 
+static int pairs_wanted = -1;
+
+int ktl_pairs(void) {
+    return pairs_wanted < 0 ? strcmp(ktl_cpu_vendor(), "AuthenticAMD") == 0 : pairs_wanted;
+}
+
+void ktl_set_pairs(int pairs) { pairs_wanted = pairs; }
+
 /* Only after osxsave was seen: without it the instruction faults. */
 static uint64_t granted_states(void) {
     uint32_t low, high;

@@ -67,13 +67,25 @@ typedef struct {
 /* 256 activations of one token as int8 with a scale per group of columns (ktl_act_key), which stands at
  * each KTL_FINE of them. `init`, at the first KTL_FINE columns of what shares the scales of both sides (else
  * 0): -zero * (sum of q), the starting value of the integer sums that turns unsigned codes back into
- * signed ones. `sum`, per sub-block: the sum of scale * q. */
-enum { KTL_FINE = 16 };
+ * signed ones. `sum`, per sub-block: the sum of scale * q.
+ * For pairs.inc.h both are 16 bits, in steps of `unit` (2^15 of them to a scale of a pair's product) and
+ * `sum_unit`; of two that follow one another the second comes first. */
+enum { KTL_FINE = 16, KTL_PAIRS = KTL_CHUNK / KTL_FINE / 2 };
 #define KTL_START 12582912.0f /* 1.5 * 2^23: many.inc.h's integer sums start from it */
 typedef struct KTL_ALIGNED {
     int8_t q[KTL_CHUNK];
-    float scale[KTL_CHUNK / KTL_FINE];
-    float sum[16];
+    union {
+        float scale[KTL_CHUNK / KTL_FINE];
+        struct {
+            int16_t pair_scale[KTL_CHUNK / KTL_FINE], pair_sum[16];
+        };
+    };
+    union {
+        float sum[16];
+        struct {
+            float unit, sum_unit;
+        };
+    };
     int32_t init[KTL_CHUNK / KTL_FINE];
 } ktl_act;
 
@@ -90,12 +102,28 @@ typedef struct {
     /* int8: 2 adds what rounding left over, rounded once more: 16 bits in all. For q8_0, whose users
      * want its values and not twice its rounding error. */
     int terms;
+    int pairs; /* int8: 0, or 1 and the bits that sums of 16 bits drop (pairs.inc.h) */
 } ktl_act_key;
 
 KTL_INLINE ktl_act_key ktl_act_int8(int format, int zero) {
     const int sub = ktl_formats[format].sub;
     const int group = format == KTL_INT8_CHANNEL ? KTL_SPAN : sub > KTL_GROUP ? sub : KTL_GROUP;
-    return (ktl_act_key){KTL_ACT_INT8, sub, zero, group, format == KTL_Q8_0 ? 2 : 1};
+    return (ktl_act_key){KTL_ACT_INT8, sub, zero, group, format == KTL_Q8_0 ? 2 : 1, 0};
+}
+
+/* The middle of the codes, where minima do not say what zero is. */
+KTL_INLINE int ktl_centre(int format) {
+    const ktl_format_info *f = &ktl_formats[format];
+    return f->zero ? f->zero : 1 << (f->base_bits + f->high_bits - 1);
+}
+
+/* The same activations for pairs.inc.h. Sums of so many codes and activations fit 16 bits rounded. */
+KTL_INLINE ktl_act_key ktl_in_pairs(int format, ktl_act_key key) {
+    const int unit = key.sub < key.group ? key.sub : key.group;
+    key.zero = ktl_centre(format);
+    key.pairs = 1;
+    while (unit * key.zero * 127 >> (key.pairs - 1) > INT16_MAX) key.pairs++;
+    return key;
 }
 
 KTL_INLINE size_t ktl_act_bytes(int kind) {
@@ -148,6 +176,7 @@ typedef struct {
     const void *act; /* of the chunk: rows of ktl_act_bytes */
     int64_t act_next; /* bytes from there to the next chunk's, where `multiply` takes two */
     int fine; /* whether the activations have a scale every KTL_FINE columns */
+    int pairs; /* ktl_act_key.pairs */
     const int32_t *act_index;
     float *acc;
     int64_t acc_stride;
@@ -278,6 +307,7 @@ typedef struct {
     void (*dot_packed)(int format, const uint8_t *head, const uint8_t *chunk, int groups,
                        const ktl_job *job);
     int spans; /* whether `multiply` takes packed int8_channel by two chunks, `groups` up to 16 */
+    int pairs; /* whether `multiply` takes sums in pairs */
     int fine;  /* where activations have a scale every KTL_FINE columns: 1 where that costs little, 2 always */
     void (*silu_mul)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
     void (*scale_row)(float *x, float factor, int64_t count);

@@ -11,6 +11,7 @@
 
 #define VB 32
 #define TOKENS 3
+#define PAIRS 0
 #define PANELS 1
 #define LONG_TOKENS 3
 #define LONG_PANELS 1

@@ -12,6 +12,7 @@
 #define VB 64
 #define TOKENS 6
 #define PANELS 2
+#define PAIRS 1
 #define LONG_TOKENS 5
 #define LONG_PANELS 4
 #define VI __m512i

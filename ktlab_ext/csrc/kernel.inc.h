@@ -3,6 +3,7 @@
  *     VB           bytes of a vector; VN = 64 / VB vectors hold 16 lanes of 32 bits
  *     TOKENS       tokens that one pass of the inner loop keeps in registers, at most 8
  *     PANELS       panels of 16 rows that it keeps, 1 or 2
+ *     PAIRS        1: pairs.inc.h too (PANELS 2)
  *     LONG_TOKENS, LONG_PANELS   the same where a scale holds for 128 or 256 columns
  *     VI, VF       integer and float vector types
  *     DOT(sum, u, s)       32-bit sums += four products of unsigned and signed bytes
@@ -82,7 +83,7 @@ KTL_INLINE int zero_of(int format) {
 }
 
 static ktl_act_key act_key(int format) {
-    const ktl_act_key floats = {KTL_ACT_F32, 0, 0, 0, 1};
+    const ktl_act_key floats = {KTL_ACT_F32, 0, 0, 0, 1, 0};
     return ktl_is_float(format) ? floats : ktl_act_int8(format, zero_of(format));
 }
 
@@ -278,5 +279,5 @@ static void dot_packed(int format, const uint8_t *head, const uint8_t *chunk, in
 
 #define KERNELS                                                                                     \
     {act_key,    prepare,    decode_packed, decode_blocks, multiply,                                \
-     dot_blocks, dot_packed, 0,             1,             ktl_silu_mul, ktl_scale_row,                \
+     dot_blocks, dot_packed, 0,             PAIRS,         1,        ktl_silu_mul, ktl_scale_row,    \
      ktl_add_row, attend,    NULL}

@@ -163,10 +163,18 @@ KTL_INLINE void multiply_f32(int T, const ktl_tile *tile, int groups, const floa
         for (int r = 0; r < RV; r++) STOREF(acc + t * stride + r * (VB / 4), sum[t][r]);
 }
 
-typedef void (*inner_loop)(const ktl_tile *, int groups, const void *act, float *acc, int64_t stride);
+#if PAIRS
+#include "pairs.inc.h"
+#else
+typedef int pair_scales; /* nobody has any */
+#endif
+
+typedef void (*inner_loop)(const ktl_tile *, const pair_scales *, int groups, const void *act,
+                           float *acc, int64_t stride);
 
 #define LOOP(name, call)                                                                            \
-    static void name(const ktl_tile *tile, int groups, const void *act, float *acc, int64_t stride) { \
+    static void name(const ktl_tile *tile, const pair_scales *pairs, int groups,                    \
+                     const void *act, float *acc, int64_t stride) {                                 \
         call;                                                                                       \
     }
 #define SHORT_LOOP(T, sub, mins, is_wide, fine)                                                     \
@@ -174,6 +182,9 @@ typedef void (*inner_loop)(const ktl_tile *, int groups, const void *act, float 
          multiply_short(T, sub, mins, is_wide, fine, tile, groups, act, acc, stride))
 #define LONG_LOOP(T, sub, is_wide)                                                                  \
     LOOP(int8_##sub##_0##is_wide##_##T, multiply_long(T, sub, is_wide, tile, groups, act, acc, stride))
+#define PAIR_LOOP(T, unit, offsets, dropped)                                                        \
+    LOOP(pairs_##unit##_##offsets##dropped##_##T,                                                   \
+         multiply_pairs(T, unit, offsets, dropped, tile, pairs, groups, act, acc, stride))
 #define F32_LOOP(T)                                                                                 \
     LOOP(f32_##T, multiply_f32(T, tile, groups, act, acc, stride))
 /* One copy for each number of tokens; those that one pass does not take are no copies. */
@@ -197,6 +208,28 @@ JOIN(UP_TO_, TOKENS)(F32_LOOP)
 JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 128, 0)
 JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 256, 1)
 
+/* Sums in pairs: the columns of a unit, pairs of offsets, dropped bits that the formats have. */
+#define SOME_PAIRS(X) X(16, 0, 0) X(16, 0, 1) X(16, 0, 3) X(16, 4, 0) X(16, 8, 0) X(32, 0, 0) X(32, 0, 1) \
+    X(32, 0, 4) X(32, 4, 0) X(32, 4, 1)
+#if PAIRS
+#define X(unit, offsets, dropped) JOIN(UP_TO_, TOKENS)(PAIR_LOOP, unit, offsets, dropped)
+SOME_PAIRS(X)
+#undef X
+#endif
+
+static const inner_loop *pair_loops_of(int format, int fine, int dropped) {
+#if PAIRS
+    const int sub = ktl_formats[format].sub, unit = fine ? KTL_FINE : sub;
+    const int offsets = has_offset(format) ? KTL_CHUNK / sub / 2 : 0;
+#define X(u, o, d)                                                                              \
+    static const inner_loop loops_##u##_##o##d[] = JOIN(TABLE_, TOKENS)(pairs_##u##_##o##d); \
+    if (unit == u && offsets == o && dropped == d) return loops_##u##_##o##d;
+    SOME_PAIRS(X)
+#undef X
+#endif
+    return NULL;
+}
+
 static const inner_loop *loops_of(int format, int fine) {
 #define SHORTS JOIN(TABLE_, TOKENS)
 #define LONGS JOIN(TABLE_, LONG_TOKENS)
@@ -213,11 +246,16 @@ static const inner_loop *loops_of(int format, int fine) {
 }
 
 static void multiply(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job) {
-    const inner_loop *loops = loops_of(format, job->fine);
+    const inner_loop *loops = job->pairs ? pair_loops_of(format, job->fine, job->pairs - 1)
+                                         : loops_of(format, job->fine);
+    pair_scales pairs[KTL_TILES];
     const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
     const int is_long = ktl_formats[format].sub > KTL_GROUP;
     const int most = is_long ? LONG_TOKENS : TOKENS, step = is_long ? LONG_PANELS : PANELS;
     ktl_ahead ahead = job->ahead;
+#if PAIRS
+    if (job->pairs) pair_tiles(format, job->fine, panels, groups, tiles, pairs);
+#endif
     const int64_t share = ktl_share(&ahead, ktl_ceil(job->n, most) * ktl_ceil(panels, step));
     for (int64_t t = 0; t < job->n;) {
         /* Even shares: 7 tokens are 4 and 3, not 6 and 1. */
@@ -227,7 +265,7 @@ static void multiply(int format, const ktl_tile *tiles, int panels, int groups, 
         const uint8_t *act = (const uint8_t *)job->act + (size_t)t * act_bytes;
         for (int p = 0; p < panels; p += step) {
             ktl_fetch(&ahead, share);
-            loop(tiles + p, groups, act, job->acc + t * job->acc_stride + p * KTL_PANEL, job->acc_stride);
+            loop(tiles + p, pairs + p, groups, act, job->acc + t * job->acc_stride + p * KTL_PANEL, job->acc_stride);
         }
         t += T;
     }

@@ -93,12 +93,15 @@ static way way_of(int isa, int few, int64_t tokens) {
  * decoded and multiplied at once it costs no time: memory is waited for. On tiles it takes 3 to 6 % of an
  * expert's time in `down` alone, whose input has SwiGLU's heavy tails: worth it there, and not elsewhere. For
  * the same tails `down` has no scale over two chunks. */
-static ktl_act_key key_of(const ktl_kernels *kernels, way w, int format, int down) {
+static ktl_act_key key_of(const ktl_kernels *kernels, way w, int format, int down, int most_terms) {
     ktl_act_key key = kernels->act_key(format);
+    if (key.terms > most_terms) key.terms = most_terms;
     const int fine = w == FUSED || down ? kernels->fine > 0 : kernels->fine > 1;
     if (key.group == KTL_GROUP && fine) key.group = KTL_FINE;
     if (key.group > KTL_CHUNK && down) key.group = KTL_CHUNK;
-    return key;
+    /* A second term is for what pairs would lose. */
+    const int short_scales = key.kind == KTL_ACT_INT8 && key.group <= KTL_GROUP && key.terms == 1;
+    return w == MANY && kernels->pairs && short_scales && ktl_pairs() ? ktl_in_pairs(format, key) : key;
 }
 
 /* The memory of the next KTL_TILES tiles: `cols` columns from `column` on of at most `rows` rows. */
@@ -171,6 +174,7 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
         const int groups = (cols + KTL_GROUP - 1) / KTL_GROUP;
         ktl_job part = *job;
         part.fine = a->key.group == KTL_FINE;
+        part.pairs = a->key.pairs;
         const uint8_t *terms = act + c / KTL_CHUNK * a->chunk_bytes;
         for (int64_t first = 0; first < rows; first += KTL_TILES * KTL_PANEL) {
             int used = 0;
@@ -276,7 +280,7 @@ int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t fi
                          .task_rows = task_rows(pool, w->rows, heads),
                          .x = x_row(x, x_type, x_stride, t), .y = y + t * y_stride};
         l.a.kernels = l.kernels;
-        l.a.key = key_of(l.kernels, l.way, w->format, 0);
+        l.a.key = key_of(l.kernels, l.way, w->format, 0, 2);
         error = acts_alloc(pool, SLOT_ACTS, &l.a, n * heads, w->cols);
         if (!error) error = worker_scratch(pool, n * (l.task_rows + SPREAD));
         if (error) break;
@@ -358,7 +362,7 @@ static int moe_group(moe_work *m, const int64_t *ids, const float *weights, int6
 
 /* Index of the prepared activations that this kernel wants for x; shared where the key is. */
 static int moe_acts(moe_work *m, way w, int format) {
-    acts a = {key_of(m->kernels[w], w, format, 0), m->kernels[w], NULL, 0, 0};
+    acts a = {key_of(m->kernels[w], w, format, 0, 2), m->kernels[w], NULL, 0, 0};
     for (int i = 0; i < m->lists; i++)
         if (!memcmp(&m->list[i].key, &a.key, sizeof a.key)) return i;
     int error = acts_alloc(m->pool, SLOT_ACTS + m->lists, &a, m->tokens, m->gate->cols);
@@ -477,10 +481,11 @@ static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64
             if (error < 0) return error;
             m->inner_acts[w][i] = error;
         }
-        ktl_act_key key = key_of(m->kernels[w], w, m->down->format, 1);
         /* A second term in `down` is lost behind what gate and up round away with one. */
+        int terms = 2;
         for (int i = 0; i < 2; i++)
-            if (m->list[m->inner_acts[w][i]].key.terms < key.terms) key.terms = 1;
+            if (m->list[m->inner_acts[w][i]].key.terms < terms) terms = 1;
+        const ktl_act_key key = key_of(m->kernels[w], w, m->down->format, 1, terms);
         m->hidden_acts[w] = (acts){key, m->kernels[w], NULL, 0, 0};
         error = acts_alloc(m->pool, SLOT_HIDDEN_ACTS + w, &m->hidden_acts[w], m->slots, m->down->cols);
         if (error) return error;

@@ -188,6 +188,15 @@ def test_borders_differ_between_makers_of_processors(monkeypatch) -> None:
     assert few["AuthenticAMD"] > few["GenuineIntel"] == few[""]
 
 
+def test_the_reason_says_how_sums_are_scaled(monkeypatch) -> None:
+    if native.reject("avx512_vnni", Q8):
+        pytest.skip(native.reject("avx512_vnni", Q8))
+    for pairs, format in ((True, "q4_k"), (False, "q4_k"), (True, "int8_channel")):
+        monkeypatch.setattr(native, "pairs", lambda pairs=pairs: pairs)
+        reason = dispatch.choose(Request(isa="avx512_vnni"), (format,)).reason
+        assert ("two by two" in reason) == (pairs and format == "q4_k")
+
+
 def test_threads_default_to_cores_and_stay_in_the_quota(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(threads, "allowed_cpus", lambda: (0, 1, 2, 3))
     monkeypatch.setattr(threads, "QUOTA", tmp_path / "none")

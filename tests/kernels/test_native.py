@@ -3,8 +3,10 @@
 Outputs are poisoned before each run. E experts, N rows, K columns, T tokens, D hidden, F width.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import cycle, product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ from ktlab.quantization import QTensor, fallback_format, get_format
 pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable())
 
 FORMATS = native.formats()
+IN_PAIRS = " in pairs"
+"""avx512_vnni has two ways of scaling, of which the processor's maker decides; both run here."""
 ISAS = [isa for isa in NATIVE_ISAS if not native.isas().get(isa, "not built")]
-PAIRS = [(isa, format) for isa in ISAS for format in FORMATS if native.computes(isa, format)]
+ISAS += [isa + IN_PAIRS for isa in ISAS if isa == "avx512_vnni"]
 SOME = ("q8_0", "q4_k", "q6_k", "int8_channel", "bf16", "f32")
 SHAPES = [(48, 256), (33, 512), (17, 288), (5, 1408), (7, 33), (1, 1)]
 TOKENS = (1, 2, 3, 7, 16, 33, 256)
@@ -33,10 +37,29 @@ MOE_BOUND = BOUND | dict.fromkeys(LONG, 0.025)
 MANY = 10**6
 
 
-def skin():
+def skin(isa: str = "") -> Any:
     import ktlab_ext
 
+    if isa:
+        ktlab_ext.native.set_pairs(isa.endswith(IN_PAIRS))
     return ktlab_ext.native
+
+
+@pytest.fixture(autouse=True)
+def the_makers_way() -> Iterator[None]:
+    yield
+    skin().set_pairs(None)
+
+
+def plain(isa: str) -> str:
+    return isa.removesuffix(IN_PAIRS)
+
+
+def computes(isa: str, *formats: str) -> bool:
+    return all(native.computes(plain(isa), format) for format in formats)
+
+
+PAIRS = [(isa, format) for isa in ISAS for format in FORMATS if computes(isa, format)]
 
 
 def make(format: str, *shape: int, seed: int = 0) -> QTensor:
@@ -62,7 +85,7 @@ def linear(
     weights: Weights, isa: str, x: NDArray[np.float32], *, few: int = 4, threads: int = 1
 ) -> NDArray[np.float32]:
     y = np.full((len(x), weights.rows), np.nan, np.float32)
-    skin().linear(native.pool(threads), isa, few, native.matrix(weights), 0, x, y)
+    skin(isa).linear(native.pool(threads), plain(isa), few, native.matrix(weights), 0, x, y)
     return y
 
 
@@ -70,7 +93,7 @@ def moe(
     bank: list[Weights], isa: str, call: tuple, *, few: int = 4, threads: int = 1
 ) -> NDArray[np.float32]:
     y = np.full((len(call[0]), bank[2].rows), np.nan, np.float32)
-    skin().moe(native.pool(threads), isa, few, *map(native.matrix, bank), *call, y)
+    skin(isa).moe(native.pool(threads), plain(isa), few, *map(native.matrix, bank), *call, y)
     return y
 
 
@@ -188,7 +211,7 @@ MIXES = [("q4_k", "q4_k", "q6_k"), ("q8_0", "bf16", "q5_0"), ("int8_channel", "q
 
 @pytest.mark.parametrize(
     ("isa", "formats"),
-    [(isa, mix) for isa in ISAS for mix in MIXES if all(native.computes(isa, f) for f in mix)],
+    [(isa, mix) for isa in ISAS for mix in MIXES if computes(isa, *mix)],
 )
 def test_gate_up_and_down_may_differ_in_format_and_layout(isa: str, formats) -> None:
     banks, x, exact_ETD = moe_case(formats, tokens=40)
@@ -268,6 +291,41 @@ def test_nan_and_infinity_stay_in_their_row(isa: str, format: str, bad: float) -
             assert np.array_equal(found[others], expected)
 
 
+SHORT = [f for f in FORMATS if f not in BOUND and f not in LONG]
+
+
+@pytest.mark.skipif("avx512_vnni" not in ISAS, reason=native.isas().get("avx512_vnni", "not built"))
+@pytest.mark.parametrize("format", SHORT)
+def test_sums_in_pairs_are_those_of_single_ones(format: str) -> None:
+    """Also the largest that there can be: all codes at one end, all activations at theirs."""
+    cols = max(get_format(format).block_size, 96)
+    usual, ends = make(format, 33, cols), []
+    for byte in (0x00, 0xFF):
+        blocks = np.full_like(usual.blocks, byte)
+        size = get_format(format).block_bytes
+        for start in range(0, blocks.shape[-1], size):  # scales and minima that are numbers
+            known = usual.blocks[..., start : start + size]
+            where = scale_bytes(format)
+            blocks[..., start : start + size][..., where] = known[..., where]
+        ends.append(QTensor(name="w", format=usual.format, shape=usual.shape, blocks=blocks))
+    one, errors = np.ones((20, cols), np.float32), []
+    for tensor, x in product((usual, *ends), (activations(20, cols), one, -one)):
+        weights = laid_out(tensor, "packed")
+        single, pairs = (linear(weights, f"avx512_vnni{how}", x, few=0) for how in ("", IN_PAIRS))
+        size = np.sqrt(np.square(x) @ np.square(tensor.dequantize()).T)  # of a sum of chance signs
+        errors.append(relative(pairs, single, rms(size)))
+    assert max(errors) < (1.5e-3 if format == "q2_k" else 8e-4), errors  # of its minima, 12 bits
+
+
+def scale_bytes(format: str) -> NDArray[np.int64]:
+    """Where a block has its scales and minima (gguf, constants and quants)."""
+    places = {
+        "q2_k": [*range(16), *range(80, 84)], "q3_k": range(96, 110), "q4_k": range(16),
+        "q5_k": range(16), "q6_k": range(192, 210), "iq4_xs": range(8),
+    }  # fmt: skip
+    return np.array(list(places.get(format, range(2))))
+
+
 def test_no_tokens_give_no_rows() -> None:
     weights = laid_out(make("q8_0", 4, 32), "packed")
     assert linear(weights, "serial", np.zeros((0, 32), np.float32)).shape == (0, 4)
@@ -327,7 +385,7 @@ def test_int8_channel_is_no_worse_than_its_format_and_the_activations_rounding()
     expected = x.astype(np.float64) @ exact.T
     own = relative(x.astype(np.float64) @ made.dequantize().astype(np.float64).T, expected)
     for isa in ISAS:
-        if native.computes(isa, "int8_channel"):
+        if computes(isa, "int8_channel"):
             found = relative(linear(laid_out(made, "packed"), isa, x), expected)
             assert found < own + 0.015
 

@@ -164,11 +164,12 @@ static void all_isas(run r, const ktl_matrix *m, const ktl_matrix *down) {
         for (int t = 0; t < 3; t++) {
             r.tokens = TOKENS[t];
             r.few = (int)below(&d, 2) * 100;
+            ktl_set_pairs((int)below(&d, 2));
             r.x_type = (int)below(&d, 2);
-            snprintf(what, sizeof what, "%s %s %s %lld x %lld, %lld tokens, few %d, x %d",
+            snprintf(what, sizeof what, "%s %s %s %lld x %lld, %lld tokens, few %d, pairs %d, x %d",
                      ktl_format_name(m->format), m->layout == KTL_PACKED ? "packed" : "ggml_blocks",
                      ktl_isa_name(r.isa), (long long)m->rows, (long long)m->cols,
-                     (long long)r.tokens, r.few, r.x_type);
+                     (long long)r.tokens, r.few, ktl_pairs(), r.x_type);
             void *x = random_x(r.x_type, r.tokens, m->cols, cases % 2);
             linear(&r, m, x, what);
             if (ktl_isa_computes(r.isa, down->format))
