@@ -40,6 +40,7 @@ MANY = 10**6
 def skin(isa: str = "") -> Any:
     import ktlab_ext
 
+    assert ktlab_ext.native is not None
     if isa:
         ktlab_ext.native.set_pairs(isa.endswith(IN_PAIRS))
     return ktlab_ext.native
