@@ -96,30 +96,23 @@ KTL_INLINE void quantize_long(int group, const float *x, float most, ktl_act *a,
     }
 }
 
-/* Numbers to 16 bits in steps of the largest's 32767th part, which is returned: NaN where one of them is
- * no number. Of two the second comes first. */
+/* Numbers to 16 bits in steps of the largest's 32767th part, which is returned: NaN where one of them is no
+ * number. Of two the second comes first. */
 KTL_INLINE float to_pairs(const float *x, int count, int16_t *to) {
-    float most = 0, rest = 0;
+    const float most = ktl_largest(x, count), finite = 3.4028235e38f;
+    const float by = most > 1e-30f && most <= finite ? 32767.0f / most : 0.0f;
+    int32_t steps[16];
     for (int i = 0; i < count; i++) {
-        const float size = x[i] < 0 ? -x[i] : x[i];
-        most = size > most ? size : most;
-        rest += x[i] * 0.0f;
+        const float shifted = (by > 0 ? x[i] : 0.0f) * by + KTL_START;
+        memcpy(steps + i, &shifted, 4);
     }
-    const int some = most > 1e-30f && rest == 0;
-    const float by = some ? 32767.0f / most : 0.0f;
-    for (int i = 0; i < count; i++) {
-        const float shifted = (rest == 0 ? x[i] : 0.0f) * by + KTL_START;
-        uint32_t bits;
-        memcpy(&bits, &shifted, 4);
-        to[i ^ 1] = (int16_t)bits;
-    }
-    return (some ? most / 32767.0f : 0.0f) + rest;
+    for (int i = 0; i < count; i++) to[i] = (int16_t)steps[i ^ 1];
+    return by > 0 ? most / 32767.0f : most <= finite ? 0.0f : most - most;
 }
 
 /* Scales and sums in pairs, and what their integer sums start from. */
-KTL_INLINE void pair_up(ktl_act_key key, ktl_act *a) {
-    const int sub = key.sub / KTL_FINE, each = key.sub < key.group ? sub : key.group / KTL_FINE;
-    const int dropped = key.pairs - 1, units = PARTS / each, subs = PARTS / sub;
+KTL_INLINE void pair_up(int sub, int each, int dropped, ktl_act *a) {
+    const int units = PARTS / each, subs = PARTS / sub;
     float scale[PARTS], sum[16];
     for (int u = 0; u < units; u++) {
         scale[u] = a->scale[u * each];
@@ -130,13 +123,10 @@ KTL_INLINE void pair_up(ktl_act_key key, ktl_act *a) {
     a->sum_unit = to_pairs(sum, subs, a->pair_sum);
 }
 
-/* A group with a NaN or an infinity gets the scale NaN, so that it shows in every product. */
-KTL_INLINE void quantize_act(ktl_act_key key, const float *x, float most, ktl_act *a) {
-    int32_t total[PARTS] KTL_ALIGNED;
-    /* A second term takes what any scale leaves over. */
-    if (key.group <= KTL_GROUP) quantize_short(key.group, key.terms > 1 ? 1 : TRIES, x, a, total);
-    else quantize_long(key.group, x, most, a, total);
-    const int sub = key.sub / KTL_FINE, shared = key.sub < key.group ? sub : key.group / KTL_FINE;
+/* What follows from the parts' sums; `sub` and `group` in parts. */
+KTL_INLINE void sum_up(int sub, int group, ktl_act_key key, const int32_t *total, ktl_act *a) {
+    const int shared = sub < group ? sub : group;
+#pragma GCC unroll 16
     for (int i = 0; i < PARTS; i += shared) {
         int32_t all = 0;
         for (int j = i; j < i + shared; j++) {
@@ -145,9 +135,25 @@ KTL_INLINE void quantize_act(ktl_act_key key, const float *x, float most, ktl_ac
         }
         a->init[i] = -key.zero * all;
     }
+#pragma GCC unroll 16
     for (int s = 0; s < PARTS / sub; s++) {
-        a->sum[s] = 0;
-        for (int i = s * sub; i < (s + 1) * sub; i++) a->sum[s] += a->scale[i] * (float)total[i];
+        float sum = 0;
+        for (int i = s * sub; i < (s + 1) * sub; i++) sum += a->scale[i] * (float)total[i];
+        a->sum[s] = sum;
     }
-    if (key.pairs) pair_up(key, a);
+    if (key.pairs) pair_up(sub, shared, key.pairs - 1, a);
+}
+
+/* A group with a NaN or an infinity gets the scale NaN, so that it shows in every product. */
+KTL_INLINE void quantize_act(ktl_act_key key, const float *x, float most, ktl_act *a) {
+    int32_t total[PARTS] KTL_ALIGNED;
+    /* A second term takes what any scale leaves over. */
+    if (key.group <= KTL_GROUP) quantize_short(key.group, key.terms > 1 ? 1 : TRIES, x, a, total);
+    else quantize_long(key.group, x, most, a, total);
+    const int sub = key.sub / KTL_FINE, group = key.group / KTL_FINE;
+    if (sub == 2 && group == 2) sum_up(2, 2, key, total, a); /* by constants: half the time */
+    else if (sub == 2 && group == 1) sum_up(2, 1, key, total, a);
+    else if (sub == 1 && group == 2) sum_up(1, 2, key, total, a);
+    else if (sub == 1 && group == 1) sum_up(1, 1, key, total, a);
+    else sum_up(sub, group, key, total, a);
 }

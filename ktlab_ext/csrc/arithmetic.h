@@ -36,8 +36,8 @@ KTL_INLINE float ktl_largest(const float *x, int64_t count) {
     return value;
 }
 
-static inline void ktl_silu_mul(float *gate, const float *up, int64_t count) {
-    for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + ktl_exp(-gate[i])) * up[i];
+static inline void ktl_silu_mul(float *to, const float *gate, const float *up, float factor, int64_t count) {
+    for (int64_t i = 0; i < count; i++) to[i] = gate[i] / (1.0f + ktl_exp(-gate[i])) * up[i] * factor;
 }
 
 static inline void ktl_scale_row(float *x, float factor, int64_t count) {

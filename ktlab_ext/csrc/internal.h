@@ -309,7 +309,8 @@ typedef struct {
     int spans; /* whether `multiply` takes packed int8_channel by two chunks, `groups` up to 16 */
     int pairs; /* whether `multiply` takes sums in pairs */
     int fine;  /* where activations have a scale every KTL_FINE columns: 1 where that costs little, 2 always */
-    void (*silu_mul)(float *gate, const float *up, int64_t count); /* gate = silu(gate) * up */
+    /* to = silu(gate) * up * factor */
+    void (*silu_mul)(float *to, const float *gate, const float *up, float factor, int64_t count);
     void (*scale_row)(float *x, float factor, int64_t count);
     void (*add_row)(float *x, const float *more, int64_t count);
     void (*attend)(const ktl_attend_part *part);

@@ -419,13 +419,9 @@ static void moe_gate_up(void *context, int64_t task, int worker) {
                    i ? row_of(m->gate, m->group[after / blocks].expert, after % blocks * size)
                      : row_of(m->up, g->expert, row0));
     }
-    kernels->silu_mul(sums[0], sums[1], g->n * stride);
-    for (int64_t i = 0; i < g->n; i++) {
-        /* down is linear: the routing weight goes on its narrow side. */
-        float *h = m->hidden + (g->first + i) * width + row0;
-        memcpy(h, sums[0] + i * stride, (size_t)rows * sizeof(float));
-        kernels->scale_row(h, m->weight[g->first + i], rows);
-    }
+    for (int64_t i = 0; i < g->n; i++) /* down is linear: the routing weight goes on its narrow side */
+        kernels->silu_mul(m->hidden + (g->first + i) * width + row0, sums[0] + i * stride, sums[1] + i * stride,
+                          m->weight[g->first + i], rows);
 }
 
 static void moe_prepare_hidden(void *context, int64_t slot, int worker) {
