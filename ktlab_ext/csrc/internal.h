@@ -151,7 +151,7 @@ enum { KTL_FAR = 8192 }; /* bytes that few tokens ask for in advance */
 typedef struct {
     const uint8_t *data;
     int64_t stride;
-    int pieces, lines, piece, line;
+    int pieces, lines, line; /* `line`: the next of the first piece */
 } ktl_ahead;
 
 /* Lines for each of so many passes. */
@@ -161,11 +161,15 @@ KTL_INLINE int64_t ktl_share(const ktl_ahead *a, int64_t passes) {
 
 /* Asks for the next `lines` of it, into L2. */
 KTL_INLINE void ktl_fetch(ktl_ahead *a, int64_t lines) {
-    for (; lines > 0 && a->piece < a->pieces; lines--) {
-        __builtin_prefetch(a->data + a->line * 64, 0, 2);
-        if (++a->line < a->lines) continue;
+    while (lines > 0 && a->pieces > 0) {
+        const uint8_t *p = a->data + a->line * 64;
+        const int64_t rest = a->lines - a->line, n = lines < rest ? lines : rest;
+        for (int64_t i = 0; i < n; i++) __builtin_prefetch(p + i * 64, 0, 2);
+        lines -= n;
+        a->line += (int)n;
+        if (a->line < a->lines) return;
         a->line = 0;
-        a->piece++;
+        a->pieces--;
         a->data += a->stride;
     }
 }
