@@ -265,7 +265,8 @@ static void multiply(int format, const ktl_tile *tiles, int panels, int groups, 
         const uint8_t *act = (const uint8_t *)job->act + (size_t)t * act_bytes;
         for (int p = 0; p < panels; p += step) {
             ktl_fetch(&ahead, share);
-            loop(tiles + p, pairs + p, groups, act, job->acc + t * job->acc_stride + p * KTL_PANEL, job->acc_stride);
+            loop(tiles + p, pairs + p, groups, act, job->acc + t * job->acc_stride + p * KTL_PANEL,
+                 job->acc_stride);
         }
         t += T;
     }

@@ -26,13 +26,16 @@ KTL_INLINE void pair_rows(const float (*from)[KTL_PANEL], int count, int each, i
     /* On the bits: integers compare as magnitudes do, and what is no number is more than any. */
     __m512i four[4] = {SET1I(0), SET1I(0), SET1I(0), SET1I(0)}; /* one chain would be waited for */
 #pragma GCC unroll 16
-    for (int i = 0; i < count; i++) four[i % 4] = _mm512_max_epi32(four[i % 4], ANDI(LOADI(from[i]), SET1I(0x7fffffff)));
-    const __m512 most = AS_FLOAT(_mm512_max_epi32(_mm512_max_epi32(four[0], four[1]), _mm512_max_epi32(four[2], four[3])));
+    for (int i = 0; i < count; i++)
+        four[i % 4] = _mm512_max_epi32(four[i % 4], ANDI(LOADI(from[i]), SET1I(0x7fffffff)));
+    const __m512 most = AS_FLOAT(_mm512_max_epi32(_mm512_max_epi32(four[0], four[1]),
+                                                  _mm512_max_epi32(four[2], four[3])));
     const __mmask16 some = _mm512_cmp_ps_mask(most, SET1F(1e-30f), _CMP_GT_OQ);
     const __m512 by = _mm512_maskz_div_ps(some, SET1F(steps), most);
     /* An infinity shows in every product: it becomes NaN, as what is no number already. */
     const __mmask16 finite = _mm512_cmp_ps_mask(most, SET1F(3.4028235e38f), _CMP_LE_OQ);
-    STOREF(unit, _mm512_mask_mul_ps(SET1F(__builtin_nanf("")), finite, _mm512_maskz_mov_ps(some, most), SET1F(1.0f / steps)));
+    STOREF(unit, _mm512_mask_mul_ps(SET1F(__builtin_nanf("")), finite, _mm512_maskz_mov_ps(some, most),
+                                    SET1F(1.0f / steps)));
     __m512i above = SET1I(0);
 #pragma GCC unroll 16
     for (int i = 0; i < whole * each; i++) {
@@ -53,7 +56,8 @@ KTL_INLINE void pair_tile(int sub, int fine, int centre, int groups, const ktl_t
     pair_rows(offset, count, 1, pairs->offset, whole, OFFSET_STEPS(whole), pairs->offset_unit);
 }
 
-static void pair_tiles(int format, int fine, int panels, int groups, const ktl_tile *tiles, pair_scales *pairs) {
+static void pair_tiles(int format, int fine, int panels, int groups, const ktl_tile *tiles,
+                       pair_scales *pairs) {
     const int sub = ktl_formats[format].sub, centre = has_offset(format) ? ktl_centre(format) : 0;
     for (int p = 0; p < panels; p++) /* whole ones by constants */
         if (groups < KTL_CHUNK / KTL_GROUP) pair_tile(sub, fine, centre, groups, tiles + p, pairs + p);
@@ -69,8 +73,8 @@ KTL_INLINE __m512i pair_of(const void *p) {
 }
 
 /* Columns [at, at + unit) of PANELS panels times T tokens. */
-KTL_INLINE void add_products(int T, int unit, const uint8_t *const codes[PANELS], int64_t at, const ktl_act *act,
-                             __m512i dot[8][PANELS]) {
+KTL_INLINE void add_products(int T, int unit, const uint8_t *const codes[PANELS], int64_t at,
+                             const ktl_act *act, __m512i dot[8][PANELS]) {
 #pragma GCC unroll 8
     for (int j = 0; j < unit; j += 4) {
         const __m512i w[PANELS] = {LOADI(codes[0] + (at + j) * 16), LOADI(codes[1] + (at + j) * 16)};
@@ -120,8 +124,8 @@ KTL_INLINE void multiply_pairs(int T, int unit, int offsets, int dropped, const 
             const __m512i scale = _mm512_load_si512(pairs[p].scale[i]);
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
-                const __m512i both = dropped ? _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(dot[t][p], dropped),
-                                                                       above[t][p])
+                const __m512i below = _mm512_srli_epi32(dot[t][p], dropped);
+                const __m512i both = dropped ? _mm512_mask_blend_epi16(0xaaaaaaaa, below, above[t][p])
                                              : _mm512_xor_si512(dot[t][p], SET1I(0x8000));
                 const __m512i scales = _mm512_mulhrs_epi16(scale, pair_of(&act[t].pair_scale[2 * i]));
                 sum[t][p] = ADDF(sum[t][p], TO_FLOAT(_mm512_madd_epi16(both, scales)));
