@@ -88,9 +88,10 @@ def pairs(values: Mapping[str, object]) -> Raw:
     return _table(rows, (), (False, False))
 
 
-def details(summary: object, body: object) -> Raw:
-    """A section that opens on a click."""
-    return Raw(f"<details><summary>{text(summary)}</summary>{text(body)}</details>")
+def details(summary: object, body: object, *, open: bool = False) -> Raw:
+    """A section that opens and closes on a click."""
+    tag = "<details open>" if open else "<details>"
+    return Raw(f"{tag}<summary>{text(summary)}</summary>{text(body)}</details>")
 
 
 def card(title: object, *body: object) -> str:

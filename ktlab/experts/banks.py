@@ -122,6 +122,7 @@ class BanksExplanation(tuple[tuple[tuple[int, ...], Explanation], ...]):
             html.details(
                 f"layers {layers(where)}",
                 html.Raw(found._repr_mimebundle_()["text/html"]),
+                open=len(self) == 1,
             )
             for where, found in self
         ]

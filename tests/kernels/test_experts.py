@@ -143,7 +143,9 @@ def test_all_layers_at_once_or_none() -> None:
     assert [bank.kernel.backend for bank in banks] == ["numpy", "numpy"]
     assert "q8_0" in repr(banks) and "q5_1" in repr(banks)
     assert len(banks.explain()) == 2, "layers that differ are told apart"
-    assert len(ExpertBanks([mixed[0], make_bank("q8_0").use(backend="numpy")]).explain()) == 1
+    alike = ExpertBanks([mixed[0], make_bank("q8_0").use(backend="numpy")]).explain()
+    assert len(alike) == 1 and alike._repr_mimebundle_()["text/html"].count("<details open>") == 1
+    assert "<details open>" not in banks.explain()._repr_mimebundle_()["text/html"]
     assert isinstance(banks[:1], ExpertBanks) and banks[1] is mixed[1]
     for shown in (banks, banks.explain(), mixed[0]):
         assert shown._repr_mimebundle_()["text/plain"] == repr(shown)
