@@ -19,13 +19,20 @@ FAMILIES = {
     "256 a block": ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"),
 }
 """Formats whose kernels do the same work for each weight."""
-SHORT_SCALES = ("32 a scale", "256 a block")
-"""Families with a scale for every 16 or 32 weights."""
 
 
 def family(format: str) -> str:
     """The family of a format that native kernels compute; KeyError otherwise."""
     return next(name for name, members in FAMILIES.items() if format in members)
+
+
+def in_pairs(formats: Sequence[str]) -> bool:
+    """Whether avx512_vnni may scale many tokens' sums of some of these matrices (gate, up, down; or
+    one) two by two: those with a scale for 16 or 32 weights. q8_0 keeps its activations' second
+    term instead, in `down` only behind q8_0 (key_of in ktlab_ext's operations.c)."""
+    *before, last = formats
+    short = any(family(f) in ("32 a scale", "256 a block") and f != "q8_0" for f in formats)
+    return short or (last == "q8_0" and any(f != "q8_0" for f in before))
 
 
 @dataclass(frozen=True, kw_only=True)

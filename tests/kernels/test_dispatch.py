@@ -1,5 +1,7 @@
 """Words, choices and their reasons; threads and nodes; the native module absent."""
 
+from itertools import product
+
 import pytest
 
 from ktlab.errors import SettingError
@@ -191,7 +193,7 @@ def test_borders_differ_between_makers_of_processors(monkeypatch) -> None:
 def test_the_reason_says_how_sums_are_scaled(monkeypatch) -> None:
     if native.reject("avx512_vnni", Q8):
         pytest.skip(native.reject("avx512_vnni", Q8))
-    for pairs, format in ((True, "q4_k"), (False, "q4_k"), (True, "int8_channel")):
+    for pairs, format in product((True, False), ("q4_k", "q8_0", "int8_channel")):
         monkeypatch.setattr(native, "pairs", lambda pairs=pairs: pairs)
         reason = dispatch.choose(Request(isa="avx512_vnni"), (format,)).reason
         assert ("two by two" in reason) == (pairs and format == "q4_k")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ktlab.kernels import native, packing, reference
+from ktlab.kernels import native, packing, reference, switch
 from ktlab.kernels.request import EMULATED, NATIVE_ISAS, PACKED
 from ktlab.kernels.weights import Weights
 from ktlab.quantization import QTensor, fallback_format, get_format
@@ -316,6 +316,25 @@ def test_sums_in_pairs_are_those_of_single_ones(format: str) -> None:
         size = np.sqrt(np.square(x) @ np.square(tensor.dequantize()).T)  # of a sum of chance signs
         errors.append(relative(pairs, single, rms(size)))
     assert max(errors) < (1.5e-3 if format == "q2_k" else 8e-4), errors  # of its minima, 12 bits
+
+
+@pytest.mark.skipif("avx512_vnni" not in ISAS, reason=native.isas().get("avx512_vnni", "not built"))
+@pytest.mark.parametrize(
+    "formats",
+    [
+        *((format,) * 3 for format in ("q8_0", "q4_k", "int8_channel", "bf16")),
+        *((gate, "q8_0", down) for gate in ("q8_0", "q4_k") for down in ("q8_0", "q5_0")),
+        ("q8_0", "q8_0", "int8_channel"),
+        ("bf16", "bf16", "q8_0"),
+    ],
+)
+def test_sums_are_in_pairs_where_the_reason_says_so(formats: tuple[str, ...]) -> None:
+    banks, x, _ = moe_case(formats, tokens=40)
+    call = (x[:40], routings(40, 6)["spread"], np.ones((40, 3), np.float32))
+    single, pairs = (
+        moe(banks["packed"], f"avx512_vnni{how}", call, few=0) for how in ("", IN_PAIRS)
+    )
+    assert np.array_equal(single, pairs) != switch.in_pairs(formats)
 
 
 def scale_bytes(format: str) -> NDArray[np.int64]:
