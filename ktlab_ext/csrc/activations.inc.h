@@ -1,11 +1,12 @@
 /* 256 activations of a token to int8. Included by kernel.inc.h and isa_serial.c, which define TRANSPOSE16
- * before; in the compiler's own vectors, so that every instruction set does the same operations. */
-typedef float parts_f __attribute__((vector_size(64), may_alias));
-typedef int32_t parts_i __attribute__((vector_size(64)));
-typedef uint32_t parts_u __attribute__((vector_size(64)));
-typedef uint64_t parts_2 __attribute__((vector_size(64)));
+ * and PARTS_BYTES before; in the compiler's own vectors of so many bytes, so that every instruction set does the
+ * same operations. (Of twice as many as it has, GCC compares the lanes one by one.) */
+typedef float parts_f __attribute__((vector_size(PARTS_BYTES), may_alias));
+typedef int32_t parts_i __attribute__((vector_size(PARTS_BYTES)));
+typedef uint32_t parts_u __attribute__((vector_size(PARTS_BYTES)));
+typedef uint64_t parts_2 __attribute__((vector_size(PARTS_BYTES)));
 
-enum { TRIES = 5, PARTS = KTL_CHUNK / KTL_FINE, MAGNITUDE = 0x7fffffff };
+enum { TRIES = 5, PARTS = KTL_CHUNK / KTL_FINE, LANES_OF_PARTS = PARTS_BYTES / 4, MAGNITUDE = 0x7fffffff };
 #define CHOOSE(which, yes, no) (((which) & (parts_i)(yes)) | (~(which) & (parts_i)(no)))
 #define LARGER(a, b) CHOOSE((a) > (b), a, b)
 #define NEIGHBOURS(v) ((parts_2)(v) >> 32 | (parts_2)(v) << 32) /* each two lanes exchanged */
@@ -20,13 +21,15 @@ KTL_INLINE void to_int8(const float *x, int count, float factor, int8_t *q) {
     }
 }
 
-/* Groups of KTL_FINE or KTL_GROUP columns: their largest magnitude becomes an integer from 127 down,
- * whichever of `tries` rounds the others best: with five 8 % less is lost than with 127 alone, with eight 10 %.
- * Lanes are the parts of KTL_FINE columns, a vector has one column of each. total: the sums of the parts'
- * integers. */
-KTL_INLINE void quantize_short(int group, int tries, const float *x, ktl_act *a, int32_t *total) {
+/* The parts of KTL_FINE columns from `first` on are the lanes, a vector has one column of each: groups of KTL_FINE
+ * or KTL_GROUP columns, whose largest magnitude becomes an integer from 127 down, whichever of `tries` rounds the
+ * others best: with five 8 % less is lost than with 127 alone, with eight 10 %. factor: what turns numbers into
+ * integers; step: back; total: the sums of the parts' integers. */
+KTL_INLINE void quantize_parts(int group, int tries, const uint32_t *columns, int first, float *factor, float *step,
+                               int32_t *total) {
     parts_f column[KTL_FINE];
-    TRANSPOSE16((const uint32_t *)x, KTL_FINE, (uint32_t *)column);
+#pragma GCC unroll 16
+    for (int j = 0; j < KTL_FINE; j++) memcpy(&column[j], columns + PARTS * j + first, sizeof column[j]);
     /* On the bits: integers compare as magnitudes do, and a NaN is more than infinity. */
     parts_i four[4] = {{0}}; /* one chain would be waited for */
 #pragma GCC unroll 16
@@ -44,7 +47,7 @@ KTL_INLINE void quantize_short(int group, int tries, const float *x, ktl_act *a,
     const parts_f inverse = (parts_f)(some & (parts_i)(one / size));
     /* Nothing, an infinity, a NaN: 0, NaN, NaN. */
     const parts_f whole = (parts_f)CHOOSE(some, size, (parts_f)(~(size <= 1e-35f) & (parts_i)(size - size)));
-    parts_f best = one * 3.4028235e38f, levels = one, step = one;
+    parts_f best = one * 3.4028235e38f, levels = one, back = one;
     for (int k = 0; k < tries; k++) {
         const float n = 127.0f - (float)k, unit = 1.0f / n;
         const parts_f by = inverse * n;
@@ -60,20 +63,27 @@ KTL_INLINE void quantize_short(int group, int tries, const float *x, ktl_act *a,
         const parts_i better = all < best;
         best = (parts_f)CHOOSE(better, all, best);
         levels = (parts_f)CHOOSE(better, one * n, levels);
-        step = (parts_f)CHOOSE(better, one * unit, step);
+        back = (parts_f)CHOOSE(better, one * unit, back);
     }
     levels *= inverse;
-    step *= whole;
+    back *= whole;
     parts_u sums = {0};
 #pragma GCC unroll 16
     for (int j = 0; j < KTL_FINE; j++)
         sums += (parts_u)(column[j] * levels + KTL_START) - (parts_u)(one * KTL_START);
     sums &= (parts_u)some; /* what a NaN leaves in them would overflow */
-    float factor[PARTS] KTL_ALIGNED;
-    memcpy(factor, &levels, sizeof levels);
-    memcpy(a->scale, &step, sizeof step);
-    memcpy(total, &sums, sizeof sums);
-    float scaled[KTL_CHUNK] KTL_ALIGNED;
+    memcpy(factor + first, &levels, sizeof levels);
+    memcpy(step + first, &back, sizeof back);
+    memcpy(total + first, &sums, sizeof sums);
+}
+
+KTL_INLINE void quantize_short(int group, int tries, const float *x, ktl_act *a, int32_t *total) {
+    uint32_t columns[KTL_CHUNK] KTL_ALIGNED;
+    float factor[PARTS] KTL_ALIGNED, scaled[KTL_CHUNK] KTL_ALIGNED;
+    TRANSPOSE16((const uint32_t *)x, KTL_FINE, columns);
+#pragma GCC unroll 2
+    for (int first = 0; first < PARTS; first += LANES_OF_PARTS)
+        quantize_parts(group, tries, columns, first, factor, a->scale, total);
     for (int i = 0; i < PARTS; i++)
         for (int j = 0; j < KTL_FINE; j++) scaled[i * KTL_FINE + j] = x[i * KTL_FINE + j] * factor[i];
     to_int8(scaled, KTL_CHUNK, 1.0f, a->q);

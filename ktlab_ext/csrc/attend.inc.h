@@ -2,7 +2,6 @@
  * with absorbed MLA does, where all heads share the keys and values are the keys' first columns. */
 
 enum {
-    LANES = VB / 4,
     /* Keys come from L2 for every group of heads, so many heads share what is loaded; with four
      * heads and four positions a tile waits for L2. */
     A_HEADS = VB == 64 ? 8 : 4,

@@ -3,27 +3,27 @@
 
 enum { FEW = 4 /* tokens a pass on packed data, or on 16 rows of blocks */ };
 
-#ifdef HAS_ROWS16
-/* ---- few tokens on file blocks: 16 rows at a time ---------------------------------------------------- */
-KTL_INLINE void dot_panel(int format, const uint8_t *row, int64_t row_bytes, int64_t cols, const uint8_t *act,
-                      int64_t chunk_bytes, const ktl_job *job, int64_t r) {
-    for (int64_t first = 0; first < job->n;) {
+/* ---- few tokens on file blocks: LANES rows at a time --------------------------------------------------- */
+KTL_INLINE void dot_lanes(int format, const uint8_t *row, int64_t row_bytes, int64_t cols, const uint8_t *act,
+                          int64_t chunk_bytes, const ktl_job *job, int64_t r) {
+    const int64_t all = job->n * job->terms; /* a token's second term is one more token with its sums */
+    for (int64_t first = 0; first < all;) {
         const uint8_t *x[FEW];
         float *acc[FEW];
-        const int64_t left = job->n - first;
+        const int64_t left = all - first;
         const int T = (int)ktl_ceil(left, ktl_ceil(left, FEW)); /* 5 tokens are 3 and 2 */
         for (int t = 0; t < T; t++) {
-            const int64_t a = job->act_index ? job->act_index[first + t] : first + t;
-            x[t] = act + (size_t)a * ktl_act_bytes(KTL_ACT_INT8);
-            acc[t] = ktl_sums(job, first + t) + r;
+            const int64_t token = (first + t) / job->terms, term = (first + t) % job->terms;
+            const int64_t a = job->act_index ? job->act_index[token] : token;
+            x[t] = act + (size_t)a * ktl_act_bytes(KTL_ACT_INT8) + term * job->term_bytes;
+            acc[t] = ktl_sums(job, token) + r;
         }
-#define PASS(T) case T: dot_rows16(format, T, row, row_bytes, cols, x, chunk_bytes, acc); break;
+#define PASS(T) case T: dot_rows(format, T, row, row_bytes, cols, x, chunk_bytes, acc); break;
         switch (T) { PASS(1) PASS(2) PASS(3) PASS(4) }
 #undef PASS
         first += T;
     }
 }
-#endif
 
 /* ---- few tokens on file blocks: one row at a time, no tile ------------------------------------------ */
 KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes, int rows,
@@ -32,10 +32,9 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
     const ktl_format_info *f = &ktl_formats[format];
     const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
     int done = 0;
-#ifdef HAS_ROWS16
-    for (; FEW_ROWS16(format) && done + KTL_PANEL <= rows; done += KTL_PANEL)
-        dot_panel(format, row + done * row_bytes, row_bytes, cols, act, chunk_bytes, job, done);
-#endif
+    if (HAS_ROWS(format) && FEW_ROWS(format))
+        for (; done + LANES <= rows; done += LANES)
+            dot_lanes(format, row + done * row_bytes, row_bytes, cols, act, chunk_bytes, job, done);
     for (int64_t first = 0; first < job->n; first += TOKENS) {
         const int T = (int)(job->n - first < TOKENS ? job->n - first : TOKENS);
         for (int r = done; r < rows; r++) {
@@ -91,8 +90,8 @@ KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const ui
     const uint8_t *mins = scales + subs * KTL_PANEL;
     float d[KTL_PANEL] KTL_ALIGNED, dmin[KTL_PANEL] KTL_ALIGNED;
     const int share = (int)(ktl_chunk_bytes(format, KTL_CHUNK / KTL_GROUP) * KTL_GROUP / KTL_CHUNK);
-    VF sum[FEW][VN], part[FEW][VN]; /* part: of what shares the weights' scale */
-    VI dot[FEW][VN];
+    VF sum[FEW][VN], part[FEW]; /* part: of what shares the weights' scale */
+    VI dot[FEW][VN], two[FEW];
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++)
         for (int o = 0; o < VN; o++) sum[t][o] = LOADF(acc[t] + o * (VB / 4));
@@ -101,42 +100,38 @@ KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const ui
         if (ktl_has_dmin(format)) F16X16(scales + subs * KTL_PANEL * (1 + f->has_min) + 32, dmin);
     }
     for (int g = 0; g < groups; g++) {
-        VI w[8][VN];
         /* The memory must not idle while this is computed. */
         fetch(far + g * share, (size_t)share);
-        unpack_in_registers(format, p + g * group_bytes, w);
         if (!f->has_scale && f->d_cols && g * KTL_GROUP % f->d_cols == 0)
             F16X16(scales + 32 * (g * KTL_GROUP / f->d_cols), d);
 #pragma GCC unroll 2
-        for (int h = 0; h < KTL_GROUP; h += step) {
-            const int column = g * KTL_GROUP + h, s = column / sub;
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                const ktl_act *a = act[t];
+        for (int o = 0; o < VN; o++) {
+            const int at = o * (VB / 4);
+            VI w[8];
+            unpack_in_registers(format, p + g * group_bytes, o, w);
 #pragma GCC unroll 2
-                for (int o = 0; o < VN; o++) {
+            for (int h = 0; h < KTL_GROUP; h += step) {
+                const int column = g * KTL_GROUP + h, s = column / sub;
+                const int run = run_of(format) < step / 4 ? run_of(format) : step / 4;
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++) {
+                    const ktl_act *a = act[t];
                     if (step == KTL_FINE || column % sub == 0) dot[t][o] = SET1I(a->init[column / KTL_FINE]);
 #pragma GCC unroll 8
                     for (int v = h / 4; v < (h + step) / 4; v++) {
                         int32_t four;
                         memcpy(&four, a->q + g * KTL_GROUP + 4 * v, 4);
-                        dot[t][o] = wide(format) ? DOT_WIDE(dot[t][o], w[v][o], SET1I(four))
-                                                 : DOT(dot[t][o], w[v][o], SET1I(four));
+                        dot[t][o] = run ? DOT_RUN(dot[t][o], two[t], v, run, w[v], SET1I(four))
+                                        : DOT_WIDE(dot[t][o], w[v], SET1I(four));
                     }
                 }
-            }
-            if (sub > KTL_GROUP && (g + 1) * KTL_GROUP % sub && g + 1 < groups) continue;
+                if (sub > KTL_GROUP && (g + 1) * KTL_GROUP % sub && g + 1 < groups) continue;
 #pragma GCC unroll 4
-            for (int t = 0; t < T; t++)
-#pragma GCC unroll 2
-                for (int o = 0; o < VN; o++) {
+                for (int t = 0; t < T; t++) {
                     const VF one = TO_FLOAT(dot[t][o]), by = SET1F(act[t]->scale[column / KTL_FINE]);
-                    part[t][o] = step == KTL_FINE && column % sub ? FMA(one, by, part[t][o]) : MULF(one, by);
+                    part[t] = step == KTL_FINE && column % sub ? FMA(one, by, part[t]) : MULF(one, by);
                 }
-            if (step == KTL_FINE && (column + step) % sub) continue;
-#pragma GCC unroll 2
-            for (int o = 0; o < VN; o++) {
-                const int at = o * (VB / 4);
+                if (step == KTL_FINE && (column + step) % sub) continue;
                 VF scale, offset;
                 if (format == KTL_INT8_CHANNEL) {
                     scale = LOADF((const float *)head + at);
@@ -149,14 +144,14 @@ KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const ui
                                                   : I8_LANES(b);
                     scale = MULF(LOADF(d + at), TO_FLOAT(lanes));
                     if (has_offset(format)) {
-                        VI m = format == KTL_Q2_K ? SHIFT4I(U8_LANES(b))
+                        VI m = format == KTL_Q2_K ? DOWNI(U8_LANES(b), 4)
                                                   : U8_LANES(mins + s * KTL_PANEL + at);
                         offset = MULF(LOADF(dmin + at), TO_FLOAT(m));
                     }
                 }
 #pragma GCC unroll 4
                 for (int t = 0; t < T; t++) {
-                    sum[t][o] = FMA(part[t][o], scale, sum[t][o]);
+                    sum[t][o] = FMA(part[t], scale, sum[t][o]);
                     if (has_offset(format))
                         sum[t][o] = FNMA(offset, SET1F(act[t]->sum[s]), sum[t][o]);
                 }

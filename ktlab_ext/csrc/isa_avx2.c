@@ -15,12 +15,16 @@
 #define PANELS 1
 #define LONG_TOKENS 3
 #define LONG_PANELS 1
+#define FLOAT_TOKENS 6
+#define RUNS 1
 #define VI __m256i
 #define VF __m256
 /* VPMADDUBSW saturates its 16-bit sums of two products: harmless for codes up to 127, as
  * 2 * 127 * 127 < 32768. */
 #define DOT(sum, u, s) \
     _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)))
+/* Two instructions of three are spared where sums of products fit 16 bits too: half of them by ports. */
+#define DOT_RUN(sum, two, n, run, u, s) dot_run(sum, &(two), n, run, u, s)
 /* Codes above 127 are made signed, and the sign moved to the activation. */
 #define DOT_WIDE(sum, u, s) dot_wide(sum, u, s)
 #define WIDE_ZERO 0
@@ -31,14 +35,19 @@
 #define MULF(a, b) _mm256_mul_ps(a, b)
 #define ADDI(a, b) _mm256_add_epi32(a, b)
 #define AS_FLOAT(v) _mm256_castsi256_ps(v)
+#define SUBI(a, b) _mm256_sub_epi32(a, b)
 #define ANDI(a, b) _mm256_and_si256(a, b)
-#define SHIFT4I(a) _mm256_srli_epi32(a, 4)
+#define ORI(a, b) _mm256_or_si256(a, b)
+#define XORI(a, b) _mm256_xor_si256(a, b)
+#define UPI(a, by) _mm256_slli_epi32(a, by)
+#define DOWNI(a, by) _mm256_srli_epi32(a, by)
 #define U8_LANES(p) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p)))
 #define I8_LANES(p) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p)))
 #define SET1F(x) _mm256_set1_ps(x)
 #define SET1I(x) _mm256_set1_epi32(x)
 #define LOADI(p) _mm256_loadu_si256((const __m256i *)(p))
 #define LOADF(p) _mm256_loadu_ps(p)
+#define STOREI(p, v) _mm256_storeu_si256((__m256i *)(p), v)
 #define STOREF(p, v) _mm256_storeu_ps(p, v)
 #define ZEROF() _mm256_setzero_ps()
 #define TO_FLOAT(v) _mm256_cvtepi32_ps(v)
@@ -47,6 +56,17 @@
 #define SUMF(v) sum_lanes(v)
 #define LOOKUP(codes) lookup(codes)
 #define TRANSPOSE16(src, stride, dst) transpose16(src, stride, dst)
+
+KTL_INLINE __m256i dot_run(__m256i sum, __m256i *two, int n, int run, __m256i u, __m256i s) {
+    if (n % run) {
+        __m256i product;
+        __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(*two), "=&x"(product) : "x"(u), "x"(s));
+    } else {
+        __asm__("vpmaddubsw %2, %1, %0" : "=x"(*two) : "x"(u), "x"(s));
+    }
+    if ((n + 1) % run) return sum;
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(*two, _mm256_set1_epi16(1)));
+}
 
 KTL_INLINE __m256i dot_wide(__m256i sum, __m256i code, __m256i s) {
     __m256i w = _mm256_xor_si256(code, _mm256_set1_epi8((char)0x80));
@@ -142,6 +162,24 @@ KTL_INLINE __m256 dot_row(int format, const row_chunk *chunk, const ktl_act *act
     for (int s = 0; s < KTL_CHUNK / sub; s++)
         rest += (zero ? (float)-zero * chunk->scale[s] : chunk->offset[s]) * act->sum[s];
     return _mm256_add_ps(sum, _mm256_setr_ps(rest, 0, 0, 0, 0, 0, 0, 0));
+}
+
+/* For rows.inc.h */
+#define FEW_ROWS(format) 1
+#define ROW_WORDS(p) _mm256_inserti128_si256(_mm256_castsi128_si256(p(0)), p(1), 1)
+#define LOW32(a, b) _mm256_unpacklo_epi32(a, b)
+#define TOP32(a, b) _mm256_unpackhi_epi32(a, b)
+#define LOW64(a, b) _mm256_unpacklo_epi64(a, b)
+#define TOP64(a, b) _mm256_unpackhi_epi64(a, b)
+#define CHOOSE_BITS(mask, a, b) _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b))
+#define EACH128(v) _mm256_broadcastsi128_si256(v)
+#define SHUFFLE8(v, by) _mm256_shuffle_epi8(v, by)
+#define ADD_WHERE(v, bits, ones, more) \
+    _mm256_add_epi8(v, _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bits, ones), ones), more))
+#define LOW_F16(v) low_f16(v)
+KTL_INLINE __m256 low_f16(__m256i v) {
+    const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
 }
 
 #include "kernel.inc.h"

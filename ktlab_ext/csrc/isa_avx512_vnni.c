@@ -15,6 +15,8 @@
 #define PAIRS 1
 #define LONG_TOKENS 5
 #define LONG_PANELS 4
+#define FLOAT_TOKENS 6
+#define RUNS 0
 #define VI __m512i
 #define VF __m512
 /* Not the intrinsic: GCC copies its sum from register to register, every third product. */
@@ -24,6 +26,7 @@ KTL_INLINE __m512i dot4(__m512i sum, __m512i u, __m512i s) {
 }
 #define DOT(sum, u, s) dot4(sum, u, s)
 #define DOT_WIDE(sum, u, s) dot4(sum, u, s)
+#define DOT_RUN(sum, two, n, run, u, s) dot4(sum, u, s)
 #define WIDE_ZERO 128
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define FNMA(a, b, c) _mm512_fnmadd_ps(a, b, c)
@@ -32,14 +35,19 @@ KTL_INLINE __m512i dot4(__m512i sum, __m512i u, __m512i s) {
 #define MULF(a, b) _mm512_mul_ps(a, b)
 #define ADDI(a, b) _mm512_add_epi32(a, b)
 #define AS_FLOAT(v) _mm512_castsi512_ps(v)
+#define SUBI(a, b) _mm512_sub_epi32(a, b)
 #define ANDI(a, b) _mm512_and_si512(a, b)
-#define SHIFT4I(a) _mm512_srli_epi32(a, 4)
+#define ORI(a, b) _mm512_or_si512(a, b)
+#define XORI(a, b) _mm512_xor_si512(a, b)
+#define UPI(a, by) _mm512_slli_epi32(a, (unsigned)(by))
+#define DOWNI(a, by) _mm512_srli_epi32(a, (unsigned)(by))
 #define U8_LANES(p) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p)))
 #define I8_LANES(p) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))
 #define SET1F(x) _mm512_set1_ps(x)
 #define SET1I(x) _mm512_set1_epi32(x)
 #define LOADI(p) _mm512_loadu_si512(p)
 #define LOADF(p) _mm512_loadu_ps(p)
+#define STOREI(p, v) _mm512_storeu_si512(p, v)
 #define STOREF(p, v) _mm512_storeu_ps(p, v)
 #define ZEROF() _mm512_setzero_ps()
 #define TO_FLOAT(v) _mm512_cvtepi32_ps(v)
@@ -56,6 +64,23 @@ KTL_INLINE __m512i lookup(__m512i codes) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(levels), codes);
 }
 #define LOOKUP(codes) lookup(codes)
+
+/* For rows.inc.h */
+#define FEW_ROWS(format) /* where a row's scales take longer than its products (dot_row) */ \
+    ((format) == KTL_Q4_K || (format) == KTL_Q5_K || (format) == KTL_Q6_K)
+#define ROW_WORDS(p) _mm512_inserti64x4(_mm512_castsi256_si512(two_words(p(0), p(1))), two_words(p(2), p(3)), 1)
+#define LOW32(a, b) _mm512_unpacklo_epi32(a, b)
+#define TOP32(a, b) _mm512_unpackhi_epi32(a, b)
+#define LOW64(a, b) _mm512_unpacklo_epi64(a, b)
+#define TOP64(a, b) _mm512_unpackhi_epi64(a, b)
+#define CHOOSE_BITS(mask, a, b) _mm512_ternarylogic_epi32(b, a, mask, 0xd8)
+#define EACH128(v) _mm512_broadcast_i32x4(v)
+#define SHUFFLE8(v, by) _mm512_shuffle_epi8(v, by)
+#define ADD_WHERE(v, bits, ones, more) _mm512_mask_add_epi8(v, _mm512_test_epi8_mask(bits, ones), v, more)
+#define LOW_F16(v) _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v))
+KTL_INLINE __m256i two_words(__m128i low, __m128i top) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), top, 1);
+}
 
 KTL_INLINE void transpose16(const uint32_t *src, int stride, uint32_t *dst) {
     __m512i v[16], b[16];
@@ -188,7 +213,7 @@ KTL_INLINE void row_load_whole(int format, const uint8_t *row, int64_t column, r
         if (format == KTL_Q2_K) {
             const __m512i sm = U8_LANES(p);
             *scale = _mm512_mul_ps(_mm512_cvtepi32_ps(ANDI(sm, SET1I(15))), f16_at(p + 80));
-            *offset = _mm512_mul_ps(_mm512_cvtepi32_ps(SHIFT4I(sm)),
+            *offset = _mm512_mul_ps(_mm512_cvtepi32_ps(DOWNI(sm, 4)),
                                     _mm512_sub_ps(ZEROF(), f16_at(p + 82)));
         } else {
             uint8_t s[16];
@@ -297,7 +322,6 @@ KTL_INLINE __m512 dot_row(int format, const row_chunk *chunk, const ktl_act *act
     return ADDF(sum, ADDF(part[0], part[1]));
 }
 
-#include "rows16.inc.h"
 #include "kernel.inc.h"
 
 const ktl_kernels ktl_kernels_avx512 = KERNELS;

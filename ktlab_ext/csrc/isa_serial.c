@@ -10,6 +10,7 @@ static void transpose16(const uint32_t *src, int stride, uint32_t *dst) {
         for (int j = 0; j < 16; j++) dst[16 * j + i] = src[i * stride + j];
 }
 #define TRANSPOSE16(src, stride, dst) transpose16(src, stride, dst)
+#define PARTS_BYTES 64
 #include "activations.inc.h"
 
 static ktl_act_key act_key(int format) {

@@ -5,29 +5,32 @@
  *     PANELS       panels of 16 rows that it keeps, 1 or 2
  *     PAIRS        1: pairs.inc.h too (PANELS 2)
  *     LONG_TOKENS, LONG_PANELS   the same where a scale holds for 128 or 256 columns
+ *     FLOAT_TOKENS tokens of float32
+ *     RUNS         1: products are summed in 16 bits as long as they fit
  *     VI, VF       integer and float vector types
  *     DOT(sum, u, s)       32-bit sums += four products of unsigned and signed bytes
+ *     DOT_RUN(sum, two, n, run, u, s)   the same, the n-th: with RUNS into `two`, and from there to the sums
+ *                          after `run` of them
  *     DOT_WIDE(sum, u, s)  the same where u exceeds 127 (may want `u` and `s` both signed: WIDE_ZERO)
  *     WIDE_ZERO    the zero that codes have in DOT_WIDE: 128 (unsigned) or 0 (it flips the sign bit)
  *     FMA(a, b, c) FNMA(a, b, c)      a * b + c, c - a * b, rounded once
  *     SET1F SET1I LOADI LOADF STOREF ZEROF TO_FLOAT AS_FLOAT (the bits) ADDF SUBF
- *     MULF ADDI ANDI
- *     SHIFT4I(v)   32-bit lanes >> 4
+ *     STOREI MULF ADDI SUBI ANDI ORI XORI
+ *     UPI DOWNI(v, by)     32-bit lanes << and >> (zeros come in)
  *     LOOKUP(codes)                   iq4 levels + 128
  *     U8_LANES(p) I8_LANES(p)         bytes to 32-bit lanes
  *     row_chunk    256 columns of one row of blocks: codes (table codes looked up), float32 scales
  *                  and -minima per sub-block
  *     row_load(format, row, column, cols, chunk)   row_store(chunk, code, scale, offset)
  *     dot_row(format, chunk, act, sum)             the chunk times one token's
- *     HAS_ROWS16(format), decode_rows16, FEW_ROWS16(format), dot_rows16
- *                  if defined: 16 rows of blocks at a time (rows16.inc.h)
+ *     and what rows.inc.h names
  *     TRANSPOSE16(src, stride, dst)   16 x 16 words of 32 bits
  *     F16X16(src, dst) BF16X16(src, dst)   16 float16 or bfloat16 to float32
  */
 #include "arithmetic.h"
 #include "blocks.h"
 
-enum { VN = 64 / VB };
+enum { VN = 64 / VB, LANES = VB / 4 };
 
 typedef uint16_t lanes16 __attribute__((vector_size(VB), may_alias, aligned(1)));
 typedef uint16_t halves_16 __attribute__((vector_size(32), may_alias, aligned(1)));
@@ -81,31 +84,38 @@ KTL_INLINE int wide(int format) { return ktl_formats[format].zero == 128; }
 KTL_INLINE int zero_of(int format) {
     return wide(format) ? WIDE_ZERO : ktl_formats[format].zero;
 }
+/* How many products of a lane's two columns are summed before they get 32 bits: as many as fit 16 with
+ * RUNS, else 1. 0: not even one does. */
+KTL_INLINE int run_of(int format) {
+    const int bits = ktl_formats[format].base_bits + ktl_formats[format].high_bits;
+    return wide(format) ? 0 : !RUNS ? 1 : bits <= 4 ? 8 : bits == 5 ? 4 : 2;
+}
 
 static ktl_act_key act_key(int format) {
     const ktl_act_key floats = {KTL_ACT_F32, 0, 0, 0, 1, 0};
     return ktl_is_float(format) ? floats : ktl_act_int8(format, zero_of(format));
 }
 
+#include "rows.inc.h"
+
 /* ---- tiles -------------------------------------------------------------------------------------- */
-/* A group of 32 columns of 16 rows to eight code vectors; planes as packed.h says. */
-KTL_INLINE void unpack_in_registers(int format, const uint8_t *src, VI w[8][VN]) {
+/* A group of 32 columns of the o-th VB / 4 rows to eight code vectors; planes as packed.h says. */
+KTL_INLINE void unpack_in_registers(int format, const uint8_t *src, int o, VI w[8]) {
     const ktl_format_info *f = &ktl_formats[format];
     const int base = f->base_bits, high = f->high_bits;
-    for (int o = 0; o < VN; o++)
 #pragma GCC unroll 8
-        for (int v = 0; v < 8; v++) {
-            lanes16 c = *(const lanes16 *)(src + 64 * (v * base / 8) + o * VB);
-            if (base != 8) c = (c >> (v * base % 8)) & (uint16_t)(((1 << base) - 1) * 0x0101);
-            if (high) {
-                const int from = v * high % 8, to = base;
-                lanes16 h = *(const lanes16 *)(src + 64 * (base + v * high / 8) + o * VB);
-                h = to >= from ? h << (to >= from ? to - from : 0) : h >> (from > to ? from - to : 0);
-                c |= h & (uint16_t)((((1 << high) - 1) << base) * 0x0101);
-            }
-            if (f->table) c = (lanes16)LOOKUP((VI)c);
-            w[v][o] = (VI)c;
+    for (int v = 0; v < 8; v++) {
+        lanes16 c = *(const lanes16 *)(src + 64 * (v * base / 8) + o * VB);
+        if (base != 8) c = (c >> (v * base % 8)) & (uint16_t)(((1 << base) - 1) * 0x0101);
+        if (high) {
+            const int from = v * high % 8, to = base;
+            lanes16 h = *(const lanes16 *)(src + 64 * (base + v * high / 8) + o * VB);
+            h = to >= from ? h << (to >= from ? to - from : 0) : h >> (from > to ? from - to : 0);
+            c |= h & (uint16_t)((((1 << high) - 1) << base) * 0x0101);
         }
+        if (f->table) c = (lanes16)LOOKUP((VI)c);
+        w[v] = (VI)c;
+    }
 }
 
 KTL_INLINE void decode_packed_as(int format, const uint8_t *head, const uint8_t *chunk, int groups,
@@ -125,15 +135,16 @@ KTL_INLINE void decode_packed_as(int format, const uint8_t *head, const uint8_t 
     }
     tile->codes = f->base_bits == 8 ? p : tile->code;
     if (f->base_bits != 8)
-        for (int g = 0; g < groups; g++) {
-            VI w[8][VN];
-            unpack_in_registers(format, p + (size_t)g * 64 * (f->base_bits + f->high_bits), w);
-            /* One by one: memcpy would take them through the stack, and stores are what this waits for. */
-            for (int o = 0; o < VN; o++)
+        for (int g = 0; g < groups; g++)
+#pragma GCC unroll 2
+            for (int o = 0; o < VN; o++) {
+                VI w[8];
+                unpack_in_registers(format, p + (size_t)g * 64 * (f->base_bits + f->high_bits), o, w);
+                /* One by one: memcpy would take them through the stack, and stores are what this waits for. */
 #pragma GCC unroll 8
                 for (int v = 0; v < 8; v++)
-                    *(lanes16 *)(tile->code + 512 * g + 64 * v + o * VB) = (lanes16)w[v][o];
-        }
+                    *(lanes16 *)(tile->code + 512 * g + 64 * v + o * VB) = (lanes16)w[v];
+            }
     p += (size_t)groups * 64 * (f->base_bits + f->high_bits);
     if (format == KTL_INT8_CHANNEL) {
         memcpy(tile->scale[0], head, 64);
@@ -159,7 +170,7 @@ KTL_INLINE void decode_packed_as(int format, const uint8_t *head, const uint8_t 
             float *to = tile->scale[s] + at, *offset = tile->offset[s] + at;
             if (format == KTL_Q2_K) {
                 STOREF(to, MULF(dv, TO_FLOAT(ANDI(U8_LANES(b), SET1I(15)))));
-                STOREF(offset, MULF(minus, TO_FLOAT(SHIFT4I(U8_LANES(b)))));
+                STOREF(offset, MULF(minus, TO_FLOAT(DOWNI(U8_LANES(b), 4))));
             } else if (f->has_min) {
                 STOREF(to, MULF(dv, TO_FLOAT(U8_LANES(b))));
                 STOREF(offset, MULF(minus, TO_FLOAT(U8_LANES(min + s * KTL_PANEL + at))));
@@ -185,12 +196,11 @@ KTL_INLINE void decode_blocks_as(int format, const uint8_t *row, int64_t row_byt
             TRANSPOSE16((const uint32_t *)line + c, KTL_CHUNK, (uint32_t *)tile->f32 + c * KTL_PANEL);
         return;
     }
-#ifdef HAS_ROWS16
-    if (HAS_ROWS16(format) && rows == KTL_PANEL) {
-        decode_rows16(format, row, row_bytes, column, cols, tile);
+    if (HAS_ROWS(format) && rows == KTL_PANEL) {
+        for (int o = 0; o < VN; o++)
+            decode_rows(format, row + o * LANES * row_bytes, row_bytes, column, cols, o, tile);
         return;
     }
-#endif
     struct KTL_ALIGNED {
         uint8_t code[KTL_PANEL][KTL_CHUNK];
         float scale[KTL_PANEL][16], offset[KTL_PANEL][16];
@@ -215,6 +225,7 @@ KTL_INLINE void decode_blocks_as(int format, const uint8_t *row, int64_t row_byt
 }
 
 /* ---- activations ---------------------------------------------------------------------------------- */
+#define PARTS_BYTES VB
 #include "activations.inc.h"
 
 static void prepare(ktl_act_key key, const float *x, int cols, float most, void *out) {

@@ -21,8 +21,8 @@ enum { FLOAT_START = 0x4b400000 };
 /* Scales of the r-th vector of rows in sub-block s. */
 #define SCALE_OF(r, s) (tile[(r) / VN].scale[s] + (r) % VN * (VB / 4))
 
-/* Columns [at, at + columns) of R vectors of rows times T tokens. */
-#define STEP_OF(T, R, columns, is_wide)                                                             \
+/* Columns [at, at + columns) of R vectors of rows times T tokens; run: as run_of says. */
+#define STEP_OF(T, R, columns, run)                                                                 \
     _Pragma("GCC unroll 8") for (int j = 0; j < (columns); j += 4) {                                \
         VI w[R];                                                                                    \
         _Pragma("GCC unroll 4") for (int r = 0; r < (R); r++)                                       \
@@ -32,13 +32,17 @@ enum { FLOAT_START = 0x4b400000 };
             memcpy(&four, act[t].q + at + j, 4);                                                    \
             const VI xt = SET1I(four);                                                              \
             _Pragma("GCC unroll 4") for (int r = 0; r < (R); r++)                                   \
-                dot[t][r] = (is_wide) ? DOT_WIDE(dot[t][r], w[r], xt) : DOT(dot[t][r], w[r], xt);   \
+                dot[t][r] = (run) ? DOT_RUN(dot[t][r], two[t][r], j / 4, (run) < (columns) / 4 ? (run) : (columns) / 4, w[r], xt) \
+                                  : DOT_WIDE(dot[t][r], w[r], xt);                                  \
         }                                                                                           \
     }
 
+#if RUNS
+#include "runs.inc.h"
+#else
 /* T tokens x PANELS tiles, a scale for every 16 or 32 columns: the float sums stay in registers.
  * fine: activations with a scale for every 16. */
-KTL_INLINE void multiply_short(int T, int sub, int mins, int is_wide, int fine, const ktl_tile *tile,
+KTL_INLINE void multiply_short(int T, int sub, int mins, int run, int fine, const ktl_tile *tile,
                                int groups, const ktl_act *act, float *acc, int64_t stride) {
     const int unit = fine ? KTL_FINE : sub;
     const uint8_t *codes[PANELS];
@@ -62,7 +66,7 @@ KTL_INLINE void multiply_short(int T, int sub, int mins, int is_wide, int fine, 
         FETCH_SUMS(T, PANELS, g);
 #pragma GCC unroll 2
         for (int h = 0; h < KTL_GROUP / unit; h++) {
-            VI dot[8][RV];
+            VI dot[8][RV], two[8][RV];
             const int64_t at = g * KTL_GROUP + h * unit, s = at / sub, i = at / KTL_FINE;
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
@@ -70,7 +74,7 @@ KTL_INLINE void multiply_short(int T, int sub, int mins, int is_wide, int fine, 
 #pragma GCC unroll 4
                 for (int r = 0; r < RV; r++) dot[t][r] = init;
             }
-            STEP_OF(T, RV, unit, is_wide)
+            STEP_OF(T, RV, unit, run)
 #pragma GCC unroll 4
             for (int r = 0; r < RV; r++) {
                 const VF scale = LOADF(SCALE_OF(r, s)), minus = MULF(scale, SET1F(-KTL_START));
@@ -99,19 +103,19 @@ KTL_INLINE void multiply_short(int T, int sub, int mins, int is_wide, int fine, 
 #pragma GCC unroll 4
         for (int r = 0; r < RV; r++) STOREF(acc + t * stride + r * (VB / 4), sum[t][r]);
 }
+#endif
 
 /* T tokens x LONG_PANELS tiles, a scale for 128 or 256 columns: the registers are worth more to the
  * integer sums, the more of them the fewer loads a product. */
 enum { LV = LONG_PANELS * VN };
-KTL_INLINE void multiply_long(int T, int sub, int is_wide, const ktl_tile *tile, int groups,
-                              const ktl_act *act, float *acc, int64_t stride) {
+KTL_INLINE void multiply_long(int T, int sub, int run, const ktl_tile *tile, int groups, const ktl_act *act, float *acc, int64_t stride) {
     const int64_t cols = groups * KTL_GROUP;
     const uint8_t *codes[LONG_PANELS];
 #pragma GCC unroll 4
     for (int p = 0; p < LONG_PANELS; p++) codes[p] = tile[p].codes;
     for (int64_t c = 0; c < cols; c += sub) {
         const int64_t s = c / sub, end = c + sub < cols ? c + sub : cols;
-        VI dot[8][LV];
+        VI dot[8][LV], two[8][LV];
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
             const VI init = SET1I(act[t].init[c / KTL_FINE]);
@@ -121,7 +125,7 @@ KTL_INLINE void multiply_long(int T, int sub, int is_wide, const ktl_tile *tile,
         for (int64_t at = c; at < end; at += KTL_GROUP) {
             FETCH_ACTS(T, sizeof(ktl_act), 2 * at);
             FETCH_SUMS(T, LONG_PANELS, at / KTL_GROUP);
-            STEP_OF(T, LV, KTL_GROUP, is_wide)
+            STEP_OF(T, LV, KTL_GROUP, run)
         }
 #pragma GCC unroll 4
         for (int r = 0; r < LV; r++) {
@@ -177,11 +181,11 @@ typedef void (*inner_loop)(const ktl_tile *, const pair_scales *, int groups, co
                      const void *act, float *acc, int64_t stride) {                                 \
         call;                                                                                       \
     }
-#define SHORT_LOOP(T, sub, mins, is_wide, fine)                                                     \
-    LOOP(int8_##sub##_##mins##is_wide##fine##_##T,                                                  \
-         multiply_short(T, sub, mins, is_wide, fine, tile, groups, act, acc, stride))
-#define LONG_LOOP(T, sub, is_wide)                                                                  \
-    LOOP(int8_##sub##_0##is_wide##_##T, multiply_long(T, sub, is_wide, tile, groups, act, acc, stride))
+#define SHORT_LOOP(T, sub, mins, run, fine)                                                         \
+    LOOP(int8_##sub##_##mins##run##fine##_##T,                                                      \
+         multiply_short(T, sub, mins, run, fine, tile, groups, act, acc, stride))
+#define LONG_LOOP(T, sub, run)                                                                      \
+    LOOP(int8_##sub##_##run##_##T, multiply_long(T, sub, run, tile, groups, act, acc, stride))
 #define PAIR_LOOP(T, unit, offsets, dropped)                                                        \
     LOOP(pairs_##unit##_##offsets##dropped##_##T,                                                   \
          multiply_pairs(T, unit, offsets, dropped, tile, pairs, groups, act, acc, stride))
@@ -189,24 +193,32 @@ typedef void (*inner_loop)(const ktl_tile *, const pair_scales *, int groups, co
     LOOP(f32_##T, multiply_f32(T, tile, groups, act, acc, stride))
 /* One copy for each number of tokens; those that one pass does not take are no copies. */
 #define UP_TO_3(L, ...) L(1, ##__VA_ARGS__) L(2, ##__VA_ARGS__) L(3, ##__VA_ARGS__)
-#define UP_TO_5(L, ...) UP_TO_3(L, ##__VA_ARGS__) L(4, ##__VA_ARGS__) L(5, ##__VA_ARGS__)
+#define UP_TO_4(L, ...) UP_TO_3(L, ##__VA_ARGS__) L(4, ##__VA_ARGS__)
+#define UP_TO_5(L, ...) UP_TO_4(L, ##__VA_ARGS__) L(5, ##__VA_ARGS__)
 #define UP_TO_6(L, ...) UP_TO_5(L, ##__VA_ARGS__) L(6, ##__VA_ARGS__)
 #define TABLE_3(name) {name##_1, name##_2, name##_3}
+#define TABLE_4(name) {name##_1, name##_2, name##_3, name##_4}
 #define TABLE_5(name) {name##_1, name##_2, name##_3, name##_4, name##_5}
 #define TABLE_6(name) {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
-#define COARSE_AND_FINE(sub, mins, is_wide)                                                         \
-    JOIN(UP_TO_, TOKENS)(SHORT_LOOP, sub, mins, is_wide, 0)                                         \
-    JOIN(UP_TO_, TOKENS)(SHORT_LOOP, sub, mins, is_wide, 1)
-COARSE_AND_FINE(16, 0, 0)
-COARSE_AND_FINE(16, 1, 0)
-COARSE_AND_FINE(32, 0, 0)
-COARSE_AND_FINE(32, 0, 1)
-COARSE_AND_FINE(32, 1, 0)
-JOIN(UP_TO_, TOKENS)(F32_LOOP)
-JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 128, 0)
-JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 256, 1)
+/* Columns that share a scale, minima, run_of: what the formats have. */
+#if RUNS
+#define SOME_SHORT(X) X(16, 0, 2) X(16, 0, 8) X(16, 1, 8) X(32, 0, 0) X(32, 0, 4) X(32, 0, 8) X(32, 1, 4) X(32, 1, 8)
+#define SOME_LONG(X) X(128, 8) X(256, 0)
+#else
+#define SOME_SHORT(X) X(16, 0, 1) X(16, 1, 1) X(32, 0, 0) X(32, 0, 1) X(32, 1, 1)
+#define SOME_LONG(X) X(128, 1) X(256, 0)
+#endif
+#define X(sub, mins, run)                               \
+    JOIN(UP_TO_, TOKENS)(SHORT_LOOP, sub, mins, run, 0) \
+    JOIN(UP_TO_, TOKENS)(SHORT_LOOP, sub, mins, run, 1)
+SOME_SHORT(X)
+#undef X
+#define X(sub, run) JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, sub, run)
+SOME_LONG(X)
+#undef X
+JOIN(UP_TO_, FLOAT_TOKENS)(F32_LOOP)
 
 /* Sums in pairs: the columns of a unit, pairs of offsets, dropped bits that the formats have. */
 #define SOME_PAIRS(X) X(16, 0, 0) X(16, 0, 1) X(16, 0, 3) X(16, 4, 0) X(16, 8, 0) X(32, 0, 0) X(32, 0, 1) \
@@ -231,18 +243,23 @@ static const inner_loop *pair_loops_of(int format, int fine, int dropped) {
 }
 
 static const inner_loop *loops_of(int format, int fine) {
-#define SHORTS JOIN(TABLE_, TOKENS)
-#define LONGS JOIN(TABLE_, LONG_TOKENS)
-#define BOTH(name) {SHORTS(name##0), SHORTS(name##1)}
-    static const inner_loop f32[] = SHORTS(f32), s16[2][TOKENS] = BOTH(int8_16_00),
-                            s16m[2][TOKENS] = BOTH(int8_16_10), s32[2][TOKENS] = BOTH(int8_32_00),
-                            s32w[2][TOKENS] = BOTH(int8_32_01), s32m[2][TOKENS] = BOTH(int8_32_10),
-                            s128[] = LONGS(int8_128_00), s256[] = LONGS(int8_256_01);
     const ktl_format_info *f = &ktl_formats[format];
-    if (ktl_is_float(format)) return f32;
-    if (f->sub == 16) return format == KTL_Q2_K ? s16m[fine] : s16[fine];
-    if (f->sub == 32) return f->has_min ? s32m[fine] : wide(format) ? s32w[fine] : s32[fine];
-    return f->sub == 128 ? s128 : s256;
+    if (ktl_is_float(format)) {
+        static const inner_loop loops[] = JOIN(TABLE_, FLOAT_TOKENS)(f32);
+        return loops;
+    }
+#define X(s, m, r)                                                                             \
+    static const inner_loop short_##s##m##r[2][TOKENS] = {JOIN(TABLE_, TOKENS)(int8_##s##_##m##r##0),  \
+                                                          JOIN(TABLE_, TOKENS)(int8_##s##_##m##r##1)}; \
+    if (f->sub == s && has_offset(format) == m && run_of(format) == r) return short_##s##m##r[fine];
+    SOME_SHORT(X)
+#undef X
+#define X(s, r)                                                                                \
+    static const inner_loop long_##s[] = JOIN(TABLE_, LONG_TOKENS)(int8_##s##_##r);             \
+    if (f->sub == s && run_of(format) == r) return long_##s;
+    SOME_LONG(X)
+#undef X
+    return NULL;
 }
 
 static void multiply(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job) {
@@ -251,7 +268,8 @@ static void multiply(int format, const ktl_tile *tiles, int panels, int groups, 
     pair_scales pairs[KTL_TILES];
     const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
     const int is_long = ktl_formats[format].sub > KTL_GROUP;
-    const int most = is_long ? LONG_TOKENS : TOKENS, step = is_long ? LONG_PANELS : PANELS;
+    const int most = ktl_is_float(format) ? FLOAT_TOKENS : is_long ? LONG_TOKENS : TOKENS;
+    const int step = is_long ? LONG_PANELS : PANELS;
     ktl_ahead ahead = job->ahead;
 #if PAIRS
     if (job->pairs) pair_tiles(format, job->fine, panels, groups, tiles, pairs);
