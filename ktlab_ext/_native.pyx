@@ -40,13 +40,13 @@ def cpu_vendor():
     return ktl_cpu_vendor().decode()
 
 
-def pairs():
-    """Whether avx512_vnni scales many tokens' sums two by two as 16 bits (csrc/pairs.inc.h)."""
-    return bool(ktl_pairs())
+def pairs(str isa):
+    """Whether an instruction set scales many tokens' sums two by two as 16 bits (csrc/pairs.inc.h)."""
+    return bool(ktl_pairs(ktl_isa_of(isa.encode())))
 
 
 def set_pairs(wanted):
-    """The same by hand, for tests and comparisons; None: as suits the processor's maker. Process-wide; not
+    """The same by hand, for tests and comparisons; None: as pays. Process-wide; not
     while another thread computes."""
     ktl_set_pairs(-1 if wanted is None else bool(wanted))
 

@@ -30,7 +30,7 @@ cdef extern from "ktl.h" nogil:
     int ktl_isa_of(const char *name)
     const char *ktl_isa_reason(int isa)
     const char *ktl_cpu_vendor()
-    int ktl_pairs()
+    int ktl_pairs(int isa)
     void ktl_set_pairs(int pairs)
     int ktl_isa_computes(int isa, int format)
     ktl_pool *ktl_pool_new(int threads, const int *cpus, int cpu_count)

@@ -171,8 +171,8 @@ def _kernel(request: Request, isa: str, candidate: Candidate, formats: Sequence[
         if request.few is not None:
             few, why = request.few, "set"
         border = f"; up to {few} tokens of an expert take the path for few ({why})"
-    if candidate.isa == "avx512_vnni" and native.pairs() and switch.in_pairs(formats):
-        border += "; more: sums of 16 bits, scaled two by two (additions are free on AMD)"
+    if native.pairs(candidate.isa) and switch.in_pairs(candidate.isa, formats):
+        border += f"; more: sums of 16 bits, scaled two by two ({switch.PAIRS[candidate.isa]})"
     reason = f"{_because(request, isa, candidate)}: {candidate.purpose}{border}"
     return Kernel(
         backend=candidate.backend,

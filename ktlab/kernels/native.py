@@ -71,10 +71,11 @@ def cpu_vendor() -> str:
     return ktlab_ext.native.cpu_vendor() if ktlab_ext.native is not None else ""
 
 
-def pairs() -> bool:
-    """Whether avx512_vnni scales many tokens' sums two by two as 16 bits (ktlab_ext, pairs.inc.h):
-    so on AMD's processors, where an addition costs nothing beside a product."""
-    return ktlab_ext.native is not None and bool(ktlab_ext.native.pairs())
+def pairs(isa: str) -> bool:
+    """Whether an instruction set scales many tokens' sums two by two as 16 bits (ktlab_ext,
+    pairs.inc.h): avx2 does, and avx512_vnni on AMD's processors, where an addition costs nothing
+    beside a product."""
+    return ktlab_ext.native is not None and bool(ktlab_ext.native.pairs(isa))
 
 
 @lru_cache(maxsize=1)

@@ -26,13 +26,22 @@ def family(format: str) -> str:
     return next(name for name, members in FAMILIES.items() if format in members)
 
 
-def in_pairs(formats: Sequence[str]) -> bool:
-    """Whether avx512_vnni may scale many tokens' sums of some of these matrices (gate, up, down; or
-    one) two by two: those with a scale for 16 or 32 weights. q8_0 keeps its activations' second
-    term instead, in `down` only behind q8_0 (key_of in ktlab_ext's operations.c)."""
+PAIRS = {
+    "avx2": "half of the instructions of a product",
+    "avx512_vnni": "additions are free on AMD",
+}
+"""Instruction sets that may scale many tokens' sums two by two, and why."""
+
+
+def in_pairs(isa: str, formats: Sequence[str]) -> bool:
+    """Whether one of `PAIRS` may scale many tokens' sums of some of these matrices (gate, up, down;
+    or one) two by two: those with a scale for 16 or 32 weights. q8_0 keeps its activations' second
+    term instead, in `down` only behind q8_0 (key_of in ktlab_ext's operations.c); avx2 has no room
+    for codes of 8 bits, nor for the iq4 formats' levels."""
     *before, last = formats
-    short = any(family(f) in ("32 a scale", "256 a block") and f != "q8_0" for f in formats)
-    return short or (last == "q8_0" and any(f != "q8_0" for f in before))
+    wide = {"q8_0", "iq4_nl", "iq4_xs"} if isa == "avx2" else {"q8_0"}
+    short = any(family(f) in ("32 a scale", "256 a block") and f not in wide for f in formats)
+    return short or (isa != "avx2" and last == "q8_0" and any(f != "q8_0" for f in before))
 
 
 @dataclass(frozen=True, kw_only=True)

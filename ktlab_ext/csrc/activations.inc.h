@@ -24,9 +24,10 @@ KTL_INLINE void to_int8(const float *x, int count, float factor, int8_t *q) {
 /* The parts of KTL_FINE columns from `first` on are the lanes, a vector has one column of each: groups of KTL_FINE
  * or KTL_GROUP columns, whose largest magnitude becomes an integer from 127 down, whichever of `tries` rounds the
  * others best: with five 8 % less is lost than with 127 alone, with eight 10 %. factor: what turns numbers into
- * integers; step: back; total: the sums of the parts' integers. */
+ * integers; step: back; total: the sums of the parts' integers, of which `second`: of columns 2 and 3 of each
+ * four. */
 KTL_INLINE void quantize_parts(int group, int tries, const uint32_t *columns, int first, float *factor, float *step,
-                               int32_t *total) {
+                               int32_t *total, int32_t *second) {
     parts_f column[KTL_FINE];
 #pragma GCC unroll 16
     for (int j = 0; j < KTL_FINE; j++) memcpy(&column[j], columns + PARTS * j + first, sizeof column[j]);
@@ -67,23 +68,26 @@ KTL_INLINE void quantize_parts(int group, int tries, const uint32_t *columns, in
     }
     levels *= inverse;
     back *= whole;
-    parts_u sums = {0};
+    parts_u sums[2] = {{0}};
 #pragma GCC unroll 16
     for (int j = 0; j < KTL_FINE; j++)
-        sums += (parts_u)(column[j] * levels + KTL_START) - (parts_u)(one * KTL_START);
-    sums &= (parts_u)some; /* what a NaN leaves in them would overflow */
+        sums[j / 2 % 2] += (parts_u)(column[j] * levels + KTL_START) - (parts_u)(one * KTL_START);
+    sums[1] &= (parts_u)some; /* what a NaN leaves in them would overflow */
+    sums[0] = (sums[0] & (parts_u)some) + sums[1];
     memcpy(factor + first, &levels, sizeof levels);
     memcpy(step + first, &back, sizeof back);
-    memcpy(total + first, &sums, sizeof sums);
+    memcpy(total + first, &sums[0], sizeof sums[0]);
+    memcpy(second + first, &sums[1], sizeof sums[1]);
 }
 
-KTL_INLINE void quantize_short(int group, int tries, const float *x, ktl_act *a, int32_t *total) {
+KTL_INLINE void quantize_short(int group, int tries, const float *x, ktl_act *a, int32_t *total,
+                               int32_t *second) {
     uint32_t columns[KTL_CHUNK] KTL_ALIGNED;
     float factor[PARTS] KTL_ALIGNED, scaled[KTL_CHUNK] KTL_ALIGNED;
     TRANSPOSE16((const uint32_t *)x, KTL_FINE, columns);
 #pragma GCC unroll 2
     for (int first = 0; first < PARTS; first += LANES_OF_PARTS)
-        quantize_parts(group, tries, columns, first, factor, a->scale, total);
+        quantize_parts(group, tries, columns, first, factor, a->scale, total, second);
     for (int i = 0; i < PARTS; i++)
         for (int j = 0; j < KTL_FINE; j++) scaled[i * KTL_FINE + j] = x[i * KTL_FINE + j] * factor[i];
     to_int8(scaled, KTL_CHUNK, 1.0f, a->q);
@@ -106,35 +110,51 @@ KTL_INLINE void quantize_long(int group, const float *x, float most, ktl_act *a,
     }
 }
 
-/* Numbers to 16 bits in steps of the largest's 32767th part, which is returned: NaN where one of them is no
- * number. Of two the second comes first. */
-KTL_INLINE float to_pairs(const float *x, int count, int16_t *to) {
+/* Numbers to 16 bits in so many steps to the largest, which are returned: NaN where one of them is no number.
+ * In pairs of `twice` the same or of two that follow one another, the second first. */
+KTL_INLINE float to_pairs(const float *x, int count, int twice, float most_steps, int16_t *to) {
     const float most = ktl_largest(x, count), finite = 3.4028235e38f;
-    const float by = most > 1e-30f && most <= finite ? 32767.0f / most : 0.0f;
+    const float by = most > 1e-30f && most <= finite ? most_steps / most : 0.0f;
     int32_t steps[16];
     for (int i = 0; i < count; i++) {
         const float shifted = (by > 0 ? x[i] : 0.0f) * by + KTL_START;
         memcpy(steps + i, &shifted, 4);
     }
-    for (int i = 0; i < count; i++) to[i] = (int16_t)steps[i ^ 1];
-    return by > 0 ? most / 32767.0f : most <= finite ? 0.0f : most - most;
+    for (int i = 0; i < (twice ? 2 * count : count); i++) to[i] = (int16_t)steps[twice ? i / 2 : i ^ 1];
+    return by > 0 ? most / most_steps : most <= finite ? 0.0f : most - most;
 }
 
-/* Scales and sums in pairs, and what their integer sums start from. */
-KTL_INLINE void pair_up(int sub, int each, int dropped, ktl_act *a) {
-    const int units = PARTS / each, subs = PARTS / sub;
+/* Scales and sums in pairs, and what their integer sums start from. halves: of the two of a lane, of which
+ * `second` counts what stands in columns 2 and 3 of each four. */
+KTL_INLINE void pair_up(int sub, int each, int halves, ktl_act_key key, const int32_t *total,
+                        const int32_t *second, ktl_act *a) {
+    const int units = PARTS / each, subs = PARTS / sub, dropped = halves ? 0 : key.pairs - 1;
+    /* As many steps as let all integer sums of 256 columns fit 32 bits. */
+    const float steps = halves && key.zero > 2 ? 66051.0f / (float)key.zero : 32767.0f;
     float scale[PARTS], sum[16];
     for (int u = 0; u < units; u++) {
-        scale[u] = a->scale[u * each];
-        a->init[u * each] += dropped ? 1 << (dropped - 1) : u % 2 << 15;
+        const int i = u * each;
+        scale[u] = a->scale[i];
+        if (!halves) {
+            a->init[i] += dropped ? 1 << (dropped - 1) : u % 2 << 15;
+            continue;
+        }
+        int32_t all = 0, half = 0;
+        for (int j = i; j < i + each; j++) {
+            all += total[j];
+            half += second[j];
+        }
+        const int16_t init[2] = {(int16_t)(-key.zero * (all - half)), (int16_t)(-key.zero * half)};
+        memcpy(a->init + i, init, sizeof init);
     }
     memcpy(sum, a->sum, sizeof sum);
-    a->unit = to_pairs(scale, units, a->pair_scale) * (float)(1 << (15 + dropped));
-    a->sum_unit = to_pairs(sum, subs, a->pair_sum);
+    a->unit = to_pairs(scale, units, halves, steps, a->pair_scale[0]) * (float)(1 << (15 + dropped));
+    a->sum_unit = to_pairs(sum, subs, 0, 32767.0f, a->pair_sum);
 }
 
 /* What follows from the parts' sums; `sub` and `group` in parts. */
-KTL_INLINE void sum_up(int sub, int group, ktl_act_key key, const int32_t *total, ktl_act *a) {
+KTL_INLINE void sum_up(int sub, int group, ktl_act_key key, const int32_t *total, const int32_t *second,
+                       ktl_act *a) {
     const int shared = sub < group ? sub : group;
 #pragma GCC unroll 16
     for (int i = 0; i < PARTS; i += shared) {
@@ -151,19 +171,20 @@ KTL_INLINE void sum_up(int sub, int group, ktl_act_key key, const int32_t *total
         for (int i = s * sub; i < (s + 1) * sub; i++) sum += a->scale[i] * (float)total[i];
         a->sum[s] = sum;
     }
-    if (key.pairs) pair_up(sub, shared, key.pairs - 1, a);
+    if (key.pairs == KTL_HALVES) pair_up(sub, shared, 1, key, total, second, a);
+    else if (key.pairs) pair_up(sub, shared, 0, key, total, second, a);
 }
 
 /* A group with a NaN or an infinity gets the scale NaN, so that it shows in every product. */
 KTL_INLINE void quantize_act(ktl_act_key key, const float *x, float most, ktl_act *a) {
-    int32_t total[PARTS] KTL_ALIGNED;
+    int32_t total[PARTS] KTL_ALIGNED, second[PARTS] KTL_ALIGNED;
     /* A second term takes what any scale leaves over. */
-    if (key.group <= KTL_GROUP) quantize_short(key.group, key.terms > 1 ? 1 : TRIES, x, a, total);
+    if (key.group <= KTL_GROUP) quantize_short(key.group, key.terms > 1 ? 1 : TRIES, x, a, total, second);
     else quantize_long(key.group, x, most, a, total);
     const int sub = key.sub / KTL_FINE, group = key.group / KTL_FINE;
-    if (sub == 2 && group == 2) sum_up(2, 2, key, total, a); /* by constants: half the time */
-    else if (sub == 2 && group == 1) sum_up(2, 1, key, total, a);
-    else if (sub == 1 && group == 2) sum_up(1, 2, key, total, a);
-    else if (sub == 1 && group == 1) sum_up(1, 1, key, total, a);
-    else sum_up(sub, group, key, total, a);
+    if (sub == 2 && group == 2) sum_up(2, 2, key, total, second, a); /* by constants: half the time */
+    else if (sub == 2 && group == 1) sum_up(2, 1, key, total, second, a);
+    else if (sub == 1 && group == 2) sum_up(1, 2, key, total, second, a);
+    else if (sub == 1 && group == 1) sum_up(1, 1, key, total, second, a);
+    else sum_up(sub, group, key, total, second, a);
 }

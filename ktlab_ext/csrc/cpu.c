@@ -95,8 +95,10 @@ const char *ktl_cpu_vendor(void) {
 
 static int pairs_wanted = -1;
 
-int ktl_pairs(void) {
-    return pairs_wanted < 0 ? strcmp(ktl_cpu_vendor(), "AuthenticAMD") == 0 : pairs_wanted;
+int ktl_pairs(int isa) {
+    if (isa != KTL_AVX2 && isa != KTL_AVX512_VNNI) return 0;
+    if (pairs_wanted >= 0) return pairs_wanted;
+    return isa == KTL_AVX2 || strcmp(ktl_cpu_vendor(), "AuthenticAMD") == 0;
 }
 
 void ktl_set_pairs(int pairs) { pairs_wanted = pairs; }

@@ -68,28 +68,29 @@ typedef struct {
  * each KTL_FINE of them. `init`, at the first KTL_FINE columns of what shares the scales of both sides (else
  * 0): -zero * (sum of q), the starting value of the integer sums that turns unsigned codes back into
  * signed ones. `sum`, per sub-block: the sum of scale * q.
- * For pairs.inc.h both are 16 bits, in steps of `unit` (2^15 of them to a scale of a pair's product) and
- * `sum_unit`; of two that follow one another the second comes first. */
+ * For pairs.inc.h all are 16 bits: scales and sums in steps of `unit` (2^15 of them to a scale of a pair's
+ * product) and `sum_unit`, of two that follow one another the second first. Where the two of a lane are halves
+ * of one unit, each scale stands there twice, and `init` has one for each half. */
 enum { KTL_FINE = 16, KTL_PAIRS = KTL_CHUNK / KTL_FINE / 2 };
 #define KTL_START 12582912.0f /* 1.5 * 2^23: many.inc.h's integer sums start from it */
 typedef struct KTL_ALIGNED {
     int8_t q[KTL_CHUNK];
     union {
         float scale[KTL_CHUNK / KTL_FINE];
-        struct {
-            int16_t pair_scale[KTL_CHUNK / KTL_FINE], pair_sum[16];
-        };
+        int16_t pair_scale[KTL_CHUNK / KTL_FINE][2];
     };
     union {
         float sum[16];
         struct {
             float unit, sum_unit;
+            int16_t pair_sum[16];
         };
     };
     int32_t init[KTL_CHUNK / KTL_FINE];
 } ktl_act;
 
 typedef enum { KTL_ACT_INT8, KTL_ACT_F32, KTL_ACT_BF16 } ktl_act_kind;
+enum { KTL_HALVES = -1 };
 
 /* int8_channel's activations share a scale so far: the integer sums of two chunks can be one. */
 enum { KTL_SPAN = 2 * KTL_CHUNK };
@@ -102,7 +103,7 @@ typedef struct {
     /* int8: 2 adds what rounding left over, rounded once more: 16 bits in all. For q8_0, whose users
      * want its values and not twice its rounding error. */
     int terms;
-    int pairs; /* int8: 0, or 1 and the bits that sums of 16 bits drop (pairs.inc.h) */
+    int pairs; /* int8: 0, KTL_HALVES, or 1 and the bits that sums of 16 bits drop (pairs.inc.h) */
 } ktl_act_key;
 
 KTL_INLINE ktl_act_key ktl_act_int8(int format, int zero) {
@@ -117,11 +118,14 @@ KTL_INLINE int ktl_centre(int format) {
     return f->zero ? f->zero : 1 << (f->base_bits + f->high_bits - 1);
 }
 
-/* The same activations for pairs.inc.h. Sums of so many codes and activations fit 16 bits rounded. */
-KTL_INLINE ktl_act_key ktl_in_pairs(int format, ktl_act_key key) {
-    const int unit = key.sub < key.group ? key.sub : key.group;
-    key.zero = ktl_centre(format);
-    key.pairs = 1;
+/* The same activations for pairs.inc.h as `isa` has it. Sums of so many codes and activations fit 16 bits
+ * rounded; products of two codes of 8 bits do not. */
+KTL_INLINE ktl_act_key ktl_in_pairs(int isa, int format, ktl_act_key key) {
+    const int unit = key.sub < key.group ? key.sub : key.group, zero = ktl_centre(format);
+    if (isa == KTL_AVX2 && zero == 128) return key;
+    key.zero = zero;
+    key.pairs = isa == KTL_AVX2 ? KTL_HALVES : 1;
+    if (key.pairs == KTL_HALVES) return key;
     while (unit * key.zero * 127 >> (key.pairs - 1) > INT16_MAX) key.pairs++;
     return key;
 }
@@ -311,7 +315,7 @@ typedef struct {
     void (*dot_packed)(int format, const uint8_t *head, const uint8_t *chunk, int groups,
                        const ktl_job *job);
     int spans; /* whether `multiply` takes packed int8_channel by two chunks, `groups` up to 16 */
-    int pairs; /* whether `multiply` takes sums in pairs */
+    int pairs; /* the instruction set in whose way `multiply` takes sums in pairs, or 0 */
     int fine;  /* where activations have a scale every KTL_FINE columns: 1 where that costs little, 2 always */
     /* to = silu(gate) * up * factor */
     void (*silu_mul)(float *to, const float *gate, const float *up, float factor, int64_t count);

@@ -12,11 +12,11 @@
 #define VB 64
 #define TOKENS 6
 #define PANELS 2
-#define PAIRS 1
+#define PAIRS KTL_AVX512_VNNI
 #define LONG_TOKENS 5
 #define LONG_PANELS 4
 #define FLOAT_TOKENS 6
-#define RUNS 0
+#define MOST_RUN 1
 #define VI __m512i
 #define VF __m512
 /* Not the intrinsic: GCC copies its sum from register to register, every third product. */
@@ -47,6 +47,14 @@ KTL_INLINE __m512i dot4(__m512i sum, __m512i u, __m512i s) {
 #define SET1I(x) _mm512_set1_epi32(x)
 #define LOADI(p) _mm512_loadu_si512(p)
 #define LOADF(p) _mm512_loadu_ps(p)
+/* For pairs.inc.h */
+#define MAXI(a, b) _mm512_max_epi32(a, b)
+#define DIVF(a, b) _mm512_div_ps(a, b)
+#define ROUND(v) _mm512_cvtps_epi32(v)
+#define WHERE_MORE(a, b, yes, no) _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), yes)
+#define WHERE_MOST(a, b, yes, no) _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), yes)
+#define TOP_HALVES(top, low) _mm512_mask_blend_epi16(0xaaaaaaaa, low, top)
+#define ADD_PRODUCTS16(sum, a, b) _mm512_dpwssd_epi32(sum, a, b)
 #define STOREI(p, v) _mm512_storeu_si512(p, v)
 #define STOREF(p, v) _mm512_storeu_ps(p, v)
 #define ZEROF() _mm512_setzero_ps()

@@ -3,14 +3,14 @@
  *     VB           bytes of a vector; VN = 64 / VB vectors hold 16 lanes of 32 bits
  *     TOKENS       tokens that one pass of the inner loop keeps in registers, at most 8
  *     PANELS       panels of 16 rows that it keeps, 1 or 2
- *     PAIRS        1: pairs.inc.h too (PANELS 2)
+ *     PAIRS        the name of the instruction set, for pairs.inc.h
  *     LONG_TOKENS, LONG_PANELS   the same where a scale holds for 128 or 256 columns
  *     FLOAT_TOKENS tokens of float32
- *     RUNS         1: products are summed in 16 bits as long as they fit
+ *     MOST_RUN     products that are summed in 16 bits as long as they fit
  *     VI, VF       integer and float vector types
  *     DOT(sum, u, s)       32-bit sums += four products of unsigned and signed bytes
- *     DOT_RUN(sum, two, n, run, u, s)   the same, the n-th: with RUNS into `two`, and from there to the sums
- *                          after `run` of them
+ *     DOT_RUN(sum, two, n, run, u, s)   the same, the n-th: into `two`, and from there to the
+ *                          sums after `run` of them
  *     DOT_WIDE(sum, u, s)  the same where u exceeds 127 (may want `u` and `s` both signed: WIDE_ZERO)
  *     WIDE_ZERO    the zero that codes have in DOT_WIDE: 128 (unsigned) or 0 (it flips the sign bit)
  *     FMA(a, b, c) FNMA(a, b, c)      a * b + c, c - a * b, rounded once
@@ -84,11 +84,12 @@ KTL_INLINE int wide(int format) { return ktl_formats[format].zero == 128; }
 KTL_INLINE int zero_of(int format) {
     return wide(format) ? WIDE_ZERO : ktl_formats[format].zero;
 }
-/* How many products of a lane's two columns are summed before they get 32 bits: as many as fit 16 with
- * RUNS, else 1. 0: not even one does. */
+/* How many products of a lane's two columns are summed before they get 32 bits: up to MOST_RUN that fit 16.
+ * 0: not even one does. */
 KTL_INLINE int run_of(int format) {
     const int bits = ktl_formats[format].base_bits + ktl_formats[format].high_bits;
-    return wide(format) ? 0 : !RUNS ? 1 : bits <= 4 ? 8 : bits == 5 ? 4 : 2;
+    const int fit = bits <= 4 ? 8 : bits == 5 ? 4 : 2;
+    return wide(format) ? 0 : fit < MOST_RUN ? fit : MOST_RUN;
 }
 
 static ktl_act_key act_key(int format) {

@@ -81,10 +81,11 @@ int ktl_isa_of(const char *name);
  * The first call asks; the answer is kept. Thread safe. */
 const char *ktl_isa_reason(int isa);
 const char *ktl_cpu_vendor(void); /* cpuid 0: "AuthenticAMD", "GenuineIntel" */
-/* Whether avx512_vnni scales many tokens' sums two by two as 16 bits, where scales are for 16 or 32 columns:
- * with fewer products and more additions, which pays on AMD's processors and is chosen by the maker.
- * ktl_set_pairs, for tests and comparisons: 1, 0, or -1 for the maker's; not while work runs. */
-int ktl_pairs(void);
+/* Whether an instruction set scales many tokens' sums two by two as 16 bits (csrc/pairs.inc.h), where scales are for
+ * 16 or 32 columns: avx2 always; avx512_vnni, which has fewer products and more additions then, on AMD's
+ * processors; others never.
+ * ktl_set_pairs, for tests and comparisons: 1, 0, or -1 for that choice; not while work runs. */
+int ktl_pairs(int isa);
 void ktl_set_pairs(int pairs);
 /* Does the instruction set compute this format? 1 or 0 (amx_int8 has no float formats). */
 int ktl_isa_computes(int isa, int format);

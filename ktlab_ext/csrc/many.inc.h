@@ -37,9 +37,6 @@ enum { FLOAT_START = 0x4b400000 };
         }                                                                                           \
     }
 
-#if RUNS
-#include "runs.inc.h"
-#else
 /* T tokens x PANELS tiles, a scale for every 16 or 32 columns: the float sums stay in registers.
  * fine: activations with a scale for every 16. */
 KTL_INLINE void multiply_short(int T, int sub, int mins, int run, int fine, const ktl_tile *tile,
@@ -103,7 +100,6 @@ KTL_INLINE void multiply_short(int T, int sub, int mins, int run, int fine, cons
 #pragma GCC unroll 4
         for (int r = 0; r < RV; r++) STOREF(acc + t * stride + r * (VB / 4), sum[t][r]);
 }
-#endif
 
 /* T tokens x LONG_PANELS tiles, a scale for 128 or 256 columns: the registers are worth more to the
  * integer sums, the more of them the fewer loads a product. */
@@ -167,11 +163,8 @@ KTL_INLINE void multiply_f32(int T, const ktl_tile *tile, int groups, const floa
         for (int r = 0; r < RV; r++) STOREF(acc + t * stride + r * (VB / 4), sum[t][r]);
 }
 
-#if PAIRS
+typedef struct pair_scales pair_scales;
 #include "pairs.inc.h"
-#else
-typedef int pair_scales; /* nobody has any */
-#endif
 
 typedef void (*inner_loop)(const ktl_tile *, const pair_scales *, int groups, const void *act,
                            float *acc, int64_t stride);
@@ -185,7 +178,7 @@ typedef void (*inner_loop)(const ktl_tile *, const pair_scales *, int groups, co
     LOOP(int8_##sub##_##mins##run##fine##_##T,                                                      \
          multiply_short(T, sub, mins, run, fine, tile, groups, act, acc, stride))
 #define LONG_LOOP(T, sub, run)                                                                      \
-    LOOP(int8_##sub##_##run##_##T, multiply_long(T, sub, run, tile, groups, act, acc, stride))
+    LOOP(int8_##sub##_##T, multiply_long(T, sub, run, tile, groups, act, acc, stride))
 #define PAIR_LOOP(T, unit, offsets, dropped)                                                        \
     LOOP(pairs_##unit##_##offsets##dropped##_##T,                                                   \
          multiply_pairs(T, unit, offsets, dropped, tile, pairs, groups, act, acc, stride))
@@ -202,35 +195,29 @@ typedef void (*inner_loop)(const ktl_tile *, const pair_scales *, int groups, co
 #define TABLE_6(name) {name##_1, name##_2, name##_3, name##_4, name##_5, name##_6}
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
-/* Columns that share a scale, minima, run_of: what the formats have. */
-#if RUNS
-#define SOME_SHORT(X) X(16, 0, 2) X(16, 0, 8) X(16, 1, 8) X(32, 0, 0) X(32, 0, 4) X(32, 0, 8) X(32, 1, 4) X(32, 1, 8)
-#define SOME_LONG(X) X(128, 8) X(256, 0)
-#else
+/* Columns that share a scale, minima, whether a product fits 16 bits: what the formats have. */
 #define SOME_SHORT(X) X(16, 0, 1) X(16, 1, 1) X(32, 0, 0) X(32, 0, 1) X(32, 1, 1)
-#define SOME_LONG(X) X(128, 1) X(256, 0)
-#endif
 #define X(sub, mins, run)                               \
     JOIN(UP_TO_, TOKENS)(SHORT_LOOP, sub, mins, run, 0) \
     JOIN(UP_TO_, TOKENS)(SHORT_LOOP, sub, mins, run, 1)
 SOME_SHORT(X)
 #undef X
-#define X(sub, run) JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, sub, run)
-SOME_LONG(X)
-#undef X
 JOIN(UP_TO_, FLOAT_TOKENS)(F32_LOOP)
+JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 128, MOST_RUN)
+JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 256, 0)
 
 /* Sums in pairs: the columns of a unit, pairs of offsets, dropped bits that the formats have. */
+#if VB == 64
 #define SOME_PAIRS(X) X(16, 0, 0) X(16, 0, 1) X(16, 0, 3) X(16, 4, 0) X(16, 8, 0) X(32, 0, 0) X(32, 0, 1) \
     X(32, 0, 4) X(32, 4, 0) X(32, 4, 1)
-#if PAIRS
+#else
+#define SOME_PAIRS(X) X(16, 0, 0) X(16, 4, 0) X(16, 8, 0) X(32, 0, 0) X(32, 4, 0)
+#endif
 #define X(unit, offsets, dropped) JOIN(UP_TO_, TOKENS)(PAIR_LOOP, unit, offsets, dropped)
 SOME_PAIRS(X)
 #undef X
-#endif
 
 static const inner_loop *pair_loops_of(int format, int fine, int dropped) {
-#if PAIRS
     const int sub = ktl_formats[format].sub, unit = fine ? KTL_FINE : sub;
     const int offsets = has_offset(format) ? KTL_CHUNK / sub / 2 : 0;
 #define X(u, o, d)                                                                              \
@@ -238,42 +225,35 @@ static const inner_loop *pair_loops_of(int format, int fine, int dropped) {
     if (unit == u && offsets == o && dropped == d) return loops_##u##_##o##d;
     SOME_PAIRS(X)
 #undef X
-#endif
     return NULL;
 }
 
 static const inner_loop *loops_of(int format, int fine) {
+#define SHORTS JOIN(TABLE_, TOKENS)
+#define LONGS JOIN(TABLE_, LONG_TOKENS)
+    static const inner_loop f32[] = JOIN(TABLE_, FLOAT_TOKENS)(f32), s128[] = LONGS(int8_128),
+                            s256[] = LONGS(int8_256);
     const ktl_format_info *f = &ktl_formats[format];
-    if (ktl_is_float(format)) {
-        static const inner_loop loops[] = JOIN(TABLE_, FLOAT_TOKENS)(f32);
-        return loops;
-    }
-#define X(s, m, r)                                                                             \
-    static const inner_loop short_##s##m##r[2][TOKENS] = {JOIN(TABLE_, TOKENS)(int8_##s##_##m##r##0),  \
-                                                          JOIN(TABLE_, TOKENS)(int8_##s##_##m##r##1)}; \
-    if (f->sub == s && has_offset(format) == m && run_of(format) == r) return short_##s##m##r[fine];
+    if (ktl_is_float(format)) return f32;
+#define X(s, m, r)                                                                                   \
+    static const inner_loop short_##s##m##r[2][TOKENS] = {SHORTS(int8_##s##_##m##r##0),              \
+                                                          SHORTS(int8_##s##_##m##r##1)};             \
+    if (f->sub == s && has_offset(format) == m && !wide(format) == r) return short_##s##m##r[fine];
     SOME_SHORT(X)
 #undef X
-#define X(s, r)                                                                                \
-    static const inner_loop long_##s[] = JOIN(TABLE_, LONG_TOKENS)(int8_##s##_##r);             \
-    if (f->sub == s && run_of(format) == r) return long_##s;
-    SOME_LONG(X)
-#undef X
-    return NULL;
+    return f->sub == 128 ? s128 : s256;
 }
 
 static void multiply(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job) {
-    const inner_loop *loops = job->pairs ? pair_loops_of(format, job->fine, job->pairs - 1)
-                                         : loops_of(format, job->fine);
+    const int dropped = job->pairs > 0 ? job->pairs - 1 : 0;
+    const inner_loop *loops = job->pairs ? pair_loops_of(format, job->fine, dropped) : loops_of(format, job->fine);
     pair_scales pairs[KTL_TILES];
     const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
     const int is_long = ktl_formats[format].sub > KTL_GROUP;
     const int most = ktl_is_float(format) ? FLOAT_TOKENS : is_long ? LONG_TOKENS : TOKENS;
     const int step = is_long ? LONG_PANELS : PANELS;
     ktl_ahead ahead = job->ahead;
-#if PAIRS
     if (job->pairs) pair_tiles(format, job->fine, panels, groups, tiles, pairs);
-#endif
     const int64_t share = ktl_share(&ahead, ktl_ceil(job->n, most) * ktl_ceil(panels, step));
     for (int64_t t = 0; t < job->n;) {
         /* Even shares: 7 tokens are 4 and 3, not 6 and 1. */

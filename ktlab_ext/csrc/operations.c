@@ -101,7 +101,8 @@ static ktl_act_key key_of(const ktl_kernels *kernels, way w, int format, int dow
     if (key.group > KTL_CHUNK && down) key.group = KTL_CHUNK;
     /* A second term is for what pairs would lose. */
     const int short_scales = key.kind == KTL_ACT_INT8 && key.group <= KTL_GROUP && key.terms == 1;
-    return w == MANY && kernels->pairs && short_scales && ktl_pairs() ? ktl_in_pairs(format, key) : key;
+    const int pairs = w == MANY && short_scales && kernels->pairs && ktl_pairs(kernels->pairs);
+    return pairs ? ktl_in_pairs(kernels->pairs, format, key) : key;
 }
 
 /* The memory of the next KTL_TILES tiles: `cols` columns from `column` on of at most `rows` rows. */

@@ -190,13 +190,13 @@ def test_borders_differ_between_makers_of_processors(monkeypatch) -> None:
     assert few["AuthenticAMD"] > few["GenuineIntel"] == few[""]
 
 
-def test_the_reason_says_how_sums_are_scaled(monkeypatch) -> None:
-    if native.reject("avx512_vnni", Q8):
-        pytest.skip(native.reject("avx512_vnni", Q8))
-    for pairs, format in product((True, False), ("q4_k", "q8_0", "int8_channel")):
-        monkeypatch.setattr(native, "pairs", lambda pairs=pairs: pairs)
-        reason = dispatch.choose(Request(isa="avx512_vnni"), (format,)).reason
-        assert ("two by two" in reason) == (pairs and format == "q4_k")
+def test_the_reason_says_how_sums_are_scaled(cpu, monkeypatch) -> None:
+    cpu(avx512_vnni="", avx2="")
+    for isa, pairs in product(switch.PAIRS, (True, False)):
+        monkeypatch.setattr(native, "pairs", lambda isa, pairs=pairs: pairs)
+        for format in ("q4_k", "q8_0", "int8_channel"):
+            reason = dispatch.choose(Request(isa=isa), (format,)).reason
+            assert ("two by two" in reason) == (pairs and format == "q4_k"), (isa, format)
 
 
 def test_threads_default_to_cores_and_stay_in_the_quota(monkeypatch, tmp_path) -> None:

@@ -169,7 +169,7 @@ static void all_isas(run r, const ktl_matrix *m, const ktl_matrix *down) {
             snprintf(what, sizeof what, "%s %s %s %lld x %lld, %lld tokens, few %d, pairs %d, x %d",
                      ktl_format_name(m->format), m->layout == KTL_PACKED ? "packed" : "ggml_blocks",
                      ktl_isa_name(r.isa), (long long)m->rows, (long long)m->cols,
-                     (long long)r.tokens, r.few, ktl_pairs(), r.x_type);
+                     (long long)r.tokens, r.few, ktl_pairs(r.isa), r.x_type);
             void *x = random_x(r.x_type, r.tokens, m->cols, cases % 2);
             linear(&r, m, x, what);
             if (ktl_isa_computes(r.isa, down->format))
