@@ -26,7 +26,7 @@ KTL_INLINE __m512i dot4(__m512i sum, __m512i u, __m512i s) {
 }
 #define DOT(sum, u, s) dot4(sum, u, s)
 #define DOT_WIDE(sum, u, s) dot4(sum, u, s)
-#define DOT_RUN(sum, two, n, run, u, s) dot4(sum, u, s)
+#define DOT_RUN(sum, two, n, run, u, s) ((void)(two), dot4(sum, u, s))
 #define WIDE_ZERO 128
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define FNMA(a, b, c) _mm512_fnmadd_ps(a, b, c)

@@ -32,7 +32,7 @@ enum { FLOAT_START = 0x4b400000 };
             memcpy(&four, act[t].q + at + j, 4);                                                    \
             const VI xt = SET1I(four);                                                              \
             _Pragma("GCC unroll 4") for (int r = 0; r < (R); r++)                                   \
-                dot[t][r] = (run) ? DOT_RUN(dot[t][r], two[t][r], j / 4, (run) < (columns) / 4 ? (run) : (columns) / 4, w[r], xt) \
+                dot[t][r] = (run) ? DOT_RUN(dot[t][r], two[t][r], j / 4, run, w[r], xt)            \
                                   : DOT_WIDE(dot[t][r], w[r], xt);                                  \
         }                                                                                           \
     }
@@ -238,7 +238,7 @@ static const inner_loop *loops_of(int format, int fine) {
 #define X(s, m, r)                                                                                   \
     static const inner_loop short_##s##m##r[2][TOKENS] = {SHORTS(int8_##s##_##m##r##0),              \
                                                           SHORTS(int8_##s##_##m##r##1)};             \
-    if (f->sub == s && has_offset(format) == m && !wide(format) == r) return short_##s##m##r[fine];
+    if (f->sub == s && has_offset(format) == m && wide(format) != r) return short_##s##m##r[fine];
     SOME_SHORT(X)
 #undef X
     return f->sub == 128 ? s128 : s256;
