@@ -23,7 +23,7 @@
  * 2 * 127 * 127 < 32768. */
 #define DOT(sum, u, s) \
     _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)))
-/* Two instructions of three are spared where sums of products fit 16 bits too: half of them by ports. */
+/* Where sums of products fit 16 bits too, two instructions instead of three. */
 #define DOT_RUN(sum, two, n, run, u, s) dot_run(sum, &(two), n, run, u, s)
 /* Codes above 127 are made signed, and the sign moved to the activation. */
 #define DOT_WIDE(sum, u, s) dot_wide(sum, u, s)

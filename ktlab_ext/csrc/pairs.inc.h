@@ -1,5 +1,9 @@
 /* Many tokens against decoded tiles, a scale for every 16 or 32 columns, in sums of 16 bits. Included by
- * many.inc.h; PAIRS: the name of the instruction set.
+ * many.inc.h, in the words of kernel.inc.h and
+ *     MAXI DIVF ROUND(v)              signed lanes; ROUND: to the nearest integer
+ *     WHERE_MORE WHERE_MOST(a, b, yes, no)   lanes of `yes` where a > b, where a <= b
+ *     TOP_HALVES(top, low)            the upper 16 bits of each lane from `top`
+ *     ADD_PRODUCTS16(sum, a, b)       sum + both products of 16 bits
  *
  * AVX-512: where a product costs more than an addition or a shift: AMD's cores, whose two units for products
  * have all of VPDPBUSD, VPMADDWD and FMA, and stand beside two that add. Scales are products too. Instead of two

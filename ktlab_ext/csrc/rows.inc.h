@@ -4,7 +4,8 @@
  *     ROW_WORDS(p, bytes)  16 bytes each from p, 4 rows on, and so on: a row a lane of 128 bits
  *     LOW32 TOP32 LOW64 TOP64(a, b)   lanes of both in turn, within 128 bits
  *     CHOOSE_BITS(mask, a, b)         a where mask has ones
- *     WITH_BITS(codes, bits, pick, ones)   16 more in bytes whose bit `ones` is set in byte `pick` of `bits`
+ *     EACH128(v) SHUFFLE8(v, by)      128 bits everywhere; bytes chosen within them
+ *     ADD_WHERE(v, bits, ones, more)  more in bytes where `bits` has all of `ones`, of which there is one
  *     LOW_F16(v)                      float16 in the low halves of lanes
  *     FEW_ROWS(format)                whether few tokens take this way */
 
