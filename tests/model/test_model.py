@@ -258,7 +258,8 @@ def test_a_trace_holds_no_logits_that_nobody_asked_for(
     assert not sizes
     logits_TV = torch.from_numpy(model.trace(ids, names=["logits"])["logits"])
     assert sizes == [4, 4, 3]
-    torch.testing.assert_close(logits_TV, model.forward(ids))
+    # Four tokens go another way through the kernels than eleven: other last places.
+    torch.testing.assert_close(logits_TV, model.forward(ids), atol=1e-3, rtol=0)
 
 
 def test_cost_counts_what_the_shapes_say(model: Model) -> None:
