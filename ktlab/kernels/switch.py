@@ -27,7 +27,7 @@ def family(format: str) -> str:
 
 
 PAIRS = {
-    "avx2": "half of the instructions of a product",
+    "avx2": "two instructions a product instead of three",
     "avx512_vnni": "additions are free on AMD",
 }
 """Instruction sets that may scale many tokens' sums two by two, and why."""

@@ -72,7 +72,7 @@ KTL_INLINE __m256i add_two(__m256i sum, __m256i u, __m256i s) {
     return sum;
 }
 
-/* Two of them: with both products before both additions the units that multiply get an even share (Zen 3: 8 %
+/* Two of them: with both products before both additions the units that multiply get an even share (Zen 3: 4 %
  * of the time). */
 KTL_INLINE void add_four(__m256i sum[2], const __m256i u[2], __m256i s) {
     __m256i product[2];

@@ -31,6 +31,11 @@ def test_recorded_runs_say_where_they_come_from() -> None:
             assert 0 < case.ceiling_share <= 1 and 0 < case.relative_error < 0.05
 
 
+FEWER_SAME = {("deepseek-v2-lite", "AMD EPYC (family 25 model 1)"): 0.75}
+"""Where 26 of 33 next tokens were llama.cpp's. Weights are random and logits close; whether it is
+chance was not looked into."""
+
+
 def test_recorded_models_ran_beside_llama_cpp_and_computed_the_same() -> None:
     runs = recorded_models()
     assert {run.result.model.split(",")[0] for run in runs} == {"deepseek-v2-lite", "deepseek-v3"}
@@ -38,8 +43,8 @@ def test_recorded_models_ran_beside_llama_cpp_and_computed_the_same() -> None:
         assert run.command.startswith("ktlab bench model") and "--peers" in run.command
         own, peer = run.result.cases
         assert (own.who, peer.who) == ("ktlab", "llama.cpp/cpu")
-        # Of 33 tokens of random weights, whose logits are close: 0.79 to 0.94 so far.
-        assert peer.same_next_id > 0.7, "another model was computed"
+        floor = FEWER_SAME.get((run.result.model, run.result.provenance.cpu), 0.8)
+        assert peer.same_next_id > floor, "another model was computed"
         assert len(own.decode_samples) == len(peer.decode_samples) == run.result.rounds
 
 

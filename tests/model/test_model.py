@@ -244,7 +244,7 @@ def test_trace(model: Model) -> None:
 def test_a_trace_holds_no_logits_that_nobody_asked_for(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = list(range(1, 12))
+    ids = list(range(1, 6))  # so few that whole and in pieces they take the same kernels
     assert "output" in model.trace(ids).stages, "stage times are whole by default"
     sizes, head = [], Model._head
 
@@ -253,13 +253,12 @@ def test_a_trace_holds_no_logits_that_nobody_asked_for(
         return head(self, hidden_BTD, probe)
 
     monkeypatch.setattr(Model, "_head", counted)
-    monkeypatch.setattr(model_module, "HEAD_TOKENS", 4)
+    monkeypatch.setattr(model_module, "HEAD_TOKENS", 2)
     model.trace(ids, names="layers.*.router.ids")
     assert not sizes
     logits_TV = torch.from_numpy(model.trace(ids, names=["logits"])["logits"])
-    assert sizes == [4, 4, 3]
-    # Four tokens go another way through the kernels than eleven: other last places.
-    torch.testing.assert_close(logits_TV, model.forward(ids), atol=1e-3, rtol=0)
+    assert sizes == [2, 2, 1]
+    torch.testing.assert_close(logits_TV, model.forward(ids))
 
 
 def test_cost_counts_what_the_shapes_say(model: Model) -> None:
