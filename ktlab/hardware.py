@@ -80,6 +80,11 @@ def isa() -> tuple[str, ...]:
     return tuple(usable)
 
 
+def widest_isa() -> tuple[str, ...]:
+    """The last two of `isa()` that name vectors or tiles, for where there is room for two."""
+    return tuple(name for name in isa() if name not in ("fma", "f16c"))[-2:]
+
+
 @lru_cache(maxsize=1)
 def amx_grant() -> Grant:
     """Ask the kernel for AMX tile data, as every program that uses it must (Linux 5.16).

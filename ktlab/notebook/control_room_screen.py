@@ -56,7 +56,7 @@ class Screen:
         self._header = header(
             model,
             hardware.cpu_name(),
-            ", ".join(hardware.isa()[-2:]) or "instruction sets unknown",
+            ", ".join(hardware.widest_isa()) or "instruction sets unknown",
             torch.get_num_threads(),
         )
         self.html = {name: widgets.HTML() for name in PANELS}

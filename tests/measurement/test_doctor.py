@@ -67,6 +67,13 @@ def test_amx_counts_only_if_granted(cpu, grant, verdict):
     assert bool(sets["AMX"].do) is not grant
 
 
+def test_a_title_names_vectors_and_tiles(cpu):
+    cpu("avx2 fma f16c")
+    assert hardware.isa() == ("avx2", "fma", "f16c") and hardware.widest_isa() == ("avx2",)
+    cpu("avx2 fma f16c avx512f avx512_vnni")
+    assert hardware.widest_isa() == ("avx512f", "avx512_vnni")
+
+
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
