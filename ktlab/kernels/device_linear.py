@@ -4,10 +4,9 @@ T tokens, H heads, K columns, N rows.
 """
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from ktlab.kernels.dispatch import Explanation
-from ktlab.kernels.int4 import Values, dense
+from ktlab.kernels.int4 import Values, dense, product
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.request import Kernel
 from ktlab.kernels.seat import DTYPES, Near, TorchSeat
@@ -48,8 +47,7 @@ class DeviceLinear(Linear):
         return dense(self.values).float()
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight_NK = dense(self.values)
-        return F.linear(x.to(weight_NK.dtype), weight_NK).float()
+        return product(x.to(self.values.dtype), self.values).float()
 
     def by_head(self, x_THK: Tensor) -> Tensor:
         """See `Linear.by_head`."""

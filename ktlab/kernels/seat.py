@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from ktlab.errors import SettingError
-from ktlab.kernels import packing
+from ktlab.kernels import int4, packing
 from ktlab.kernels.dispatch import Verdict
-from ktlab.kernels.int4 import GROUPED, Int4, Values, parts
+from ktlab.kernels.int4 import GROUPED, Values
 from ktlab.kernels.request import Kernel
 from ktlab.kernels.threads import default_threads
-from ktlab.quantization import QTensor, fallback_format
+from ktlab.quantization import QTensor, fallback_format, get_format
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 INT4 = "int4"
 FORMATS = (*DTYPES, INT4)
-"""What matrices can be on a device; "int4" is kept as such and multiplied as bf16."""
+"""What matrices can be on a device; "int4" takes activations as bf16."""
 LOADED_AT_ONCE = 1 << 20
 """Weights that a thread decodes to float32 at a time on their way to a device: few enough to be
 in a cache still when they are rounded."""
@@ -178,8 +178,7 @@ class TorchSeat(Seat):
         if self.format_of(tensor.shape) != INT4:
             return self.load(tensor)
         made = packing.convert(tensor, fallback_format(GROUPED[0], tensor.shape[-1]))
-        codes, scales = (self.hold(part) for part in parts(made))
-        return Int4(codes=codes, scales=scales, dtype=self.dtype)
+        return int4.on_device(made, self.device, self.dtype, lambda x: self._keep(x, "weights"))
 
     def format_of(self, shape: tuple[int, ...]) -> str:
         """In which format a matrix of this shape is here."""
@@ -190,10 +189,10 @@ class TorchSeat(Seat):
 
     def bytes_of(self, shape: tuple[int, ...]) -> int:
         """What `load_matrix` will take."""
-        size = math.prod(shape)
         if self.format_of(shape) == INT4:
-            return size // shape[-1] * fallback_format(GROUPED[0], shape[-1]).row_bytes(shape[-1])
-        return size * self.dtype.itemsize
+            group = fallback_format(GROUPED[0], shape[-1]).block_size
+            return int4.nbytes((shape[0], shape[1]), group, self.device, self.dtype)
+        return math.prod(shape) * self.dtype.itemsize
 
     def hold(self, values: Tensor) -> Tensor:
         """A small host tensor (a norm, a bias) that stays on the device, as it is."""
@@ -239,7 +238,19 @@ class TorchSeat(Seat):
             threads=1,
             numa=None,
             few=0,
-            reason=f"placed on {self.word}{stands}",
+            reason=f"placed on {self.word}{stands}{self._products}",
+        )
+
+    @property
+    def _products(self) -> str:
+        """How 4 bits are multiplied."""
+        if self.format != INT4:
+            return ""
+        found = int4.reason(self.device, self.dtype, get_format(GROUPED[0]).block_size)
+        return (
+            f"; 16-bit for each product, as torch's product of 4 bits is not used: {found}"
+            if found
+            else "; torch's product of 4 bits, checked on it"
         )
 
     @property

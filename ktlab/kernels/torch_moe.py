@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ktlab.kernels.int4 import Values, dense
+from ktlab.kernels.int4 import Values, product
 from ktlab.quantization.qtensor import QTensor
 
 
@@ -59,17 +59,17 @@ def some_experts(
     for expert, count in enumerate(counts[1:]):
         if not count:
             continue
-        gate_FD, up_FD, down_DF = (dense(matrix) for matrix in experts[expert])
+        gate_FD, up_FD, down_DF = experts[expert]
         rows = slice(start, start + count)
         rows_nD = rows_PD[rows].to(gate_FD.dtype)
-        inner = F.silu(F.linear(rows_nD, gate_FD))
-        inner.mul_(F.linear(rows_nD, up_FD))
+        inner = F.silu(product(rows_nD, gate_FD))
+        inner.mul_(product(rows_nD, up_FD))
         # The routing weight goes on the narrow side of `down`, which is linear.
         inner.mul_(weight_of_row[rows, None])
-        if inner.dtype == output_PD.dtype:
+        if isinstance(down_DF, Tensor) and inner.dtype == output_PD.dtype:
             torch.mm(inner, down_DF.T, out=output_PD[rows])
         else:
-            output_PD[rows] = F.linear(inner, down_DF)
+            output_PD[rows] = product(inner, down_DF).to(output_PD.dtype)
         start += count
     # Back to token order by gathering, which adds in the same order on every run.
     return output_PD.index_select(0, take(order.argsort())).view(tokens, top_k, -1).sum(1)

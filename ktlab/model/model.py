@@ -345,10 +345,10 @@ class Model:
 
         Only what changed is moved, and all of it is made before anything is exchanged: after an
         error, out of memory for instance, the model is whole and where it was. On a GPU matrices
-        are `dtype`: "bf16", "f16", "f32", or "int4", which takes a quarter of the room and is made
-        16-bit for each product. `stand_in` names another torch device that computes in a GPU's
-        stead, {"cuda:0": "cpu"}. `nodes` says how NUMA nodes share the experts that are on the
-        CPU: "interleave", "split" or "copy" (`ktlab.experts.nodes`).
+        are `dtype`: "bf16", "f16", "f32", or "int4": a quarter of the room, multiplied by torch's
+        product of 4 bits where it passes a check there (`explain()` says). `stand_in` names another
+        torch device that computes in a GPU's stead, {"cuda:0": "cpu"}. `nodes` says how NUMA nodes
+        share the CPU's experts: "interleave", "split" or "copy" (`ktlab.experts.nodes`).
         Raises `PlacementError`. `override(placement=...)` does the same for the length of a `with`.
         """
         return place(self, placement, stand_in=stand_in, dtype=dtype, nodes=nodes)

@@ -336,7 +336,8 @@ def test_four_bits(model: Model, usual: Placement) -> None:
     planned = sum(
         r.bytes for r in plan.rows if r.device == "cuda:0" and r.part.component != "cache"
     )
-    assert seat.here_bytes["weights"] == pytest.approx(planned, rel=0.02)
+    # A zero beside each scale, which the plan (KTransformers' 4 bits) has not.
+    assert 1.02 * planned < seat.here_bytes["weights"] < 1.06 * planned
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
