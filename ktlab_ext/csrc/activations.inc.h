@@ -152,6 +152,21 @@ KTL_INLINE void pair_up(int sub, int each, int halves, ktl_act_key key, const in
     a->sum_unit = to_pairs(sum, subs, 0, 32767.0f, a->pair_sum);
 }
 
+/* What row_avx2.inc.h wants. As many steps as let the sums of a lane's 32 columns fit 32 bits. */
+KTL_INLINE void line_up(ktl_act_key key, const int32_t *total, ktl_act *a) {
+    const float steps = key.zero > 16 ? 528416.0f / (float)key.zero : 32767.0f;
+    float scale[PARTS];
+    for (int i = 0; i < PARTS; i++) {
+        scale[i ^ 1] = a->scale[i % 8 * 2 + i / 8]; /* of two the second comes first there */
+        a->line_sum[i] = (int16_t)total[i % 8 * 2 + i / 8];
+    }
+    a->line_unit = to_pairs(scale, PARTS, 0, steps, a->line_scale);
+    for (int i = 0; i < PARTS / 2; i++) {
+        const int32_t both = a->line_scale[i] * a->line_sum[i] + a->line_scale[i + 8] * a->line_sum[i + 8];
+        a->line_start[i] = key.zero > 16 ? 0 : -key.zero * both; /* more: no block of KTL_GROUP columns */
+    }
+}
+
 /* What follows from the parts' sums; `sub` and `group` in parts. */
 KTL_INLINE void sum_up(int sub, int group, ktl_act_key key, const int32_t *total, const int32_t *second,
                        ktl_act *a) {
@@ -171,7 +186,8 @@ KTL_INLINE void sum_up(int sub, int group, ktl_act_key key, const int32_t *total
         for (int i = s * sub; i < (s + 1) * sub; i++) sum += a->scale[i] * (float)total[i];
         a->sum[s] = sum;
     }
-    if (key.pairs == KTL_HALVES) pair_up(sub, shared, 1, key, total, second, a);
+    if (key.pairs == KTL_LINES) line_up(key, total, a);
+    else if (key.pairs == KTL_HALVES) pair_up(sub, shared, 1, key, total, second, a);
     else if (key.pairs) pair_up(sub, shared, 0, key, total, second, a);
 }
 

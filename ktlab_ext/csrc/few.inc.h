@@ -3,7 +3,17 @@
 
 enum { FEW = 4 /* tokens a pass on packed data, or on 16 rows of blocks */ };
 
-/* ---- few tokens on file blocks: LANES rows at a time --------------------------------------------------- */
+/* ---- few tokens on file blocks: LANES rows at a time, or one ------------------------------------------- */
+#if LINES
+#include "row_avx2.inc.h"
+#define DOT_ROWS(T) dot_lines(format, T, row, cols, x, chunk_bytes, acc)
+enum { ROWS_AT_ONCE = 1 };
+#define FEW_ROWS(format) 1
+#else
+#define DOT_ROWS(T) dot_rows(format, T, row, row_bytes, cols, x, chunk_bytes, acc)
+enum { ROWS_AT_ONCE = LANES };
+#endif
+
 KTL_INLINE void dot_lanes(int format, const uint8_t *row, int64_t row_bytes, int64_t cols, const uint8_t *act,
                           int64_t chunk_bytes, const ktl_job *job, int64_t r) {
     const int64_t all = job->n * job->terms; /* a token's second term is one more token with its sums */
@@ -18,7 +28,7 @@ KTL_INLINE void dot_lanes(int format, const uint8_t *row, int64_t row_bytes, int
             x[t] = act + (size_t)a * ktl_act_bytes(KTL_ACT_INT8) + term * job->term_bytes;
             acc[t] = ktl_sums(job, token) + r;
         }
-#define PASS(T) case T: dot_rows(format, T, row, row_bytes, cols, x, chunk_bytes, acc); break;
+#define PASS(T) case T: DOT_ROWS(T); break;
         switch (T) { PASS(1) PASS(2) PASS(3) PASS(4) }
 #undef PASS
         first += T;
@@ -32,8 +42,8 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
     const ktl_format_info *f = &ktl_formats[format];
     const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
     int done = 0;
-    if (HAS_ROWS(format) && FEW_ROWS(format))
-        for (; done + LANES <= rows; done += LANES)
+    if (ktl_has_rows(format) && FEW_ROWS(format))
+        for (; done + ROWS_AT_ONCE <= rows; done += ROWS_AT_ONCE)
             dot_lanes(format, row + done * row_bytes, row_bytes, cols, act, chunk_bytes, job, done);
     for (int64_t first = 0; first < job->n; first += TOKENS) {
         const int T = (int)(job->n - first < TOKENS ? job->n - first : TOKENS);

@@ -70,7 +70,9 @@ typedef struct {
  * signed ones. `sum`, per sub-block: the sum of scale * q.
  * For pairs.inc.h all are 16 bits: scales and sums in steps of `unit` (2^15 of them to a scale of a pair's
  * product) and `sum_unit`, of two that follow one another the second first. Where the two of a lane are halves
- * of one unit, each scale stands there twice, and `init` has one for each half. */
+ * of one unit, each scale stands there twice, and `init` has one for each half.
+ * For row_avx2.inc.h scales are 16 bits in steps of `line_unit`, and `line_sum` has the sums of q, both of the even
+ * KTL_FINE columns first and then of the odd ones; `line_start`: what scaled sums of KTL_GROUP start from. */
 enum { KTL_FINE = 16, KTL_PAIRS = KTL_CHUNK / KTL_FINE / 2 };
 #define KTL_START 12582912.0f /* 1.5 * 2^23: many.inc.h's integer sums start from it */
 typedef struct KTL_ALIGNED {
@@ -78,6 +80,10 @@ typedef struct KTL_ALIGNED {
     union {
         float scale[KTL_CHUNK / KTL_FINE];
         int16_t pair_scale[KTL_CHUNK / KTL_FINE][2];
+        struct {
+            int16_t line_scale[KTL_CHUNK / KTL_FINE];
+            float line_unit;
+        };
     };
     union {
         float sum[16];
@@ -86,11 +92,17 @@ typedef struct KTL_ALIGNED {
             int16_t pair_sum[16];
         };
     };
-    int32_t init[KTL_CHUNK / KTL_FINE];
+    union {
+        int32_t init[KTL_CHUNK / KTL_FINE];
+        struct {
+            int16_t line_sum[KTL_CHUNK / KTL_FINE];
+            int32_t line_start[KTL_CHUNK / KTL_GROUP];
+        };
+    };
 } ktl_act;
 
 typedef enum { KTL_ACT_INT8, KTL_ACT_F32, KTL_ACT_BF16 } ktl_act_kind;
-enum { KTL_HALVES = -1 };
+enum { KTL_HALVES = -1, KTL_LINES = -2 };
 
 /* int8_channel's activations share a scale so far: the integer sums of two chunks can be one. */
 enum { KTL_SPAN = 2 * KTL_CHUNK };
@@ -103,7 +115,9 @@ typedef struct {
     /* int8: 2 adds what rounding left over, rounded once more: 16 bits in all. For q8_0, whose users
      * want its values and not twice its rounding error. */
     int terms;
-    int pairs; /* int8: 0, KTL_HALVES, or 1 and the bits that sums of 16 bits drop (pairs.inc.h) */
+    /* int8: 0; for pairs.inc.h KTL_HALVES, or 1 and the bits that sums of 16 bits drop; for row_avx2.inc.h
+     * KTL_LINES, with the largest magnitude of a code as `zero` where a block has 256 columns. */
+    int pairs;
 } ktl_act_key;
 
 KTL_INLINE ktl_act_key ktl_act_int8(int format, int zero) {
@@ -128,6 +142,26 @@ KTL_INLINE ktl_act_key ktl_in_pairs(int isa, int format, ktl_act_key key) {
     if (key.pairs == KTL_HALVES) return key;
     while (unit * key.zero * 127 >> (key.pairs - 1) > INT16_MAX) key.pairs++;
     return key;
+}
+
+/* Formats in blocks of 32 or 256 columns: what rows.inc.h and row_avx2.inc.h take. */
+KTL_INLINE int ktl_has_rows(int format) {
+    return ktl_formats[format].block_cols == KTL_GROUP || ktl_formats[format].block_cols == KTL_CHUNK;
+}
+
+/* The same activations for row_avx2.inc.h. */
+KTL_INLINE ktl_act_key ktl_in_lines(int format, ktl_act_key key) {
+    const ktl_format_info *f = &ktl_formats[format];
+    if (!ktl_has_rows(format)) return key;
+    const int is_signed = f->zero == 128, whole = f->block_cols == KTL_CHUNK;
+    key.zero = is_signed ? (whole ? 127 : 0) : f->zero ? f->zero : (1 << (f->base_bits + f->high_bits)) - 1;
+    key.pairs = KTL_LINES;
+    return key;
+}
+
+/* What a step of the integers is, in the i-th KTL_FINE columns; not for pairs.inc.h. */
+KTL_INLINE float ktl_act_scale(const ktl_act_key *key, const ktl_act *a, int i) {
+    return key->pairs == KTL_LINES ? (float)a->line_scale[i / 2 + i % 2 * 8] * a->line_unit : a->scale[i];
 }
 
 KTL_INLINE size_t ktl_act_bytes(int kind) {
@@ -316,6 +350,7 @@ typedef struct {
                        const ktl_job *job);
     int spans; /* whether `multiply` takes packed int8_channel by two chunks, `groups` up to 16 */
     int pairs; /* the instruction set in whose way `multiply` takes sums in pairs, or 0 */
+    int lines; /* whether `dot_blocks` takes one row after the other (ktl_in_lines) */
     int fine;  /* where activations have a scale every KTL_FINE columns: 1 where that costs little, 2 always */
     /* to = silu(gate) * up * factor */
     void (*silu_mul)(float *to, const float *gate, const float *up, float factor, int64_t count);

@@ -12,6 +12,7 @@
 #define VB 32
 #define TOKENS 4
 #define PAIRS KTL_AVX2
+#define LINES 1
 #define PANELS 1
 #define LONG_TOKENS 3
 #define LONG_PANELS 1
@@ -190,7 +191,6 @@ KTL_INLINE __m256 dot_row(int format, const row_chunk *chunk, const ktl_act *act
 }
 
 /* For rows.inc.h */
-#define FEW_ROWS(format) 1
 #define ROW_WORDS(p) _mm256_inserti128_si256(_mm256_castsi128_si256(p(0)), p(1), 1)
 #define LOW32(a, b) _mm256_unpacklo_epi32(a, b)
 #define TOP32(a, b) _mm256_unpackhi_epi32(a, b)

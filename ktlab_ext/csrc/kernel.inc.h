@@ -4,6 +4,7 @@
  *     TOKENS       tokens that one pass of the inner loop keeps in registers, at most 8
  *     PANELS       panels of 16 rows that it keeps, 1 or 2
  *     PAIRS        the name of the instruction set, for pairs.inc.h
+ *     LINES        whether few tokens take file blocks one row after the other (row_avx2.inc.h)
  *     LONG_TOKENS, LONG_PANELS   the same where a scale holds for 128 or 256 columns
  *     FLOAT_TOKENS tokens of float32
  *     MOST_RUN     products that are summed in 16 bits as long as they fit
@@ -197,7 +198,7 @@ KTL_INLINE void decode_blocks_as(int format, const uint8_t *row, int64_t row_byt
             TRANSPOSE16((const uint32_t *)line + c, KTL_CHUNK, (uint32_t *)tile->f32 + c * KTL_PANEL);
         return;
     }
-    if (HAS_ROWS(format) && rows == KTL_PANEL) {
+    if (ktl_has_rows(format) && rows == KTL_PANEL) {
         for (int o = 0; o < VN; o++)
             decode_rows(format, row + o * LANES * row_bytes, row_bytes, column, cols, o, tile);
         return;
@@ -291,5 +292,5 @@ static void dot_packed(int format, const uint8_t *head, const uint8_t *chunk, in
 
 #define KERNELS                                                                                     \
     {act_key,    prepare,    decode_packed, decode_blocks, multiply,                                \
-     dot_blocks, dot_packed, 0,             PAIRS,         1,        ktl_silu_mul, ktl_scale_row,    \
-     ktl_add_row, attend,    NULL}
+     dot_blocks, dot_packed, 0,             PAIRS,         LINES,    1,            ktl_silu_mul,     \
+     ktl_scale_row, ktl_add_row, attend,    NULL}

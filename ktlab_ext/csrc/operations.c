@@ -72,7 +72,7 @@ static void acts_fill(const acts *a, int64_t row, const void *x, int x_type, int
         const ktl_act *first = (const ktl_act *)to;
         float rest[KTL_CHUNK];
         for (int i = 0; i < n; i++)
-            rest[i] = from[i] - (float)first->q[i] * first->scale[i / KTL_FINE];
+            rest[i] = from[i] - (float)first->q[i] * ktl_act_scale(&a->key, first, i / KTL_FINE);
         a->kernels->prepare(a->key, rest, n, 0, to + a->term_bytes);
     }
 }
@@ -93,12 +93,14 @@ static way way_of(int isa, int few, int64_t tokens) {
  * decoded and multiplied at once it costs no time: memory is waited for. On tiles it takes 3 to 6 % of an
  * expert's time in `down` alone, whose input has SwiGLU's heavy tails: worth it there, and not elsewhere. For
  * the same tails `down` has no scale over two chunks. */
-static ktl_act_key key_of(const ktl_kernels *kernels, way w, int format, int down, int most_terms) {
+static ktl_act_key key_of(const ktl_kernels *kernels, way w, const ktl_matrix *m, int down, int most_terms) {
+    const int format = m->format;
     ktl_act_key key = kernels->act_key(format);
     if (key.terms > most_terms) key.terms = most_terms;
     const int fine = w == FUSED || down ? kernels->fine > 0 : kernels->fine > 1;
     if (key.group == KTL_GROUP && fine) key.group = KTL_FINE;
     if (key.group > KTL_CHUNK && down) key.group = KTL_CHUNK;
+    if (w == FUSED && m->layout == KTL_GGML_BLOCKS && kernels->lines) return ktl_in_lines(format, key);
     /* A second term is for what pairs would lose. */
     const int short_scales = key.kind == KTL_ACT_INT8 && key.group <= KTL_GROUP && key.terms == 1;
     const int pairs = w == MANY && short_scales && kernels->pairs && ktl_pairs(kernels->pairs);
@@ -281,7 +283,7 @@ int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t fi
                          .task_rows = task_rows(pool, w->rows, heads),
                          .x = x_row(x, x_type, x_stride, t), .y = y + t * y_stride};
         l.a.kernels = l.kernels;
-        l.a.key = key_of(l.kernels, l.way, w->format, 0, 2);
+        l.a.key = key_of(l.kernels, l.way, w, 0, 2);
         error = acts_alloc(pool, SLOT_ACTS, &l.a, n * heads, w->cols);
         if (!error) error = worker_scratch(pool, n * (l.task_rows + SPREAD));
         if (error) break;
@@ -362,8 +364,8 @@ static int moe_group(moe_work *m, const int64_t *ids, const float *weights, int6
 }
 
 /* Index of the prepared activations that this kernel wants for x; shared where the key is. */
-static int moe_acts(moe_work *m, way w, int format) {
-    acts a = {key_of(m->kernels[w], w, format, 0, 2), m->kernels[w], NULL, 0, 0};
+static int moe_acts(moe_work *m, way w, const ktl_matrix *matrix) {
+    acts a = {key_of(m->kernels[w], w, matrix, 0, 2), m->kernels[w], NULL, 0, 0};
     for (int i = 0; i < m->lists; i++)
         if (!memcmp(&m->list[i].key, &a.key, sizeof a.key)) return i;
     int error = acts_alloc(m->pool, SLOT_ACTS + m->lists, &a, m->tokens, m->gate->cols);
@@ -474,7 +476,7 @@ static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64
     for (way w = 0; w < WAYS; w++) {
         if (!used[w]) continue;
         for (int i = 0; i < 2; i++) {
-            error = moe_acts(m, w, i ? m->up->format : m->gate->format);
+            error = moe_acts(m, w, i ? m->up : m->gate);
             if (error < 0) return error;
             m->inner_acts[w][i] = error;
         }
@@ -482,7 +484,7 @@ static int moe_pass(moe_work *m, const int64_t *ids, const float *weights, int64
         int terms = 2;
         for (int i = 0; i < 2; i++)
             if (m->list[m->inner_acts[w][i]].key.terms < terms) terms = 1;
-        const ktl_act_key key = key_of(m->kernels[w], w, m->down->format, 1, terms);
+        const ktl_act_key key = key_of(m->kernels[w], w, m->down, 1, terms);
         m->hidden_acts[w] = (acts){key, m->kernels[w], NULL, 0, 0};
         error = acts_alloc(m->pool, SLOT_HIDDEN_ACTS + w, &m->hidden_acts[w], m->slots, m->down->cols);
         if (error) return error;

@@ -9,10 +9,6 @@
  *     LOW_F16(v)                      float16 in the low halves of lanes
  *     FEW_ROWS(format)                whether few tokens take this way */
 
-/* Formats in blocks of 32 or 256 columns. */
-#define HAS_ROWS(format) \
-    (ktl_formats[format].block_cols == KTL_GROUP || ktl_formats[format].block_cols == KTL_CHUNK)
-
 /* Every fourth row, and bytes from one to the next: an address of each row for an instruction, where 16 of
  * them would not fit the registers. */
 typedef struct {
