@@ -88,6 +88,8 @@ THRESHOLDS = (
         )
         for kind, few in borders
     ),
+    Threshold(isa="avx2", layout=BLOCKS, family="32 a scale", few=3, reason=_FUSED),
+    Threshold(isa="avx2", few=4, reason=_FUSED),
     Threshold(layout=BLOCKS, few=6, reason=_FUSED),
     Threshold(layout=PACKED, family="long scales", few=1, reason=_FUSED),
     Threshold(layout=PACKED, few=5, reason=_FUSED),
@@ -104,7 +106,9 @@ On 2 cores of an AMD EPYC of the fourth generation, 4096 x 7168: avx512_vnni pac
 long scales, 12 to 24 else; on blocks 2 (q8_0) to 12 (q4_k, whose rows go 16 at a time). avx512_bf16
 packed 4 with bf16; on integers it is faster than avx512_vnni at no number of tokens: it is for
 those who want to lose 0.4 % instead of 0.9. On the fifth generation, packed q4_k and q6_k in whole
-layers, 8 to 12: V3's 16 tokens an expert 25 ms (27.6 with 16), V2-Lite's 6 10.2 to 10.5."""
+layers, 8 to 12: V3's 16 tokens an expert 25 ms (27.6 with 16), V2-Lite's 6 10.2 to 10.5. On the
+third, avx2, 16384 x 7168: 4 to 5 for all formats in both layouts, as a pass takes four tokens; on
+blocks of q4_0 3, of q5_0 2."""
 
 
 def threshold(isa: str, layout: str, formats: Sequence[str]) -> Threshold:
