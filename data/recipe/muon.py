@@ -30,10 +30,10 @@ def orthogonalise(x_MRC: Tensor, steps: int = 5) -> Tensor:
 
 
 @partial(fused, dynamic=True)
-def accumulate(momentum: Tensor, grad: Tensor, decay: Tensor) -> Tensor:
-    """Update the momentum in place; return Nesterov's look ahead in bfloat16."""
+def accumulate(momentum: Tensor, grad: Tensor, decay: Tensor, dtype: torch.dtype) -> Tensor:
+    """Update the momentum in place; return Nesterov's look ahead."""
     momentum.mul_(decay).add_(grad)
-    return (grad + decay * momentum).bfloat16()
+    return (grad + decay * momentum).to(dtype)
 
 
 @partial(fused, dynamic=True)
@@ -63,6 +63,7 @@ class Muon:
         self.adam = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-10, fused=True)
         self.master = {name: p.detach().float().clone() for name, p in self.matrices.items()}
         self.momentum = {name: torch.zeros_like(m) for name, m in self.master.items()}
+        self.compute = compute
         for parameter in self.matrices.values():
             parameter.data = parameter.data.to(compute)
 
@@ -77,7 +78,10 @@ class Muon:
             assert parameter.grad is not None
             rows, columns = self.rows[name], parameter.shape[-1]
             look = accumulate(
-                self.momentum[name].flatten(), parameter.grad.flatten(), torch.tensor(decay)
+                self.momentum[name].flatten(),
+                parameter.grad.flatten(),
+                torch.tensor(decay),
+                self.compute,
             )
             step = orthogonalise(look.view(-1, rows, columns)).flatten()
             rate = self.rate * scale
