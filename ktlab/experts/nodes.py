@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ktlab.experts.bank import ExpertBank, Stacks
 
 MODES = ("interleave", "split", "copy")
+ALONE = "none"
+"""Nodes share nothing."""
 
 
 @lru_cache(maxsize=1)
@@ -192,7 +194,7 @@ def _shares(bank: "ExpertBank", count: int) -> list[slice]:
 def check_nodes(mode: str) -> list[int]:
     """The machine's nodes; PlacementError where there is nothing to share, or no such mode."""
     if mode not in MODES:
-        raise PlacementError(f"nodes={mode!r}: expected one of {', '.join(MODES)}, or None")
+        raise PlacementError(f"nodes={mode!r}: expected one of {', '.join(MODES)}, or {ALONE}")
     nodes = numa_nodes()
     if len(nodes) < 2:
         found = ", ".join(f"node {n}: processors {list(cpus)}" for n, cpus in nodes.items())

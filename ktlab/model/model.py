@@ -306,7 +306,7 @@ class Model:
         format="q4_0" (experts; also named quantize), {"attention": "q8_0"} or {layer: "q4_0"} ·
         mask={layer: [ids]} · force={layer: [ids]} · deferred=2 or {layer: n} (so many experts of
         each token are added by the next layer; the last one keeps its own) · rules=RuleSet ·
-        placement=Placement or Plan (see `place`), with stand_in={"cuda:0": "cpu"} ·
+        placement=Placement or Plan (see `place`), with stand_in={"cuda:0": "cpu"}, dtype, nodes ·
         backend, isa, layout, threads, numa, few: one value for all matrices, {layer: value} for the
         experts of layers, {"attention": value} for components.
         Nestable. Raises `SettingError` before anything has changed.
@@ -338,7 +338,7 @@ class Model:
         placement: "PlacementLike",
         *,
         stand_in: "Mapping[str, str | TorchSeat] | None" = None,
-        dtype: str = "bf16",
+        dtype: str | None = None,
         nodes: str | None = None,
     ) -> Moved:
         """Put every stage where `placement` (a `Placement` or a `Plan`) says; live.
@@ -346,9 +346,10 @@ class Model:
         Only what changed is moved, and all of it is made before anything is exchanged: after an
         error, out of memory for instance, the model is whole and where it was. On a GPU matrices
         are `dtype`: "bf16", "f16", "f32", or "int4": a quarter of the room, multiplied by torch's
-        product of 4 bits where it passes a check there (`explain()` says). `stand_in` names another
-        torch device that computes in a GPU's stead, {"cuda:0": "cpu"}. `nodes` says how NUMA nodes
-        share the CPU's experts: "interleave", "split" or "copy" (`ktlab.experts.nodes`).
+        product of 4 bits where it passes a check there (`explain()` says); None means what a plan
+        counts, or what the device has, or bf16. `stand_in` names another torch device that computes
+        in a GPU's stead, {"cuda:0": "cpu"}. `nodes` says how NUMA nodes share the CPU's experts:
+        "interleave", "split", "copy" (`ktlab.experts.nodes`) or "none"; None leaves it.
         Raises `PlacementError`. `override(placement=...)` does the same for the length of a `with`.
         """
         return place(self, placement, stand_in=stand_in, dtype=dtype, nodes=nodes)

@@ -17,12 +17,13 @@ from ktlab.attention.stage import Attention
 from ktlab.errors import PlacementError
 from ktlab.experts.bank import ExpertBank
 from ktlab.experts.mlp import MLP
-from ktlab.experts.nodes import check_nodes
+from ktlab.experts.nodes import ALONE, check_nodes
 from ktlab.experts.placed_bank import PlacedBank
 from ktlab.html import decimal_bytes
 from ktlab.kernels.device_linear import DeviceLinear
+from ktlab.kernels.int4 import GROUPED
 from ktlab.kernels.linear import Linear
-from ktlab.kernels.seat import HOST, INT4, Seat, TorchSeat
+from ktlab.kernels.seat import DTYPES, FORMATS, HOST, INT4, Seat, TorchSeat
 from ktlab.kernels.threads import numa_nodes
 from ktlab.model.block import Layer, MoEBlock
 from ktlab.model.place_room import PHASES, check_room
@@ -74,7 +75,7 @@ def place(
     placement: PlacementLike,
     *,
     stand_in: "StandIn | None",
-    dtype: str,
+    dtype: str | None,
     nodes: str | None,
 ) -> Moved:
     """`Model.place`."""
@@ -99,17 +100,21 @@ def apply_placement(
     placement: PlacementLike,
     *,
     stand_in: "StandIn | None" = None,
-    dtype: str = "bf16",
+    dtype: str | None = None,
     nodes: str | None = None,
 ) -> int:
     """Make what is new and exchange it, recording each assignment; the number of new parts."""
-    wanted = placement.placement
+    wanted = getattr(placement, "placement", None)
+    if wanted is None:
+        raise PlacementError(
+            f"placement is a {type(placement).__name__}; expected a Placement, a Plan or a "
+            "RuleSet, such as ktlab.Placement.read(FILE) or ktlab.plan(MODEL, vram=...)"
+        )
     if callable(wanted):  # of a rule set: where it puts this model
         wanted = wanted(model)
-    seats = _seats(model, wanted, stand_in or {}, dtype)
+    seats = _seats(model, wanted, stand_in or {}, dtype, _planned_formats(placement))
     _check_runs(model, wanted)
-    if nodes is not None:
-        check_nodes(nodes)
+    nodes = _nodes(model, nodes)
     check_room(model, wanted, seats, nodes)
     builder = _Builder(model, wanted, seats, nodes)
     try:
@@ -126,13 +131,51 @@ def apply_placement(
     return builder.parts
 
 
-def _seats(model: "Model", wanted: Any, stand_in: StandIn, dtype: str) -> dict[str, TorchSeat]:
+def _nodes(model: "Model", asked: str | None) -> str | None:
+    """How NUMA nodes share experts from now on: as asked, or as they do."""
+    if asked is None:
+        banks = [b.experts for b in model.moe_blocks if isinstance(b.experts, PlacedBank)]
+        return next((bank.across for bank in banks), None)
+    if asked == ALONE:
+        return None
+    check_nodes(asked)
+    return asked
+
+
+def _planned_formats(placement: Any) -> dict[str, str]:
+    """{device: what a plan counts its matrices as}; {} of what is no plan."""
+    found: dict[str, set[str]] = {}
+    for row in getattr(placement, "rows", ()):
+        if row.device.startswith("cuda:"):
+            found.setdefault(row.device, set()).update(row.formats)
+    return {word: _seat_format(word, formats) for word, formats in found.items()}
+
+
+def _seat_format(word: str, formats: set[str]) -> str:
+    if formats & set(GROUPED):  # what its groups do not divide is rounded less
+        return INT4
+    strange = formats - set(DTYPES)
+    if strange:
+        raise PlacementError(
+            f"the plan counts {', '.join(sorted(strange))} on {word}, where matrices are one of "
+            f"{', '.join(FORMATS)}: plan with gpu_formats=, or say dtype="
+        )
+    return next((dtype for dtype in DTYPES if dtype in formats), "bf16")
+
+
+def _seats(
+    model: "Model",
+    wanted: Any,
+    stand_in: StandIn,
+    dtype: str | None,
+    planned: Mapping[str, str],
+) -> dict[str, TorchSeat]:
     """The devices by word: those in use already, GPUs that torch finds, stand-ins. All that is
     wrong with the placement is told here."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = {f"cuda:{i}": f"cuda:{i}" for i in range(count)}
     nodes = [f"numa:{node}" for node in numa_nodes()]
-    known = {w: s for w, s in model.seats.items() if s.stand_in and w not in stand_in}
+    known = [w for w, seat in model.seats.items() if seat.stand_in]
     try:
         wanted.check(model.config, ["cpu", *nodes, *gpus, *known, *stand_in])
     except PlacementError as error:
@@ -148,15 +191,31 @@ def _seats(model: "Model", wanted: Any, stand_in: StandIn, dtype: str) -> dict[s
     for word in wanted.devices:
         if not word.startswith("cuda:"):
             continue
-        asked_for = stand_in.get(word, known.get(word, gpus.get(word, "")))
-        old = model.seats.get(word)
+        asked_for, old = stand_in.get(word), model.seats.get(word)
         if isinstance(asked_for, TorchSeat):
             found[word] = asked_for
-        elif old and (old.device, old.format) == (torch.device(asked_for), dtype):
-            found[word] = old
+            continue
+        if old is not None and asked_for in (None, str(old.device)):
+            format = dtype or planned.get(word, old.format)
+            found[word] = old if format == old.format else TorchSeat(word, old.device, format)
         else:
-            found[word] = TorchSeat(word, asked_for, dtype)
+            device = _device(asked_for or gpus[word], count)
+            found[word] = TorchSeat(word, device, dtype or planned.get(word, "bf16"))
     return found
+
+
+def _device(name: str, count: int) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise PlacementError(f"stand_in names the torch device {name!r}: {reason}") from error
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise PlacementError(
+            f"stand_in names the torch device {name!r}; torch finds {count or 'no'} CUDA "
+            f'device{"s" * (count > 1)} here. The CPU can stand in for any: "cpu"'
+        )
+    return device
 
 
 def _check_runs(model: "Model", wanted: Any) -> None:

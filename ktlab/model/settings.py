@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SWITCHES = (
     "rules", "top_k", "rule", "attention", "quantize", "format", "mask", "force", "deferred",
-    "placement", "stand_in", *REQUEST_WORDS,
+    "placement", "stand_in", "dtype", "nodes", *REQUEST_WORDS,
 )  # fmt: skip
 """What `override` and `set` accept."""
 
@@ -206,6 +206,8 @@ def apply(
     deferred: int | Mapping[int, int] | None = None,
     placement: Any = None,
     stand_in: Any = None,
+    dtype: str | None = None,
+    nodes: str | None = None,
     **words: Any,
 ) -> None:
     """Make the changes, recording each in `change`; raises `SettingError` on the first impossible
@@ -225,7 +227,9 @@ def apply(
     if placement is not None:
         from ktlab.model.place import apply_placement
 
-        apply_placement(model, change, placement, stand_in=stand_in)
+        apply_placement(model, change, placement, stand_in=stand_in, dtype=dtype, nodes=nodes)
+    elif dtype is not None or nodes is not None:
+        raise SettingError("dtype and nodes say how a placement is computed; give placement, too")
     elif stand_in is not None and rules is None:
         raise SettingError(
             "stand_in says what computes in a device's stead; give placement or rules, too"

@@ -60,7 +60,13 @@ def test_nodes_share_the_experts(model: Model, two_nodes: None, mode: str, copie
     assert {one.device for one in ledger.devices} == {"cpu", "numa:0", "numa:1"}
     assert ledger["cpu"].copies == sum(b.experts.team.nbytes for b in twin.moe_blocks)  # type: ignore
     assert mode in str(twin.settings.placement["nodes"])
-    twin.place(everywhere(model))
+    elsewhere = everywhere(model).put("shared", "cuda:0")
+    with twin.override(placement=elsewhere, stand_in={"cuda:0": "cpu"}):
+        assert getattr(twin.layers[2].experts, "across", None) == mode  # nobody said otherwise
+    with twin.override(placement=everywhere(model), nodes="none"):
+        assert torch.equal(twin.forward(IDS), expected[0])
+    assert getattr(twin.layers[2].experts, "across", None) == mode
+    twin.place(everywhere(model), nodes="none")
     assert torch.equal(twin.forward(IDS), expected[0])
 
 

@@ -1,6 +1,7 @@
 """A model on several devices: the same code on a stand-in that is strict about what is where."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -338,6 +339,47 @@ def test_four_bits(model: Model, usual: Placement) -> None:
     )
     # A zero beside each scale, which the plan (KTransformers' 4 bits) has not.
     assert 1.02 * planned < seat.here_bytes["weights"] < 1.06 * planned
+
+
+def test_a_plan_is_loaded_in_the_formats_that_it_counts(model: Model) -> None:
+    plan = ktlab.plan("tiny", placement=Placement.everywhere(model.config, "cpu").put(
+        "shared", "cuda:0"))  # fmt: skip
+    model.place(plan, stand_in={"cuda:0": "cpu"})
+    assert model.seats["cuda:0"].format == "int4"
+    # What is there keeps its format; a plan's and a word's count more.
+    model.place(plan.placement.put("dense", "cuda:0"))
+    assert model.seats["cuda:0"].format == "int4"
+    model.place(ktlab.plan("tiny", placement=plan.placement, gpu_formats="f16"))
+    assert model.seats["cuda:0"].format == "f16"
+    with model.override(placement=plan, dtype="f32"):
+        assert model.seats["cuda:0"].format == "f32"
+        assert model.place(plan.placement).parts == 0
+        assert model.place(plan.placement, dtype="bf16").parts > 0
+    assert model.seats["cuda:0"].format == "f16"
+    with pytest.raises(PlacementError, match="plan counts q8_0 on cuda:0, where .* say dtype="):
+        model.place(ktlab.plan("tiny", placement=plan.placement, gpu_formats="q8_0"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(placement="gpu"), "placement is a str; expected a Placement, a Plan or a RuleSet"),
+        (dict(stand_in={"cuda:0": "nonsense"}), "torch device 'nonsense': Expected one of cpu"),
+        (dict(stand_in={"cuda:0": "cuda:99"}), "device 'cuda:99'; torch finds .* can stand in"),
+    ],
+)
+def test_what_is_no_placement_or_no_device(
+    arguments: dict[str, Any], message: str, model: Model, usual: Placement
+) -> None:
+    with pytest.raises(PlacementError, match=message):
+        model.place(**({"placement": usual} | arguments))
+    assert model.placement is None and not model.seats
+
+
+def test_words_of_a_placement_want_one(model: Model) -> None:
+    for words in (dict(dtype="int4"), dict(nodes="copy")):
+        with pytest.raises(SettingError, match="dtype and nodes say how a placement"):
+            model.set(**words)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
