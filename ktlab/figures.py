@@ -25,6 +25,8 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "diamond-open", "square", "triangle-up-open")
 WORDS = 0.07
 """Of an axis: the height of a line of small words in a figure that a legend leaves half of."""
+SLOPE_WORDS = 0.2
+"""Of an axis, from its left end: what the words of a roofline's slope take."""
 SEQUENTIAL = "Cividis"
 DIVERGING = [[0, BLUE], [0.5, "#9a9a9a"], [1, VERMILION]]
 """The middle is grey, not white: it must not glare on a dark page."""
@@ -370,18 +372,20 @@ def roofline(
     low, high = (min(at) / 4, max(at) * 5) if at else (0.5, 1000.0)
     if read > 0 and peaks:
         top = max(peaks.values())
+        end = max(high, 2 * top / read)
         ceilings = [([low, top / read], [low * read, top])]
-        ceilings += [([p / read, max(high, 2 * top / read)], [p, p]) for p in peaks.values()]
+        ceilings += [([p / read, end], [p, p]) for p in peaks.values()]
         for x, y in ceilings:
             fig.add_scatter(
                 x=x, y=y, mode="lines", hoverinfo="skip", showlegend=False,
                 line={"color": INK, "width": 1.2},
             )  # fmt: skip
-        # Below the slope, which would rise through words that stand on it.
-        notes = [(low * 1.15, low * 1.15 * read, f"read {read:.3g} GB/s", "left", "top")]
+        # Left of the slope and above it, where no ceiling and no point can be.
+        slope = min(low * (end / low) ** SLOPE_WORDS, top / read)
+        notes = [(slope, slope * read, f"read {read:.3g} GB/s", "right", "bottom")]
         # Not at the very end of the lines, which is the end of the axis: rounding decides there
         # whether Plotly takes the words to be inside and draws them.
-        right = max(high, 2 * top / read) / 1.02
+        right = end / 1.02
         rates = [
             *peaks.values(),
             low * read,

@@ -153,6 +153,9 @@ def test_roofline_words_lie_within_its_lines(read: float, peak: float) -> None:
     assert any("amx_int8" in words for words in places)
     assert 1.01 * min(ends) < min(places.values()), places
     assert max(places.values()) < 0.99 * max(ends), places
+    slope = next(note for note in fig.layout.annotations if note.text.startswith("read"))
+    assert (slope.xanchor, slope.yanchor) == ("right", "bottom")  # every ceiling is right or below
+    assert 10**slope.y <= 1.001 * read * 10**slope.x and 10**slope.y <= 1.001 * peak
 
 
 def test_palette_is_told_apart_by_colour_blind_eyes() -> None:

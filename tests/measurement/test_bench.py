@@ -15,6 +15,7 @@ from ktlab.kernels import native
 from ktlab.measurement import rounds
 from ktlab.measurement.bench import KernelCase, bench_experts
 from ktlab.measurement.peers import client
+from ktlab.measurement.peers.kt_kernel import NOT_BUILT
 from ktlab.measurement.synthetic import (
     ROUTINGS,
     MoeShape,
@@ -364,6 +365,9 @@ def test_installed_peers_compute_the_same_layer(format: str) -> None:
     result = bench_experts(
         shape, format=format, backend="torch", tokens=(1, 16), rounds=1, peers=(), threads=2
     )
+    for who, why in result.skipped.items():
+        if NOT_BUILT in why:
+            pytest.skip(f"{who}: {why}")
     assert not result.skipped
     assert {case.backend for case in result.cases} >= {"torch", "kt-kernel"}
     assert all(case.relative_error < 0.05 for case in result.cases)

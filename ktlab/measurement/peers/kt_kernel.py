@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 METHODS = {"llamafile": "MOE", "amxint8": "AMXInt8_MOE", "amxint4": "AMXInt4_MOE"}
+NOT_BUILT = "the wheel has no"
 MAX_TOKENS = 4096
 GROUP_MIN_TOKENS = 10  # the wrapper's own: below it LLAMAFILE computes token by token
 ROW_BLOCK = 32  # likewise
@@ -63,6 +64,10 @@ class Layer:
         config.pool = self.cpu.backend_
         config.max_len = MAX_TOKENS
         weights = self._weights(folder, config, case["formats"])
+        if not hasattr(self.extension.moe, METHODS[method]):
+            raise RuntimeError(
+                f"{NOT_BUILT} {METHODS[method]} for {self.variant}, all this CPU has"
+            )
         self.moe = getattr(self.extension.moe, METHODS[method])(config)
         identity_E = np.arange(case["experts"], dtype=np.int64)
         self.cpu.submit(self.moe.load_weights_task(identity_E.ctypes.data))
