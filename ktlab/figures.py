@@ -395,10 +395,10 @@ def roofline(
         notes += [
             (right, peak, words, "right", "bottom") for peak, words in _side_by_side(peaks, apart)
         ]
-        for at_x, at_y, words, side, end in notes:
+        for at_x, at_y, words, side, above in notes:
             fig.add_annotation(
                 x=np.log10(at_x), y=np.log10(at_y), text=words, showarrow=False, xanchor=side,
-                yanchor=end, font={"color": INK, "size": 11},
+                yanchor=above, font={"color": INK, "size": 11},
             )  # fmt: skip
     for number, (name, found) in enumerate(points.items()):
         fig.add_scatter(

@@ -97,7 +97,8 @@ def _placement(options: argparse.Namespace) -> "Placement | None":
     if options.rules:
         from ktlab.model.shape_alone import shape_alone
 
-        preview = ktlab.RuleSet.read(options.rules).preview(shape_alone(facts))
+        shape = shape_alone(facts)
+        preview = ktlab.RuleSet.read(options.rules, model=shape).preview(shape)
         notes, placement = preview.notes, preview.placement
     else:
         from ktlab.placement.flags import LlamaCpp

@@ -26,13 +26,14 @@ def run(options: argparse.Namespace) -> int:
     from ktlab.model.shape_alone import shape_alone
     from ktlab.placement.rules import RuleSet
 
-    rules, name = RuleSet.read(options.rules), options.model
+    name = options.model
     if name.lower() in published_models() and not Path(name).exists():
         model = shape_alone(read_facts(name, format=options.format))
     elif options.format is not None:
         raise SettingError(f"--format is of a shape, {name} has its own; see --quantize")
     else:
         model = loaded(options)
+    rules = RuleSet.read(options.rules, model=model)
     preview = rules.preview(model, strict=options.strict)
     print(preview.to_json() if options.json else preview)
     return 0

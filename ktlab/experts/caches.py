@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ktlab import figures, html
 from ktlab.errors import TraceError
-from ktlab.experts.halves import Halves
+from ktlab.experts.halves import Halves, routing_of
 from ktlab.experts.policies import USUAL, Policy, get_policy
 from ktlab.interval import Interval
 from ktlab.routing import intervals
@@ -176,7 +176,7 @@ def replay(
     `policies` by name (`policies.KNOWN`) or as objects. Rates are scored on the held-out half, or
     on all of the trace with another as `profile`; the interval resamples blocks of its tokens.
     """
-    statistics = getattr(trace, "routing", trace)
+    statistics = routing_of(trace)
     layers = tuple(statistics.layers if layers is None else layers)
     if not policies or not layers:
         raise TraceError(

@@ -6,16 +6,37 @@ Letters: T tokens, K selected, E experts, P foreseen, L layers.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from os import PathLike, fspath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ktlab.errors import TraceError
+from ktlab.errors import TraceError, short
 from ktlab.routing.heldout import log_odds
-from ktlab.routing.selections import hot
+from ktlab.routing.selections import Selections, hot
 
 Ids = Mapping[int, NDArray[np.int64]]
+
+
+def routing_of(trace: Any, what: str = "trace") -> Any:
+    """The statistics of a trace, or what is given if it is such; `what` names it in messages.
+
+    TraceError for anything else, a path among it, and for a trace that recorded no routing.
+    """
+    statistics = getattr(trace, "routing", trace)
+    if not isinstance(statistics, Selections):
+        said = f"the {what} is a {type(trace).__name__}; expected a trace of the routers' choices: "
+        said += "model.trace(text)"
+        if isinstance(trace, (str, PathLike)):
+            said += f", or ktlab.Trace.load({short(fspath(trace))}) if it was saved there"
+        raise TraceError(said)
+    if not statistics.layers:
+        raise TraceError(
+            f"the {what} of {statistics.trace.model.name} recorded no routing; record it with "
+            'model.trace(text), or with "layers.*.router.*" among its names='
+        )
+    return statistics
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,7 +58,7 @@ class Halves:
         """The halves of each domain's text of a trace (or its statistics); or all of it, with
         `profile` for what may be learnt from. TraceError for a profile of another model, of the
         same text, or without the layers that are scored."""
-        statistics = getattr(trace, "routing", trace)
+        statistics = routing_of(trace)
         wanted = tuple(statistics.layers if layers is None else layers)
         scored = {layer: statistics.ids(layer) for layer in wanted}
         if profile is None:
@@ -49,7 +70,7 @@ class Halves:
                 num_experts=statistics.num_experts,
                 method="learnt on one half of each domain's text, scored on the other",
             )
-        learnt = getattr(profile, "routing", profile)
+        learnt = routing_of(profile, "profile")
         statistics.same_model(learnt)
         missing = [layer for layer in wanted if layer not in learnt.layers]
         if missing:

@@ -5,16 +5,19 @@ stand-in, which lies in host memory, the tensors that were put there.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from ktlab import html
 from ktlab.checkpoint.facts import model_files
 from ktlab.experts.placed_bank import PlacedBank
 from ktlab.html import decimal_bytes
 from ktlab.kernels.device_linear import DeviceLinear
-from ktlab.kernels.seat import TorchSeat
+from ktlab.kernels.int4 import PackedInt4, Values
+from ktlab.kernels.seat import DTYPES, INT4, TorchSeat
 from ktlab.kernels.stack import Stack
 from ktlab.memory import node_bytes, process_memory, resident_bytes
 from ktlab.model.components import component_stages
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 KINDS = ("weights", "converted", "copies", "cache")
 """As in a plan; what else the system counts is `DeviceBytes.rest`."""
+INT4_ZEROS, NOT_MATRICES = "zeros of int4", "norms and others"
+"""In `DeviceBytes.formats`, beside number formats: torch's 4 bits have a zero beside each scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +143,7 @@ def _host(model: "Model", copies: int) -> DeviceBytes:
         made = sum(stack.operand_bytes.values())
         for layout, nbytes in stack.operand_bytes.items():
             formats[f"{stack.format.name} {layout}" if layout == "packed" else layout] += nbytes
-        if not stack.as_loaded:
+        if not _as_in_file(stack):
             made += stack.block_bytes
         elif not files:
             loose += stack.block_bytes
@@ -151,8 +156,8 @@ def _host(model: "Model", copies: int) -> DeviceBytes:
     if there:
         size = sum(sum(seat.here_bytes.values()) for seat in there.values())
         notes.append(f"{decimal_bytes(size)} of the rest are tensors of stand-ins, counted there")
-    if doubled := _on_devices_too(model):
-        notes.append(f"{decimal_bytes(doubled)} of packed experts are computed on devices only")
+    if copy := host_copy_words(*_host_copy(model, mapped=bool(files))):
+        notes.append(copy)
     return DeviceBytes(
         device="cpu",
         weights=(resident or 0) + loose,
@@ -176,17 +181,37 @@ def _every_stack(model: "Model") -> list[Stack]:
     return list(found.values())
 
 
-def _on_devices_too(model: "Model") -> int:
-    """Bytes of packed experts on the host that only devices compute."""
-    total = 0
+def _as_in_file(stack: Stack) -> bool:
+    """Whether its blocks are the checkpoint's own, not requantized while loading or later."""
+    return stack.as_loaded and not stack.source.startswith("requantized")
+
+
+def _host_copy(model: "Model", *, mapped: bool) -> tuple[int, int]:
+    """Bytes of experts that the host has and does not compute with, NUMA nodes' among them: of the
+    mapped file, and made."""
+    in_file = made = 0.0
     for block in model.moe_blocks:
         bank = block.experts
         if not isinstance(bank, PlacedBank):
             continue
-        used = {e for row in bank.where.values() for e, word in enumerate(row) if word == "cpu"}
-        packed = sum(stack.operand_bytes.get("packed", 0) for stack in bank.stacks)
-        total += packed * (bank.num_experts - len(used)) // bank.num_experts
-    return total
+        own = {"disk"} if bank.team is not None else {"cpu", "disk"}
+        away = sum(own.isdisjoint(words) for words in zip(*bank.where.values(), strict=True))
+        for stack in bank.stacks:
+            share = away / bank.num_experts
+            made += sum(stack.operand_bytes.values()) * share
+            if mapped and _as_in_file(stack):
+                in_file += stack.block_bytes * share
+            else:
+                made += stack.block_bytes * share
+    return round(in_file), round(made)
+
+
+def host_copy_words(in_file: int, made: int) -> str:
+    """What a plan and a ledger say of host memory that experts on devices have still."""
+    words = [f"{decimal_bytes(in_file)} of the mapped file, in memory where it was touched, which "
+             "the system may drop"] if in_file else []  # fmt: skip
+    words += [f"{decimal_bytes(made)} made of it, which stay"] if made else []
+    return f"host copy of experts that are on devices: {'; '.join(words)}" if words else ""
 
 
 def _cache_bytes(model: "Model", seat: TorchSeat | None) -> int:
@@ -222,16 +247,12 @@ def _node(word: str, parts: list[Any]) -> DeviceBytes:
 
 def _device(model: "Model", seat: TorchSeat) -> DeviceBytes:
     formats: Counter[str] = Counter()
-    for _, holder, name in component_stages(model):
-        stage = getattr(holder, name)
-        for linear in getattr(stage, "linears", {"": stage}).values():
-            if isinstance(linear, DeviceLinear) and linear.seat is seat:
-                formats[seat.format] += linear.device_bytes
-        if isinstance(stage, PlacedBank):
-            formats[seat.format] += stage.device_bytes.get(seat.word, 0)
+    for values in _matrices(model, seat):
+        zeros = values.scales.nbytes // 2 if isinstance(values, PackedInt4) else 0
+        formats[_format(values)] += values.nbytes - zeros
+        formats[INT4_ZEROS] += zeros
     here = seat.here_bytes
-    others = here.get("weights", 0) - sum(formats.values())
-    formats["norms, routers and embedding"] = others
+    formats[NOT_MATRICES] = here.get("weights", 0) - sum(formats.values())
     by = "the tensors of the stand-in" if seat.stand_in else "torch's CUDA allocator"
     return DeviceBytes(
         device=seat.word,
@@ -243,3 +264,25 @@ def _device(model: "Model", seat: TorchSeat) -> DeviceBytes:
         total=seat.allocated_bytes,
         measured_by=by,
     )
+
+
+def _matrices(model: "Model", seat: TorchSeat) -> Iterator[Values]:
+    """All that is multiplied, or looked up, on a device."""
+    linears: list[Any] = [model.embedding_table]
+    linears += [getattr(block.router, "gate", None) for block in model.moe_blocks]
+    for _, holder, name in component_stages(model):
+        stage = getattr(holder, name)
+        linears += getattr(stage, "linears", {"": stage}).values()
+        if isinstance(stage, PlacedBank):
+            for matrices in stage.residents.get(seat.word, {}).values():
+                yield from matrices
+    for linear in linears:
+        if isinstance(linear, DeviceLinear) and linear.seat is seat:
+            yield linear.values
+
+
+def _format(values: Values) -> str:
+    """In which format a matrix is on a device: not all are in the seat's."""
+    if not isinstance(values, Tensor):
+        return INT4
+    return next(name for name, dtype in DTYPES.items() if dtype == values.dtype)

@@ -147,7 +147,7 @@ class PredictView(Instrument):
             found = predict(name, **wanted, placement=placement)
         if self._table is None:
             self._table = published()
-        known = (*self._table.fitted, *self._table.held_out)
+        known = (*self._table.fitted, *self._table.held_out, *self._table.left_out)
         same = () if count else tuple(one for one in known if _is(one, found, name))
         self.publish(cancel, lambda: self._keep(found, same))
 
@@ -184,7 +184,11 @@ class PredictView(Instrument):
         error = self._table.errors["held_out"]
         return {
             f"error on {error['count']} published speeds, held out": f"median "
-            f"{100 * error['median']:.0f} %, worst {100 * error['worst']:.0f} %"
+            f"{100 * error['median']:.0f} %, worst {100 * error['worst']:.0f} %",
+            **{
+                f"left out of them: {one.model}": f"{100 * one.error:+.0f} %"
+                for one in self._table.left_out
+            },
         }
 
     def to_html(self) -> str:

@@ -142,7 +142,7 @@ class RulesView(Instrument):
 
     def _rules(self) -> RuleSet:
         name = str(self.start_choice.value)
-        return RuleSet.parse(str(self.area.value), name, classes=self.classes)
+        return RuleSet.parse(str(self.area.value), name, classes=self.classes, model=self._plain)
 
     def _stand_in(self, rules: RuleSet) -> dict[str, str] | None:
         """For the GPUs that the rules name and this machine does not have."""

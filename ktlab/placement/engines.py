@@ -66,7 +66,7 @@ class Engine(Record):
     hidden_bytes: int
     """Of one number on the link."""
     gpu_format: str | None
-    """What it makes of matrices on a GPU; None: 4 bits."""
+    """What it makes of matrices on a GPU, where no plan says; None: 4 bits."""
     source: str
 
     def problems(self, machine: Machine) -> list[str]:

@@ -9,8 +9,9 @@ from ktlab.checkpoint.converted import wanted_format
 from ktlab.checkpoint.facts import ModelFacts, TensorFacts
 from ktlab.checkpoint.names import is_quantizable
 from ktlab.kernels import codings, native
+from ktlab.kernels.int4 import GROUPED
 from ktlab.kernels.linear import SMALL
-from ktlab.placement.machine import CPU, GPU, Machine
+from ktlab.placement.machine import CPU, DISK, GPU, Machine
 from ktlab.placement.parts import Part, grouped, part
 from ktlab.placement.placement import PHASES, PLACEABLE, Placement, kind_of
 from ktlab.placement.ranges import write_ranges
@@ -19,9 +20,10 @@ from ktlab.record import Record
 
 ON_CPU = ("embedding", "experts")
 """Stay in host memory where there is a GPU: of their numbers a token uses least (`Part.use`)."""
-GPU_FORMAT, GPU_PER_HEAD_FORMAT = "int4_group128", "bf16"
+GPU_FORMAT, GPU_WHOLE_FORMAT = "int4_group128", "bf16"
 """Matrices on a GPU have 4 bits; keys and values out of the latent, one matrix a head that the
-absorbed form multiplies in place, have 16, as KTransformers leaves kv_b_proj out of its 4 bits."""
+absorbed form multiplies in place, have 16, as KTransformers leaves kv_b_proj out of its 4 bits, and
+so has an embedding, whose rows are looked up (`model.place` holds both so)."""
 PER_HEAD = ("attn_k_b", "attn_v_b", "attn_kv_b")
 
 Conversions = Mapping[str, str]
@@ -104,6 +106,29 @@ def place(
     if facts.config.tied_output:
         found += _tied(facts, placement, groups[None, "embedding"], format_of)
     return found
+
+
+def host_copy(
+    facts: ModelFacts,
+    placement: Placement,
+    *,
+    convert: Mapping[Format, Format],
+    quantize: Mapping[str, Format],
+) -> tuple[int, int]:
+    """Bytes of experts that only GPUs and NUMA nodes compute, from copies of theirs: what host
+    memory has of them still, in the mapped file, and made while loading."""
+    config, groups = facts.config, grouped(facts)
+    in_file = made = 0
+    for layer in config.moe_layers:
+        words = zip(*(placement.experts_row(layer, phase) for phase in PHASES), strict=True)
+        away = sum({CPU, DISK}.isdisjoint(word) for word in words)
+        for tensor in groups[layer, "experts"]:
+            stored = get_format(tensor.format)
+            wanted = wanted_format(tensor.name, tensor.shape, stored, convert, quantize)
+            share = _nbytes(tensor, wanted.name) * away // config.num_experts
+            in_file += share if wanted == stored else 0
+            made += 0 if wanted == stored else share
+    return in_file, made
 
 
 def _seats(
@@ -205,10 +230,9 @@ def _placed(
 def _gpu_format(tensor: TensorFacts, component: str, gpu_formats: Conversions) -> str:
     if not is_quantizable(tensor.name, tensor.shape):
         return tensor.format
-    wanted = gpu_formats.get(component)
-    if wanted is None:
-        wanted = GPU_PER_HEAD_FORMAT if _is_per_head(tensor) else GPU_FORMAT
-    return fallback_format(wanted, tensor.shape[-1]).name
+    wanted = fallback_format(gpu_formats.get(component, GPU_FORMAT), tensor.shape[-1]).name
+    whole = component == "embedding" or _is_per_head(tensor)
+    return GPU_WHOLE_FORMAT if whole and wanted in GROUPED else wanted
 
 
 def _cpu_format(tensor: TensorFacts, component: str, loaded: Format) -> str:

@@ -250,7 +250,13 @@ class _Reader:
 
     def fields(self, data: Any, where: str, known: Iterable[str]) -> dict[str, Any] | None:
         if not isinstance(data, Mapping):
-            self.say(where, f"expected {', '.join(known)}; found {short(data)}")
+            said = f"expected {', '.join(known)}; found {short(data)}"
+            if not where and _is_rule_file(data):
+                said = (
+                    "a rule file, not a placement; give it to ktlab plan as --rules, or read it "
+                    "with RuleSet.read(file).placement(model), which may be written as YAML"
+                )
+            self.say(where, said)
             return None
         for key in self.keys(data, where):
             if key not in known:
@@ -401,6 +407,12 @@ class _Reader:
                 where, f"{what} {write_ranges(outside)} do not exist; there are 0 to {limit - 1}"
             )
         return tuple(x for x in found if x < limit)
+
+
+def _is_rule_file(data: Any) -> bool:
+    """Whether it is a list of `match` and `replace`, as RuleSet reads it."""
+    first = data[0] if isinstance(data, list) and data else None
+    return isinstance(first, Mapping) and not {"match", "replace"}.isdisjoint(first)
 
 
 def _put(placement: Placement, component: str, seats: Seats, phase: str | None) -> Placement:

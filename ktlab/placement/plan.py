@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.converted import Quantization
 from ktlab.checkpoint.facts import ModelFacts, read_facts
-from ktlab.errors import PlacementError, SettingError, nearest
+from ktlab.errors import PlacementError, SettingError, nearest, short
 from ktlab.html import decimal_bytes
+from ktlab.model.byte_ledger import host_copy_words
 from ktlab.model.from_disk import FromDisk, from_disk
 from ktlab.placement import view
 from ktlab.placement.known import Known, known
@@ -21,7 +22,7 @@ from ktlab.placement.ledger import CACHE_FORMATS, ELEMENT_BYTES, Ledger, ledgers
 from ktlab.placement.machine import CPU, GPU, Machine, Size, get_machine
 from ktlab.placement.measured import PlanMeasured, measured
 from ktlab.placement.parts import COMPONENTS, cache_part
-from ktlab.placement.placed import Placed, place, usual
+from ktlab.placement.placed import Placed, host_copy, place, usual
 from ktlab.placement.placement import Placement, kind_of
 from ktlab.quantization import get_format
 from ktlab.record import Record
@@ -77,6 +78,17 @@ class Plan(Record):
             f"the plan has no device {device!r}{nearest(device, [x.device for x in self.ledgers])};"
             f" there are {', '.join(x.device for x in self.ledgers)}"
         )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read back what `to_json` wrote; SettingError where `text` is something else."""
+        try:
+            return super().from_json(text)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise SettingError(
+                f"expected a plan as Plan.to_json writes it, found {short(text)}: {error}; "
+                "make it anew: ktlab.plan(...).to_json()"
+            ) from error
 
     @property
     def fits(self) -> bool | None:
@@ -194,7 +206,8 @@ def plan(
     ("382GB", "24GiB", bytes); `machine="this"` measures. `context` in tokens, by default 8,192 or
     what the model has. `attention` is the form whose cache counts. `convert` and `quantize` are
     those of `load`; `gpu_formats` overrides the 4 bits of a GPU, for all or by component,
-    {"attention": "bf16"}. `numa_copies` copies of the experts exist in host memory. Raises
+    {"attention": "bf16"}. `numa_copies` copies of the experts exist in host memory, on a
+    machine that is named no more than it has nodes. Raises
     CheckpointError for a bad file, SettingError or FormatError for a bad argument, PlacementError
     for a placement of another model or on devices that are not there.
     """
@@ -206,18 +219,19 @@ def plan(
     if isinstance(gpu_formats, str):
         gpu_formats = dict.fromkeys(COMPONENTS, gpu_formats)
     _check(config, numa_copies, chunk, gpu_formats or {})
+    if machine is not None:
+        _check_nodes(where, numa_copies)
     rule = usual(config, where)
     chosen = rule if placement is None else placement.placement
     there = _devices(where, chosen, anything=machine is None and vram is None)
     chosen.check(config, there)
     globs = {"*": quantize} if isinstance(quantize, str) else quantize or {}
+    by_format = {get_format(found): get_format(made) for found, made in (convert or {}).items()}
+    by_name = {glob: get_format(made) for glob, made in globs.items()}
     weights = place(
-        facts,
-        chosen,
-        convert={get_format(found): get_format(made) for found, made in (convert or {}).items()},
-        quantize={glob: get_format(made) for glob, made in globs.items()},
-        gpu_formats=gpu_formats or {},
+        facts, chosen, convert=by_format, quantize=by_name, gpu_formats=gpu_formats or {}
     )
+    still_there = host_copy(facts, chosen, convert=by_format, quantize=by_name)
     rows = [*weights, *_caches(config, chosen, form, positions)]
     counted = ledgers(
         config,
@@ -247,7 +261,10 @@ def plan(
         ledgers=tuple(counted),
         known=tuple(known(config, weights, counted, numa_copies)) if chosen == rule else (),
         disk=_disk(facts, counted, rows),
-        notes=tuple(_notes(facts, where, rows, counted, numa_copies)),
+        notes=(
+            *_notes(facts, where, rows, counted, numa_copies),
+            *filter(None, [host_copy_words(*still_there)]),
+        ),
     )
 
 
@@ -305,6 +322,16 @@ def _check(
         raise SettingError(f"plan of {config.name}: " + "; ".join(problems))
     for format in gpu_formats.values():
         get_format(format)  # FormatError with the nearest name
+
+
+def _check_nodes(machine: Machine, numa_copies: int) -> None:
+    """A machine that is named has no more copies than memories of its own for them."""
+    nodes = max(machine.numa_nodes, machine.sockets)
+    if numa_copies > nodes:
+        raise SettingError(
+            f"numa_copies={numa_copies}: expected 1 to {nodes}, {machine.name} has {nodes} NUMA "
+            f"node{'s' * (nodes > 1)}; name a machine with more, or leave it out and give ram="
+        )
 
 
 def _caches(config: ModelConfig, placement: Placement, form: str, context: int) -> list[Placed]:

@@ -7,24 +7,21 @@ Seconds come from `stage_times`, what runs beside what from a `Timeline`, bytes 
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike, fspath
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
-from ktlab.checkpoint.facts import read_facts
-from ktlab.checkpoint.published import published_model, published_models
 from ktlab.errors import SettingError
 from ktlab.placement import prediction_view
 from ktlab.placement.case import Case, Pass, StageTime, on_gpu
+from ktlab.placement.engine_plan import config_of, engine_plan, format_word
 from ktlab.placement.engines import KTLAB, Efficiency, Engine, efficiencies
 from ktlab.placement.engines import engine as engine_of
-from ktlab.placement.machine import CPU, GPU, THIS, Machine, get_machine
+from ktlab.placement.machine import THIS, Machine, get_machine
 from ktlab.placement.placement import kind_of
-from ktlab.placement.plan import Plan, plan
+from ktlab.placement.plan import Plan
 from ktlab.placement.stage_times import stage_times
 from ktlab.placement.timeline import Task, Timeline, schedule
 from ktlab.placement.touched import Load
@@ -136,11 +133,11 @@ def predict(
     `model` and `format` are those of `ktlab.plan`; without a format a published model has the
     engine's usual one. `machine` is a listed name ("2x6454s+4090d"), "this", or a `Machine`.
     `engine` is "ktransformers-0.2", "ktransformers-0.2.1", "ktransformers-0.3", "llama.cpp" or
-    "ktlab". `placement` says what lies where, by default the engine's own rule. `loads` are
-    {layer: each expert's share of choices} or a trace; layers that are missing are even.
-    `changes` gives efficiencies other values. Raises SettingError for what is unknown, with the
-    nearest name, and for an engine that cannot run on the machine; CheckpointError and FormatError
-    as `ktlab.plan` does.
+    "ktlab". `placement` says what lies where, by default the engine's own rule; a `Plan` says in
+    which formats, too, and a `format` beside it must be its own. `loads` are {layer: each expert's
+    share of choices} or a trace; layers that are missing are even. `changes` gives efficiencies
+    other values. Raises SettingError for what is unknown, with the nearest name, and for an engine
+    that cannot run on the machine; CheckpointError and FormatError as `ktlab.plan` does.
     """
     case, planned = prepare(
         model,
@@ -165,7 +162,7 @@ def predict(
         model=planned.model,
         machine=where.name,
         engine=how.name,
-        format=format or (how.format if _is_shape(str(model)) else "its own formats"),
+        format=format or format_word(str(model), how, placement),
         top_k=case.top_k,
         prompt=prompt,
         generate=generate,
@@ -199,8 +196,8 @@ def prepare(
     where = Machine.measure() if machine == THIS else get_machine(machine)
     given = () if placement is None else placement.placement.devices
     _check(how, where, prompt, generate, given)
-    planned = _plan(fspath(model), how, where, format, prompt + generate, placement)
-    config = _config(fspath(model))
+    planned = engine_plan(fspath(model), how, where, format, prompt + generate, placement)
+    config = config_of(fspath(model))
     k = config.top_k if top_k is None else top_k
     if not 1 <= k <= config.selectable_experts:
         raise SettingError(f"top_k={k}: {config.name} has 1 to {config.selectable_experts}")
@@ -265,56 +262,6 @@ def _loads(loads: "Mapping[int, Load] | Trace | None", model: str) -> Mapping[in
 def _tiny_loads() -> Mapping[int, Load]:
     said = json.loads(data_path("measurements", "tiny_load.json").read_text(encoding="utf-8"))
     return {int(layer): counts for layer, counts in said["counts"].items()}
-
-
-def _config(model: str) -> ModelConfig:
-    return published_model(model).config if _is_shape(model) else read_facts(model).config
-
-
-def _is_shape(model: str) -> bool:
-    """Whether it is a published shape, whose format is anybody's choice."""
-    return model.lower() in published_models() and not Path(model).exists()
-
-
-def _plan(
-    model: str,
-    how: Engine,
-    where: Machine,
-    format: str | None,
-    context: int,
-    placement: "Placement | Plan | None",
-) -> Plan:
-    """What lies where and in which format: by the placement, else by the engine's own rule."""
-    kept = (CPU, GPU) if how.gpu else (CPU,)
-    there = where
-    if placement is None:
-        there = replace(where, devices=tuple(d for d in where.devices if d.name in kept))
-    if how.experts is not None:  # the GPU's part has its 4 bits from any format
-        file_type: str | None = how.experts
-    else:
-        file_type = format or (how.format if _is_shape(model) else None)
-    copies = where.sockets if how.numa == "copies" else 1
-    if placement is None and _is_shape(model):
-        # A shape is a value: the same plan serves every number of experts, and a fit.
-        bare = Machine(name=there.name, devices=there.devices, numa_nodes=there.numa_nodes)
-        return replace(
-            _shape_plan(model, file_type, bare.to_json(), context, copies), machine=there
-        )
-    return plan(
-        model,
-        format=file_type,
-        machine=there,
-        context=context,
-        numa_copies=copies,
-        placement=placement,
-        gpu_formats=how.gpu_format,
-    )
-
-
-@lru_cache(maxsize=64)
-def _shape_plan(model: str, format: str | None, machine: str, context: int, copies: int) -> Plan:
-    there = Machine.from_json(machine)
-    return plan(model, format=format, machine=there, context=context, numa_copies=copies)
 
 
 def _tasks(stages: Iterable[StageTime]) -> list[Task]:

@@ -1,7 +1,8 @@
 """Published speeds beside predicted ones, and the fit of the efficiencies that are free.
 
-`data/published_speeds.json` holds the figures with their sources: those that are fitted, and those
-that are held out, which no efficiency has seen.
+`data/published_speeds.json` holds the figures with their sources: those that are fitted, those that
+are held out, which no efficiency has seen, and those that are left out of both, since what they
+were measured with was not published: no bound holds for them, so each is said beside it.
 """
 
 import json
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
+KINDS = ("fitted", "held_out", "left_out")
 TURNS = 12
 STEP = 1e-3
 """Of a logarithm, for differences."""
@@ -81,6 +83,8 @@ class Published(Record):
     fitted: tuple[Speed, ...]
     held_out: tuple[Speed, ...]
     memory: tuple[KnownMemory, ...]
+    left_out: tuple[Speed, ...]
+    """In neither, and not within their errors; `source` says what was not published."""
     free: Mapping[str, float]
     """The efficiencies that were fitted."""
     unexplained: tuple[str, ...] = ()
@@ -89,14 +93,15 @@ class Published(Record):
     def to_dict(self) -> dict[str, Any]:
         """With the errors, which `from_dict` computes anew."""
         found = super().to_dict()
-        for kind in ("fitted", "held_out", "memory"):
+        for kind in (*KINDS, "memory"):
             for row, one in zip(found[kind], getattr(self, kind), strict=True):
                 row["error"] = one.error
         return {**found, "errors": self.errors}
 
     @property
     def errors(self) -> dict[str, dict[str, float]]:
-        """{"fitted", "held_out": {"median", "worst", "count"}} of absolute relative errors."""
+        """{"fitted", "held_out": {"median", "worst", "count"}} of absolute relative errors;
+        not of what is left out."""
         return {
             kind: {
                 "median": median(abs(one.error) for one in rows),
@@ -111,9 +116,9 @@ class Published(Record):
         import pandas as pd
 
         rows = [
-            {"kind": kind, **one.to_dict(), "error": one.error}
-            for kind, found in (("fitted", self.fitted), ("held out", self.held_out))
-            for one in found
+            {"kind": kind.replace("_", " "), **one.to_dict(), "error": one.error}
+            for kind in KINDS
+            for one in getattr(self, kind)
         ]
         return pd.DataFrame(rows)
 
@@ -136,6 +141,7 @@ def published(changes: Mapping[str, float] | None = None) -> Published:
     return Published(
         fitted=tuple(_speeds(said["fitted"], changes)),
         held_out=tuple(_speeds(said["held_out"], changes)),
+        left_out=tuple(_speeds(said["left_out"], changes)),
         memory=tuple(_memory()),
         free=_free(changes),
         unexplained=tuple(said["unexplained"]),

@@ -79,6 +79,16 @@ def summary(of: "Published", kind: str) -> str:
     )
 
 
+def left_out(of: "Published") -> list[str]:
+    """A line for each speed that is in no bound: what it is, and why."""
+    return [
+        f"left out of them, and not explained: {one.model}, {one.engine} on {one.machine}, "
+        f"{one.phase}: {one.published:.4g} published, {one.predicted:.4g} predicted "
+        f"({percent(one.error)}) ({one.source})"
+        for one in of.left_out
+    ]
+
+
 def text(of: "Published") -> str:
     """Tables in columns."""
     widths = (12, 17, 20, 8, 7, 8, 10, 10, 8)
@@ -88,6 +98,7 @@ def text(of: "Published") -> str:
     ]
     for kind in ("fitted", "held_out"):
         lines += ["", f"{summary(of, kind)}; in tokens/s"]
+        lines += left_out(of) if kind == "held_out" else []
         lines += [
             "  " + "".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
             for row in (HEADERS, *rows(of, kind))
@@ -100,11 +111,13 @@ def text(of: "Published") -> str:
 
 def bundle(of: "Published") -> dict[str, Any]:
     """Text, and a card: what was fitted, and behind a click what was held out and memory."""
+    beside = "".join(f'<div class="s">{html.text(line)}</div>' for line in left_out(of))
     headers = ("who", "model", "device", "published", "planned", "error")
     parts = [
         html.Raw(f"<b>{summary(of, 'fitted')}</b>"),
         html.table(narrow_rows(of, "fitted"), NARROW),
         html.details(summary(of, "held_out"), html.table(narrow_rows(of, "held_out"), NARROW)),
+        html.Raw(beside),
         html.details("memory", html.table(memory_rows(of), headers)),
         html.details("not explained", html.table([(one,) for one in of.unexplained])),
     ]

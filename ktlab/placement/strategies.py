@@ -8,14 +8,15 @@ Letters: T tokens, K selected, L layers with experts, E experts, C capacities 0.
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ktlab.errors import PlacementError, TraceError, nearest
+from ktlab.errors import PlacementError, TraceError, nearest, short
 from ktlab.experts.cache_order import positions
-from ktlab.experts.halves import Halves, Ids
+from ktlab.experts.halves import Halves, Ids, routing_of
 from ktlab.experts.policies import KNOWN, Hits
 from ktlab.placement.placement import ModelShape
 from ktlab.placement.ranges import write_ranges
@@ -69,10 +70,9 @@ class Fixed(Strategy):
 
     def chosen(self, shape: ModelShape, count: int, profile: Any = None) -> Chosen:
         layers, experts = tuple(shape.moe_layers), shape.experts
-        if not 0 <= count <= len(layers) * experts:
-            raise PlacementError(
-                f"{self.name}: {count} experts; {shape.name} has 0 to {len(layers) * experts}"
-            )
+        check_count(
+            f"{self.name}, count", count, layers=len(layers), experts=experts, model=shape.name
+        )
         ids = self._learnt(shape, profile)
         (mask_LE,) = self.mask(len(layers), experts, ids, [count])
         return {
@@ -99,20 +99,19 @@ class Fixed(Strategy):
                 f"{self.name} chooses by a routing profile and was given none; record one: "
                 "profile=model.trace(text)"
             )
-        statistics = getattr(profile, "routing", profile)
         try:
-            model, layers = statistics.trace.model, statistics.layers
-        except AttributeError:
-            raise PlacementError(
-                f"{self.name}: the profile is a {type(profile).__name__}; expected a trace of the "
-                "routers' choices: profile=model.trace(text)"
-            ) from None
+            statistics = routing_of(profile, "profile")
+        except TraceError as error:
+            raise PlacementError(f"{self.name}: {error}") from None
+        model, layers = statistics.trace.model, statistics.layers
         wanted = tuple(shape.moe_layers)
         problems = []
         if model.num_experts != shape.experts:
             problems.append(f"{model.num_experts} experts a layer, not {shape.experts}")
         if missing := [layer for layer in wanted if layer not in layers]:
-            problems.append(f"no router of layers {write_ranges(missing)}")
+            untraced = set(missing) <= set(model.moe_layers)
+            what = "recorded routing" if untraced else "router"
+            problems.append(f"no {what} of layers {write_ranges(missing)}")
         if outside := [layer for layer in layers if layer not in wanted]:
             problems.append(f"routers of layers {write_ranges(outside)}, which have none here")
         if problems:
@@ -253,6 +252,17 @@ def get_strategy(strategy: "str | Strategy") -> Strategy:
             f"{', '.join(STRATEGIES)}"
         )
     return STRATEGIES[strategy]
+
+
+def check_count(what: str, count: object, *, layers: int, experts: int, model: str) -> None:
+    """PlacementError unless `count` is a number of experts that the layers have together."""
+    most = layers * experts
+    whole = isinstance(count, Integral) and not isinstance(count, bool)
+    if not whole or not 0 <= count <= most:  # type: ignore[operator]
+        raise PlacementError(
+            f"{what} = {short(count)}: expected a whole number from 0 to {most}; {model} has "
+            f"{most} experts in {layers} layers"
+        )
 
 
 def loads(profile: Ids | None, experts: int) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from ktlab import figures, html
 from ktlab.errors import PlacementError
 from ktlab.experts.caches import CacheReplay, replay
 from ktlab.interval import Interval
-from ktlab.placement.strategies import STRATEGIES, Strategy, get_strategy
+from ktlab.placement.strategies import STRATEGIES, Strategy, check_count, get_strategy
 from ktlab.record import Record
 
 if TYPE_CHECKING:
@@ -138,16 +138,12 @@ def score(
     `budget` counts the experts of all layers and is rounded down to a whole number a layer. Learnt
     on one half of each domain's text and scored on the other; or, with `profile`, learnt there and
     scored on all of the trace. `replayed` is what `curves` gave for the same, if it is at hand.
-    Raises PlacementError for an unknown strategy or an impossible budget, TraceError for a profile
-    of another model or of the very text that it would be scored on.
+    Raises PlacementError for an unknown strategy or an impossible budget, TraceError for a trace
+    without routing and for a profile of another model or of the text that it would be scored on.
     """
     found = curves(strategies, trace, profile=profile) if replayed is None else replayed
     layers = len(found.by_layer)
-    if not 0 <= budget <= layers * found.num_experts:
-        raise PlacementError(
-            f"budget = {budget}: {found.model} has {layers * found.num_experts} experts in "
-            f"{layers} layers"
-        )
+    check_count("budget", budget, layers=layers, experts=found.num_experts, model=found.model)
     capacity = budget // layers
     named = {s.name: s for s in map(get_strategy, strategies or STRATEGIES)}
     rows = [

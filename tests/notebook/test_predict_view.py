@@ -39,6 +39,7 @@ def test_an_answer_at_once_beside_what_was_published(view: PredictView) -> None:
     error = published().errors["held_out"]
     assert f"worst {100 * error['worst']:.0f} %" in view.summary.value
     assert f"error on {error['count']} published speeds" in view.summary.value
+    assert "left out of them: qwen3-235b-a22b" in view.summary.value
     assert sum(trace.x[1] for trace in view.bars.data) == pytest.approx(1)
     assert {lane for trace in view.line.data for lane in trace.y} == {"CPU", "GPU", "link"}
     assert set(found.times["decode"]) <= set(STAGES)
@@ -59,8 +60,16 @@ def test_every_control_turns_it(view: PredictView) -> None:
     view.set(sockets=1)
     assert decode() < six
     assert view.prediction is not None and view.prediction.machine.endswith("1 socket")
+    short, one_socket = view.prediction.prefill_tokens_per_s, decode()
+    view.set(prompt=1930)
+    assert decode() < one_socket, "more is cached"
+    assert view.prediction.prompt == 1930 and view.prediction.prefill_tokens_per_s > short
+    assert "experts on the GPU" not in view.prediction.times["decode"]
+    on_cpu = view.prediction.times["decode"]["experts"]
     view.set(gpu_layers=4)
-    assert "experts on the GPU" in view.prediction.times["decode"] or decode() > 0
+    decode()
+    times = view.prediction.times["decode"]
+    assert times["experts on the GPU"] > 0 and times["experts"] < on_cpu
     view.set(machine="mine", model="deepseek-v2-lite")
     assert decode() > six
     assert view.prediction.machine == "mine" and view.experts.value == 6

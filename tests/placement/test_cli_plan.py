@@ -36,3 +36,15 @@ def test_a_placement_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     asked = ["plan", "deepseek-v2-lite", "--format", "q4_k_m", "--placement", str(file)]
     assert main([*asked, "--vram", "4GB"]) == 0
     assert "cuda:0 needs" in capsys.readouterr().out
+
+
+def test_a_rule_file_is_no_placement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rules.yaml"
+    file.write_text("- match: {name: experts}\n  replace: {class: default}\n")
+    for command in ("plan", "predict"):
+        assert main([command, "deepseek-v2-lite", "--placement", str(file)]) == 2
+        said = capsys.readouterr().err
+        assert "rules.yaml: a rule file, not a placement; give it to ktlab plan as --rules" in said
+    file.write_text("- 17\n")
+    assert main(["plan", "deepseek-v2-lite", "--placement", str(file)]) == 2
+    assert "expected model, places; found [17]" in capsys.readouterr().err

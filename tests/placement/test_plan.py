@@ -9,13 +9,16 @@ import pytest
 
 import ktlab
 from ktlab.checkpoint import write_gguf
+from ktlab.checkpoint.published import published_model
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.errors import CheckpointError, FormatError, SettingError
-from ktlab.placement import Device, Machine, Plan, plan
+from ktlab.placement import Device, Machine, Placement, Plan, plan
 from ktlab.placement.ledger import KINDS, cache_bytes
+from ktlab.placement.machine import get_machine
 from tests.placement.big import write_shards
 
 GB = 10**9
+V3 = published_model("deepseek-v3").config
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,20 @@ def test_two_numa_copies() -> None:
     assert known.published == 10**12 and "theirs includes the machine's installed" in str(known)
 
 
+def test_no_more_numa_copies_than_nodes() -> None:
+    """Of a machine that is named; without one it is asked what they would need."""
+    said = (
+        r"numa_copies=2: expected 1 to 1, 1x6454s\+4090d has 1 NUMA node; name a machine with more"
+    )
+    with pytest.raises(SettingError, match=said):
+        plan("deepseek-v3", machine="1x6454s+4090d", numa_copies=2)
+    nodes = get_machine("this").numa_nodes
+    with pytest.raises(SettingError, match=f"numa_copies={nodes + 1}: expected 1 to {nodes}, this"):
+        plan("tiny", machine="this", numa_copies=nodes + 1)
+    assert plan("tiny", machine="2x6454s+4090d", numa_copies=2)["cpu"].copies
+    assert plan("tiny", numa_copies=2, ram="1TB")["cpu"].copies
+
+
 def test_deepseek_v2_as_in_its_tutorial() -> None:
     """Attention and output in 16 bits there: then the GPU's weights are those 20.7 GB."""
     half = {"attention": "bf16", "output": "bf16"}
@@ -123,6 +140,18 @@ def test_the_largest_context_fits_and_one_more_does_not() -> None:
     assert longest is not None and 8192 < longest < 163840
     assert plan("deepseek-v3", format="q4_k_m", context=longest, **room).fits
     assert not plan("deepseek-v3", format="q4_k_m", context=longest + 1, **room).fits
+
+
+def test_a_gpu_holds_in_16_bits_what_is_not_multiplied_in_groups() -> None:
+    """As `model.place` does, whatever is asked: matrices of single heads, and the embedding."""
+    placed = Placement.everywhere(V3, "cuda:0")
+    for formats in (None, "int4_group128"):
+        found = plan("deepseek-v3", format="q4_k_m", placement=placed, gpu_formats=formats)
+        total = found.by_component()
+        assert total["embedding"].formats == ("bf16",)
+        assert total["embedding"].bytes == 2 * V3.vocab_size * V3.hidden_size
+        assert "bf16" in total["attention"].formats
+        assert total["output"].formats == ("int4_group128",)
 
 
 def test_naive_needs_71_times_the_cache_of_absorbed() -> None:
@@ -210,6 +239,13 @@ def test_to_json_and_back() -> None:
     assert found != plan("deepseek-v2-lite", format="q4_k_m", ram="16GB")
     with pytest.raises(AttributeError):
         found.context = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "{", '{"model": 1}'])
+def test_json_of_something_else(text: str) -> None:
+    with pytest.raises(SettingError, match=r"expected a plan as Plan.to_json writes it, found '.*"
+                       r"make it anew: ktlab.plan\(...\).to_json\(\)"):  # fmt: skip
+        Plan.from_json(text)
 
 
 def test_tables_and_picture() -> None:

@@ -52,6 +52,40 @@ def test_speeds_that_no_efficiency_has_seen(table: Published) -> None:
     assert errors["worst"] <= 0.25
 
 
+def test_what_is_left_out_is_said_beside_the_bound(
+    table: Published, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """347 tokens/s of a prompt whose length nobody gave: not held to the 25 %, and not hidden."""
+    (left,) = table.left_out
+    assert left not in table.held_out and left.published == 347
+    assert left.error > table.errors["held_out"]["worst"]
+    words = f"347 published, {left.predicted:.4g} predicted (+{100 * left.error:.1f} %)"
+    assert main(["predict", "--published"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    bound = next(i for i, line in enumerate(lines) if line.startswith("held out: "))
+    assert words in lines[bound + 1] and "prompt's length" in lines[bound + 1]
+    page = table._repr_mimebundle_()["text/html"]
+    assert page.count(words) == 1 and page.index(words) < page.index("<summary>memory")
+    (found,) = json.loads(table.to_json())["left_out"]
+    assert found["error"] == pytest.approx(left.error)
+
+
+USUAL = [n for n, one in efficiencies().items() if not one.fitted and not n.startswith("own_")]
+"""Usual, counted or published shares; ktlab's own are in none of the published speeds."""
+
+
+@pytest.mark.parametrize("share", [0.7, 1.3])
+@pytest.mark.parametrize("name", USUAL)
+def test_the_error_does_not_hang_on_a_usual_value(
+    table: Published, name: str, share: float
+) -> None:
+    """A third more or less of what was not fitted, and the others as they are."""
+    found = published({name: share * efficiencies()[name].value})
+    assert found.fitted != table.fitted or found.held_out != table.held_out
+    for errors in found.errors.values():
+        assert errors["median"] <= 0.10 and errors["worst"] <= 0.25
+
+
 def test_fitting_again_gives_the_committed_efficiencies(table: Published) -> None:
     found = fit(table.fitted)
     assert found == pytest.approx(table.free, rel=2e-3)
@@ -82,7 +116,8 @@ def test_published_to_json_and_back(table: Published) -> None:
     found = json.loads(table.to_json())
     assert found["fitted"][0]["error"] == pytest.approx(table.fitted[0].error)
     assert found["errors"]["held_out"]["worst"] == table.errors["held_out"]["worst"]
-    assert len(table.to_frame()) == len(table.fitted) + len(table.held_out)
+    kinds = table.to_frame()["kind"].value_counts()
+    assert kinds["fitted"] == len(table.fitted) and kinds["held out"] == len(table.held_out)
     text = str(table)
     assert "held out" in text and "not explained" in text
     assert table._repr_mimebundle_()["text/html"].count("<tr>") > 50
@@ -401,6 +436,30 @@ def test_ktlab_on_a_gpu_says_that_nobody_measured_it() -> None:
         "deepseek-v2-lite", **here, placement=placement, changes={"own_gpu_layer_s": 1e-5}
     )
     assert faster.decode_tokens_per_s > 1.5 * told.decode_tokens_per_s
+
+
+@pytest.mark.parametrize("gpu_formats", [None, "bf16", {"attention": "q8_0"}])
+def test_a_plans_formats_are_its_predictions(gpu_formats: Any) -> None:
+    """Its bytes, too, in the machine's memory and on the way; a bare placement is as model.place
+    puts it."""
+    here: dict[str, Any] = {"machine": "2x6454s+4090d", "prompt": 512, "generate": 128}
+    size: dict[str, Any] = {"machine": "2x6454s+4090d", "context": 640}
+    made = ktlab.plan("deepseek-v2-lite", format="q8_0", gpu_formats=gpu_formats, **size)
+    told = ktlab.predict("deepseek-v2-lite", placement=made, **here)
+    assert told.memory == {one.device: one.needed for one in made.ledgers}
+    assert told.plan.rows == made.rows and told.format == "the plan's formats"
+    bare = ktlab.predict("deepseek-v2-lite", format="q8_0", placement=made.placement, **here)
+    bytes_of = {
+        name: next(s.bytes for s in one.stages["decode"] if s.stage == "attention")
+        for name, one in (("plan", told), ("bare", bare))
+    }
+    assert (bytes_of["plan"] < bytes_of["bare"]) == (gpu_formats != "bf16")
+    with pytest.raises(SettingError, match="format='q4_k_m', and the placement is a plan in other"):
+        ktlab.predict("deepseek-v2-lite", format="q4_k_m", placement=made, **here)
+    amx = ktlab.predict("deepseek-v2-lite", engine="ktransformers-0.3", placement=made, **here)
+    assert {r.formats for r in amx.plan.rows if r.part.component == "experts"} == {
+        ("int8_channel",)
+    }
 
 
 def test_placements_on_machines_that_lack_a_device() -> None:

@@ -281,6 +281,36 @@ def test_everything_wrong_is_said_at_once() -> None:
         RuleSet.parse("- 17\n" * 60)
 
 
+def test_what_sound_rules_do_is_said_with_what_is_wrong_with_the_others() -> None:
+    """One error for the text and for the model, as far as the sound rules can tell."""
+    model = Model(synthesize(TINY_TEST_CONFIG))
+    texts = [
+        rule(match="nam: a"),
+        rule(match="name: layers.9", replace="class: default"),
+        rule(match="name: o_proj$"),
+        rule(match="class: torch.nn.Linear, name: self_attn.o_proj"),
+        rule(match="name: lm_head", replace="device: 'xpu:1'"),
+    ]
+    with pytest.raises(RuleError) as caught:
+        RuleSet.parse("".join(texts), "bad.yaml", model=model)
+    found = str(caught.value).splitlines()
+    assert found[0] == "bad.yaml: 4 problems" and len(found) == 5
+    for line, where, words in zip(
+        found[1:],
+        ("line 1, column 11", "line 3, column 17", "line 7, column 41", "line 9, column 17"),
+        ("unknown key 'nam'", "rule 2 matches nothing: no module", "rule 4 comes too late",
+         "rule 5 asks for xpu:1: a placement knows cpu"),
+        strict=True,
+    ):  # fmt: skip
+        assert line.startswith(f"  {where}: ") and words in line
+    with pytest.raises(RuleError, match="1 problem\n(?s:.*)4 rules are sound; .* not looked at"):
+        RuleSet.parse("".join(texts), "bad.yaml")
+    slow = "".join([texts[0], rule(match=f"name: '{SLOW}'")])
+    with pytest.raises(RuleError, match="2 problems(?s:.*)unknown key(?s:.*)rule 2: .* takes more"):
+        RuleSet.parse(slow, "bad.yaml", model=model)
+    assert RuleSet.parse("".join(texts[1:]), model=model).rules, "what preview tells is no error"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -204,6 +204,72 @@ def test_the_preview_of_a_whole_file(model: Model) -> None:
     assert Preview.from_json(found.to_json()) == found
 
 
+KT = "ktransformers.operators"
+V2 = "class: ktransformers.models.modeling_deepseek.DeepseekV2"
+V3_ = "class: ktransformers.models.modeling_deepseek_v3.DeepseekV3"
+NORMS = (
+    "model.layers.0-2.self_attn.{q_a_layernorm,kv_a_layernorm}, "
+    "model.layers.0-2.{input_layernorm,post_attention_layernorm}, model.norm"
+)
+CPU = "generate_device: cpu"
+
+
+@pytest.mark.parametrize(
+    ("match", "new", "kwargs", "modules", "what"),
+    [
+        (f"{V3_}Attention", "attention.KDeepseekV3Attention", CPU,
+         "model.layers.0-2.self_attn", "absorbed already"),
+        (f"{V2}Attention", "attention.DeepseekV2AttentionInjected", "absorb_for_prefill: False",
+         "model.layers.0-2.self_attn", "absorbed already"),
+        ("name: 'self_attn$'", "balance_serve_attention.flashinfer_attn", CPU,
+         "model.layers.0-2.self_attn", "absorbed already"),
+        (f"{V2}Model", "layer_wise_prefill.KDeepseekV2Model",
+         "per_layer_prefill_intput_threshold: 0", "model", "configuration says"),
+        (f"{V3_}YarnRotaryEmbedding", "RoPE.YarnRotaryEmbeddingV3", CPU,
+         "model.layers.0-2.self_attn.rotary_emb", "configuration says"),
+        (f"{V3_}MoE", "experts.KDeepseekV3MoEV2", CPU, "model.layers.1-2.mlp",
+         "configuration says"),
+        (f"{V3_}MLP", "mlp.kDeepseekV3MLP", CPU, "model.layers.1-2.mlp.shared_experts",
+         "configuration says"),
+        (f"{V2}RMSNorm", "layernorm.RMSNorm", CPU, NORMS, "configuration says"),
+        (f"name: '{BANKS}'", "experts.KTransformersExpertsV2", "backend: AMXInt4",
+         "model.layers.1-2.mlp.experts", "-> int4_group"),
+        (f"name: '{BANKS}'", "experts.KTransformersExpertsV2", "backend: AMXBF16",
+         "model.layers.1-2.mlp.experts", "-> bf16"),
+        ("name: '^lm_head'", "linear.KTransformersLinear",
+         f"{CPU}, generate_op: VLinearMarlin", "lm_head", "VLinearMarlin runs on a GPU alone"),
+        ("name: '^lm_head'", "linear.KTransformersLinear",
+         f"{CPU}, generate_op: KLinearCPUInfer", "lm_head", "q8_0, "),
+        ("name: '^lm_head'", "linear.KTransformersLinear",
+         f"{CPU}, generate_op: KLinearCPUInfer, prefill_device: cuda, prefill_op: VLinearMarlin",
+         "lm_head", "asks for cuda for prefill; computed on the CPU"),
+    ],
+)  # fmt: skip
+def test_words_of_ktransformers_files(
+    match: str, new: str, kwargs: str, modules: str, what: str
+) -> None:
+    """They are read, find their modules, and say what becomes of them; applied, they compute."""
+    yarn = Model(checkpoint(TINY_YARN_CONFIG))
+    text = f"- match: {{{match}}}\n  replace: {{class: {KT}.{new}, kwargs: {{{kwargs}}}}}\n"
+    rules = RuleSet.parse(text)
+    row = next(row for row in rules.preview(yarn).rows if row.modules == modules)
+    assert what in row.what and row.status != "matches nothing"
+    with rules.applied(yarn):
+        assert yarn.forward(IDS).isfinite().all()
+
+
+@pytest.mark.parametrize("as_written", [False, True])
+def test_the_output_on_the_cpu_for_decode_and_on_the_gpu_for_prompts(
+    model: Model, as_written: bool
+) -> None:
+    """As KTransformers' files have lm_head; without a threshold their prompts stay with decode."""
+    text = one("^lm_head", LINEAR, "generate_device: cpu, generate_op: KLinearCPUInfer, "
+               "prefill_device: cuda, prefill_op: KLinearMarlin")  # fmt: skip
+    found = RuleSet.parse(text).placement(model, as_written=as_written)
+    assert found.device("output", phase="decode") == "cpu"
+    assert found.device("output", phase="prefill") == ("cuda:0" if as_written else "cpu")
+
+
 def test_a_preview_changes_nothing(model: Model) -> None:
     before, settings = model.forward(IDS), model.settings
     for text in (GPU_AND_CPU, FIRST_RELEASE):
@@ -409,3 +475,7 @@ def test_from_the_command_line(tmp_path, capsys: pytest.CaptureFixture[str]) -> 
     path.write_text("- match: {name: '('}")
     assert main(["rules", "preview", str(path), "tiny"]) == 2
     assert "both.yaml: 2 problems line 1, column 3" in capsys.readouterr().err
+    path.write_text(one("nowhere", "default") + "- match: {nam: a}\n  replace: {class: default}")
+    assert main(["rules", "preview", str(path), "tiny"]) == 2
+    said = capsys.readouterr().err
+    assert "unknown key 'nam'" in said and "rule 1 matches nothing: no module here has" in said

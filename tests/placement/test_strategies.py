@@ -1,6 +1,8 @@
 """Strategies: what they choose, how they are scored, what they put where."""
 
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,7 +194,7 @@ def test_what_cannot_be_placed_or_scored_is_said() -> None:
     trace = model.trace("a short text of a few tokens")
     for arguments, words in (
         (("frequency", model, "1GB", None), "chooses by a routing profile and was given none"),
-        (("frequency", model, "1GB", "text"), "the profile is a str"),
+        (("frequency", model, "1GB", "text"), r"the profile is a str.*Trace.load\('text'\)"),
         (("lru", model, "1GB", None), "no fixed placement"),
         (("freqency", model, "1GB", None), 'did you mean "frequency"'),
         (("uniform", model, None, None), "nothing says how large"),
@@ -204,6 +206,13 @@ def test_what_cannot_be_placed_or_scored_is_said() -> None:
         name, source, vram, profile = arguments
         with pytest.raises(PlacementError, match=words):
             place(name, source, vram=vram, profile=profile)
+    bad: list[Any] = ["9", 9.5, True, None, -1, 25]
+    for wrong in bad:
+        with pytest.raises(PlacementError, match="expected a whole number from 0 to 24"):
+            score(["lru"], toy(), wrong)
+        with pytest.raises(PlacementError, match="uniform, count = .* whole number from 0 to 24"):
+            get_strategy("uniform").chosen(SHAPE, wrong)
+    assert score(["lru"], toy(), np.int64(9)).budget == 9
     other = Model(synthesize(TINY_TEST_CONFIG)).trace(list(range(9)))
     with pytest.raises(TraceError, match="expected a trace of ktlab tiny"):
         place("frequency", model, vram="1GB", profile=other)
@@ -213,3 +222,23 @@ def test_what_cannot_be_placed_or_scored_is_said() -> None:
         score(["lru"], toy(), 3)["lfu"]
     with pytest.raises(TraceError, match="the very|would be scored on"):
         score(["frequency"], toy(), 3, profile=toy())
+
+
+def test_traces_without_routing_and_paths_of_traces() -> None:
+    """What was not recorded is said, with what records it; a path is not read, but could be."""
+    model = ktlab.load("tiny")
+    bare = model.trace("a short text of a few tokens", names=["layers.1.attention.*"])
+    some = model.trace("a short text of a few tokens", names=["layers.3.router.*"])
+    path = Path("profiles/python.trace")
+    unrecorded = (
+        r"the (trace|profile) of ktlab tiny recorded no routing; record it with model.trace"
+    )
+    for wrong, words in ((bare, unrecorded), (path, r"Trace\.load\('profiles/python\.trace'\)")):
+        with pytest.raises(PlacementError, match=f"frequency: .*{words}"):
+            place("frequency", model, vram="1GB", profile=wrong)
+        with pytest.raises(TraceError, match=words):
+            score(["lru"], wrong, 9)
+        with pytest.raises(TraceError, match=words):
+            score(["frequency"], toy(), 9, profile=wrong)
+    with pytest.raises(PlacementError, match="it has no recorded routing of layers 1-2, 4-6"):
+        place("frequency", model, vram="1GB", profile=some)

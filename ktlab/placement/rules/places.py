@@ -25,6 +25,9 @@ COMPONENTS: Mapping[str, str] = {
 }  # fmt: skip
 """A module's stage -> the component that it is, or is part of."""
 FIRST_GPU = "cuda:0"
+PLACEABLE = (
+    "a placement knows cpu, numa:n, cuda:n and disk; write cuda:n for a GPU of another maker"
+)
 
 Where = tuple[str, str]
 """Devices of decode and prefill."""
@@ -83,24 +86,11 @@ class _Places:
         self.layerwise = as_written or threshold > 0
         if threshold and not as_written:
             self.notes.append(f"prefill devices count for prompts of {threshold} tokens and more")
-        named = by_kind(self._named())
-        self._check(walk, named)
+        rules = self.rules.values()
+        if unknown := by_kind(name for rule in rules for name in unplaceable(rule)):
+            raise RuleError(f"{', '.join(unknown)}: {PLACEABLE}")
+        named = {name for rule in rules for name in _named(rule)}
         self.default = default or (FIRST_GPU if any(map(_is_gpu, named)) else "cpu")
-
-    def _named(self) -> Iterator[str]:
-        for rule in self.rules.values():
-            for word in ("generate_device", "prefill_device", "device"):
-                if rule.kwargs.get(word):
-                    yield _device(rule.kwargs[word])
-        yield from map(_device, self.moves.values())
-
-    def _check(self, walk: Walk, named: tuple[str, ...]) -> None:
-        unknown = [name for name in named if name != "cpu" and not name.startswith("cuda:")]
-        if unknown:
-            raise RuleError(
-                f"{', '.join(unknown)}: a placement knows cpu, numa:n, cuda:n and disk; write "
-                "cuda:n for a GPU of another maker"
-            )
 
     def found(self) -> Placed:
         """The placement: component by component, then experts that rules name one by one."""
@@ -212,6 +202,18 @@ def devices_of(seats: Mapping[str, tuple[str, int | None]], placement: Placement
         else:
             found[name] = " and ".join(by_kind(placement.experts_row(layer)))
     return found
+
+
+def unplaceable(rule: Rule) -> tuple[str, ...]:
+    """Devices that a rule names and no placement knows."""
+    return by_kind(name for name in _named(rule) if name != "cpu" and not name.startswith("cuda:"))
+
+
+def _named(rule: Rule) -> Iterator[str]:
+    for word in ("generate_device", "prefill_device", "device"):
+        if rule.kwargs.get(word):
+            yield _device(rule.kwargs[word])
+    yield from map(_device, rule.kwargs.get("transfer_map", {}).values())
 
 
 def _device(word: str) -> str:

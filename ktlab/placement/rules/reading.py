@@ -45,8 +45,8 @@ class Rule:
     """Whether the modules below a match are looked at, too."""
     own: type | None = None
     """The user's class that `replace_class` names."""
-    name_at: tuple[int, int] = (1, 1)
-    """Line and column of `name` in the file."""
+    at: tuple[int, int] = (1, 1)
+    """Line and column of `name` in the file, else of the rule."""
 
     @property
     def kind(self) -> str:
@@ -84,8 +84,9 @@ class Rule:
 
 def read_rules(
     text: str, source: str, classes: Mapping[str, type] | None = None
-) -> tuple[Rule, ...]:
-    """The rules of a file's text; RuleError with everything that is wrong, line by line.
+) -> "tuple[tuple[Rule, ...], list[Problem]]":
+    """The sound rules of a file's text, and everything that is wrong with the others; RuleError for
+    what is no YAML.
 
     `classes` are the user's, by their names; a text never makes anything be imported.
     """
@@ -100,23 +101,25 @@ def read_rules(
         rules = () if reader.problems else reader.rules(yaml.compose(text, yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise RuleError(f"{source}: not YAML: {_words(error)}") from error
-    if reader.problems:
-        raise problems_error(source, reader.problems)
-    return rules
+    return rules, reader.problems
 
 
 Problem = tuple[int, int, str]
 """Line, column, words."""
 
 
-def problems_error(source: str, problems: Sequence[Problem]) -> RuleError:
-    """All that is wrong with a file, by line and column."""
-    shown = sorted(problems)[:LIMIT_PROBLEMS]
-    lines = [f"line {line}, column {column}: {what}" for line, column, what in shown]
-    if more := len(problems) - len(shown):
-        lines.append(f"and {more} more")
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return RuleError(f"{source}: {count}\n  " + ";\n  ".join(lines))
+class RuleProblems(RuleError):
+    """All that is wrong with a file, by line and column; `note` comes last."""
+
+    def __init__(self, source: str, problems: Sequence[Problem], note: str = "") -> None:
+        self.problems = tuple(problems)
+        shown = sorted(problems)[:LIMIT_PROBLEMS]
+        lines = [f"line {line}, column {column}: {what}" for line, column, what in shown]
+        if more := len(problems) - len(shown):
+            lines.append(f"and {more} more")
+        lines += [note] if note else []
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{source}: {count}\n  " + ";\n  ".join(lines))
 
 
 def _place(node: Any) -> tuple[int, int]:
@@ -209,7 +212,7 @@ class _Reader:
             kwargs=kwargs,
             recursive=bool(recursive),
             own=own,
-            name_at=_place(match["name"][1]) if "name" in match else (1, 1),
+            at=_place(match["name"][1] if "name" in match else node),
         )
 
     def fields(self, node: yaml.Node, known: tuple[str, ...], what: str) -> Fields:

@@ -31,9 +31,9 @@ from ktlab.placement.placement import Placement
 from ktlab.placement.rules.effects import Effect, set_on
 from ktlab.placement.rules.modules import Module, modules
 from ktlab.placement.rules.own import Classes, by_name
-from ktlab.placement.rules.places import Placed, devices_of, placed
-from ktlab.placement.rules.preview import Preview, counted
-from ktlab.placement.rules.reading import LIMIT_BYTES, Rule, read_rules
+from ktlab.placement.rules.places import PLACEABLE, Placed, devices_of, placed, unplaceable
+from ktlab.placement.rules.preview import NOTHING, Preview, counted
+from ktlab.placement.rules.reading import LIMIT_BYTES, Problem, Rule, RuleProblems, read_rules
 from ktlab.placement.rules.walk import Walk
 
 
@@ -45,10 +45,12 @@ class RuleSet:
     rules: tuple[Rule, ...]
 
     @classmethod
-    def read(cls, path: str | PathLike[str], *, classes: Classes = ()) -> "RuleSet":
+    def read(
+        cls, path: str | PathLike[str], *, classes: Classes = (), model: Model | None = None
+    ) -> "RuleSet":
         """A file, or one that comes with the kit by its name, such as "cpu-experts".
 
-        `classes`: your own that the file may name (see `parse`).
+        `classes`: your own that the file may name, `model`: for errors (see `parse`).
         Raises `RuleError` with everything that is wrong, by line and column.
         """
         file = Path(path).expanduser()
@@ -71,18 +73,38 @@ class RuleSet:
             raise RuleError(
                 f"{path}: not text in UTF-8 ({error.reason} at byte {error.start}); expected YAML"
             ) from error
-        return cls.parse(text, file.name, classes=classes)
+        return cls.parse(text, file.name, classes=classes, model=model)
 
     @classmethod
-    def parse(cls, text: str, source: str = "rules", *, classes: Classes = ()) -> "RuleSet":
+    def parse(
+        cls,
+        text: str,
+        source: str = "rules",
+        *,
+        classes: Classes = (),
+        model: Model | None = None,
+    ) -> "RuleSet":
         """The rules of a text; `source` names it in messages.
 
         `classes` are your own, such as `[MyRouter]` or {name: class}, that `replace: {class:
         MyRouter}` puts in the place of a router, a layer's experts or an attention; `kwargs` are
         its attributes, or what its `__init__` takes. What it does not define is the replaced
         stage's. Nothing is imported because a text names it.
+
+        Raises `RuleError` with everything that is wrong. With a `model` that is also what `preview`
+        would tell of the sound rules among others: which do nothing on it, and devices that no
+        placement knows.
         """
-        return cls(source=source, rules=read_rules(text, source, by_name(classes)))
+        rules, problems = read_rules(text, source, by_name(classes))
+        found, note = cls(source=source, rules=rules), ""
+        if problems and rules and model is None:
+            sound = "1 rule is" if len(rules) == 1 else f"{len(rules)} rules are"
+            note = f"{sound} sound; what they match was not looked at: model= looks, too"
+        elif problems and model is not None:
+            problems += found._idle(model)
+        if problems:
+            raise RuleProblems(source, problems, note)
+        return found
 
     def preview(
         self, model: Model, *, strict: bool = False, stand_in: StandIn | None = None
@@ -164,6 +186,29 @@ class RuleSet:
             change.undo()
             del change  # which still holds what was there meanwhile
             let_go_unused(model)
+
+    def _idle(self, model: Model) -> list[Problem]:
+        """Rules that match nothing or come too late, and devices that no placement knows."""
+        try:
+            preview = self.preview(model)
+        except RuleProblems as error:
+            return list(error.problems)
+        at = {rule.number: rule.at for rule in self.rules}
+        nothing = [
+            (*at[row.rule], f"rule {row.rule} matches nothing: {row.note}")
+            for row in preview.rows
+            if row.status == NOTHING
+        ]
+        late = [
+            (*at[number], f"rule {number} comes too late, earlier ones take all of it")
+            for number in preview.late
+        ]
+        unplaced = [
+            (*rule.at, f"rule {rule.number} asks for {', '.join(found)}: {PLACEABLE}")
+            for rule in self.rules
+            if (found := unplaceable(rule))
+        ]
+        return [*nothing, *late, *unplaced]
 
     def _check_memory(self, model: Model, needed: int) -> None:
         free = room(model)

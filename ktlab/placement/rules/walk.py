@@ -20,7 +20,7 @@ from ktlab.placement.rules.preview import (
     collapsed,
     counted,
 )
-from ktlab.placement.rules.reading import Problem, Rule, problems_error
+from ktlab.placement.rules.reading import Problem, Rule, RuleProblems
 
 
 @dataclass
@@ -63,12 +63,12 @@ class Walk:
         try:
             return rule.named(module.name)
         except SlowPatternError as error:
-            self.slow[rule.number] = (*rule.name_at, f"rule {rule.number}: {error}")
+            self.slow[rule.number] = (*rule.at, f"rule {rule.number}: {error}")
             return False
 
     def _check_time(self) -> None:
         if self.slow:
-            raise problems_error(self.source, list(self.slow.values()))
+            raise RuleProblems(self.source, list(self.slow.values()))
 
     def _look_at(self, module: Module) -> None:
         first = None
