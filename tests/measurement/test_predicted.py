@@ -27,6 +27,8 @@ RECORDED = [
     for one in json.loads(data_path("measurements", "predicted_speeds.json").read_text("utf-8"))
 ]
 NAMES = ("ktlab tiny", "deepseek-v2-lite", "deepseek-v3")
+"""On an AVX-512 machine, then on one with AVX2 alone."""
+IDS = [f"{one.model.split(',')[0]} on {one.provenance['cpu']}" for one in RECORDED]
 
 
 def header_only(folder: Path, record: PredictedHere) -> str:
@@ -46,7 +48,7 @@ def header_only(folder: Path, record: PredictedHere) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("record", RECORDED, ids=NAMES)
+@pytest.mark.parametrize("record", RECORDED, ids=IDS)
 def test_predicted_within_a_fifth_of_measured(record: PredictedHere, tmp_path: Path) -> None:
     """Prefill and decode at 8, 6 and 4 experts: medians over the rounds."""
     assert record.top_k == (8, 6, 4)
@@ -56,7 +58,9 @@ def test_predicted_within_a_fifth_of_measured(record: PredictedHere, tmp_path: P
 
 
 def test_what_was_recorded_can_be_told() -> None:
-    assert [record.model.split(",")[0] for record in RECORDED] == list(NAMES)
+    assert [record.model.split(",")[0] for record in RECORDED] == 2 * list(NAMES)
+    isa = ["avx512_vnni" in record.provenance["isa"] for record in RECORDED]
+    assert isa == [True] * 3 + [False] * 3
     text = RECORDED[0].text("tiny")
     assert "8 experts: prefill" in text and "% predicted" in text
     assert all(one.machine.kernels for record in RECORDED for one in record.rounds)

@@ -31,11 +31,6 @@ def test_recorded_runs_say_where_they_come_from() -> None:
             assert 0 < case.ceiling_share <= 1 and 0 < case.relative_error < 0.05
 
 
-FEWER_SAME = {("deepseek-v2-lite", "AMD EPYC (family 25 model 1)"): 0.75}
-"""Where 26 of 33 next tokens were llama.cpp's. Weights are random and logits close; whether it is
-chance was not looked into."""
-
-
 def test_recorded_models_ran_beside_llama_cpp_and_computed_the_same() -> None:
     runs = recorded_models()
     assert {run.result.model.split(",")[0] for run in runs} == {"deepseek-v2-lite", "deepseek-v3"}
@@ -43,14 +38,8 @@ def test_recorded_models_ran_beside_llama_cpp_and_computed_the_same() -> None:
         assert run.command.startswith("ktlab bench model") and "--peers" in run.command
         own, peer = run.result.cases
         assert (own.who, peer.who) == ("ktlab", "llama.cpp/cpu")
-        floor = FEWER_SAME.get((run.result.model, run.result.provenance.cpu), 0.8)
-        assert peer.same_next_id > floor, "another model was computed"
+        assert peer.same_next_id > 0.8, "another model was computed"
         assert len(own.decode_samples) == len(peer.decode_samples) == run.result.rounds
-
-
-NOT_YET = {("deepseek-v3, 3 layers, 32 experts", "AMD EPYC (family 25 model 1)"): 1.05}
-"""Decode to llama.cpp's where the floor is still missed: under avx2 one token on blocks of k-quants
-reads 17 of 30 GB/s (packed 30)."""
 
 
 def test_recorded_models_hold_the_floors_that_every_processor_allows() -> None:
@@ -58,8 +47,7 @@ def test_recorded_models_hold_the_floors_that_every_processor_allows() -> None:
     beyond it."""
     for run in recorded_models():
         own, peer = run.result.cases
-        floor = NOT_YET.get((run.result.model, run.result.provenance.cpu), 1.2)
-        assert own.decode_tokens_per_s >= floor * peer.decode_tokens_per_s
+        assert own.decode_tokens_per_s >= 1.2 * peer.decode_tokens_per_s
         assert own.prefill_tokens_per_s > peer.prefill_tokens_per_s
         assert run.result.peak_resident_bytes <= run.result.model_bytes + 1.5e9
         assert run.result.glue_share < 0.1
