@@ -119,10 +119,12 @@ def apply_placement(
     builder = _Builder(model, wanted, seats, nodes)
     try:
         builder.build()
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError) as error:
+        full = not isinstance(error, torch.AcceleratorError)
         raise PlacementError(
-            f"{model.name}: {builder.at} ran out of memory at {builder.doing} ({error}); nothing "
-            "was moved, the model is where it was. Put fewer experts there, or free memory first"
+            f"{model.name}: {builder.at} {'ran out of memory' if full else 'failed'} at "
+            f"{builder.doing} ({error}); nothing was moved, the model is where it was. "
+            f"{'Put fewer experts there, or free memory first' if full else 'See nvidia-smi'}"
         ) from error
     for holder, name, value in builder.assignments:
         change.set(holder, name, value)

@@ -167,7 +167,7 @@ def tensor_formats(stage: Any) -> list[str]:
 class Rules(Protocol):
     """What the switch `rules` takes; `ktlab.RuleSet` is one."""
 
-    def apply(self, model: "Model", *, stand_in: Any = None) -> "Change":
+    def apply(self, model: "Model", *, stand_in: Any = None, dtype: str | None = None) -> "Change":
         """Set them on a model."""
         ...
 
@@ -218,7 +218,7 @@ def apply(
                 f"rules={rules!r}: expected a RuleSet, such as ktlab.RuleSet.read(FILE)"
             )
         # First: what is named beside them counts more.
-        change.take(rules.apply(model, stand_in=stand_in))
+        change.take(rules.apply(model, stand_in=stand_in, dtype=dtype))
     if quantize is not None and format is not None:
         raise SettingError("quantize and format are two names of one switch; give one of them")
     wanted = format if quantize is None else quantize
@@ -228,11 +228,11 @@ def apply(
         from ktlab.model.place import apply_placement
 
         apply_placement(model, change, placement, stand_in=stand_in, dtype=dtype, nodes=nodes)
-    elif dtype is not None or nodes is not None:
-        raise SettingError("dtype and nodes say how a placement is computed; give placement, too")
-    elif stand_in is not None and rules is None:
+    elif nodes is not None:
+        raise SettingError("nodes says how a placement is computed; give placement, too")
+    elif rules is None and (stand_in is not None or dtype is not None):
         raise SettingError(
-            "stand_in says what computes in a device's stead; give placement or rules, too"
+            "stand_in and dtype say what computes on a device; give placement or rules, too"
         )
     heavy = any(words.get(word) is not None for word in ("backend", "layout", "isa"))
     before = prepared_bytes(every_product(model)) if heavy else 0

@@ -30,7 +30,9 @@ class There(torch.Tensor):
 
 
 class StrictSeat(TorchSeat):
-    """The CPU under a GPU's name; `room` bytes, then out of memory."""
+    """The CPU under a GPU's name; `room` bytes, then out of memory (or what `full` is)."""
+
+    full: type[Exception] = torch.OutOfMemoryError
 
     def __init__(self, word: str, dtype: str = "f32", room: int | None = None) -> None:
         super().__init__(word, "cpu", dtype)
@@ -50,7 +52,7 @@ class StrictSeat(TorchSeat):
     def plain(self, values: Tensor) -> Tensor:
         return values.as_subclass(torch.Tensor)
 
-    def load(self, tensor: Any, dtype: Any = None) -> Tensor:
+    def _keep(self, values: Tensor, what: str) -> Tensor:
         if self.room is not None and sum(self.here_bytes.values()) > self.room:
-            raise torch.OutOfMemoryError(f"{self.word}: tried to allocate more than there is")
-        return super().load(tensor, dtype)
+            raise self.full("tried to allocate more than there is")
+        return super()._keep(values, what)

@@ -219,13 +219,22 @@ def test_disk_and_a_node(model: Model, cpu: Placement) -> None:
 # What goes wrong -------------------------------------------------------------------------------
 
 
-def test_out_of_memory_leaves_the_model_whole(model: Model, usual: Placement) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "full", "told"),
+    [
+        ("f32", torch.OutOfMemoryError, "ran out of memory"),
+        ("int4", torch.OutOfMemoryError, "ran out of memory"),
+        ("f32", torch.AcceleratorError, "failed"),
+    ],
+)
+def test_out_of_memory_leaves_the_model_whole(
+    model: Model, usual: Placement, dtype: str, full: type[Exception], told: str
+) -> None:
     expected = run(model)
     before = {name: id(stage) for name, stage in vars(model.layers[2]).items()}
-    seat = StrictSeat("cuda:0", room=2_000_000)
-    with pytest.raises(
-        PlacementError, match=r"cuda:0 ran out of memory at layers\.\d\.\w+.*nothing"
-    ):
+    seat = StrictSeat("cuda:0", dtype, room=2_000_000)
+    seat.full = full
+    with pytest.raises(PlacementError, match=rf"cuda:0 {told} at layers\.\d\.\w+.*nothing"):
         model.place(usual, stand_in={"cuda:0": seat})
     assert {name: id(stage) for name, stage in vars(model.layers[2]).items()} == before
     assert model.placement is None and not model.seats
@@ -235,7 +244,7 @@ def test_out_of_memory_leaves_the_model_whole(model: Model, usual: Placement) ->
     small = Placement.everywhere(model.config, "cpu").put("shared", "cuda:0")
     model.place(small, stand_in={"cuda:0": seat})
     shared = model.layers[2].shared
-    with pytest.raises(PlacementError, match="ran out of memory"):
+    with pytest.raises(PlacementError, match=told):
         model.place(usual, stand_in={"cuda:0": seat})
     assert model.layers[2].shared is shared and model.placement is small
 
@@ -377,9 +386,10 @@ def test_what_is_no_placement_or_no_device(
 
 
 def test_words_of_a_placement_want_one(model: Model) -> None:
-    for words in (dict(dtype="int4"), dict(nodes="copy")):
-        with pytest.raises(SettingError, match="dtype and nodes say how a placement"):
-            model.set(**words)
+    with pytest.raises(SettingError, match="stand_in and dtype say .* give placement or rules"):
+        model.set(dtype="int4")
+    with pytest.raises(SettingError, match="nodes says how a placement is computed"):
+        model.set(nodes="copy")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
@@ -392,6 +402,9 @@ def test_on_a_gpu(model: Model, usual: Placement) -> None:
     assert there.total is not None and 0.99 * there.known < there.total < there.known + 2**28
     with model.watch_overlap() as found:
         model.forward(torch.arange(3, 500))
-    assert found.share is not None
+    assert found.share is not None and found.share > 0.8
+    model.place(usual, dtype="int4")
+    for a, b in zip(run(model), expected, strict=True):
+        assert error(a, b) < 0.3  # four bits
     model.place(Placement.everywhere(model.config, "cpu"))
     assert not model.seats

@@ -177,10 +177,13 @@ def test_a_whole_file_on_stand_ins(model: Model) -> None:
         assert devices(model) == ("cpu", "cuda:0", "cuda:1")
     missing = rules.preview(model, stand_in=STAND_IN).missing
     assert not [what for what in missing if "cuda" in what]
-    assert missing["KLinearMarlin's 4 bits: bf16 on a GPU here"] == (2,)
+    assert missing['KLinearMarlin\'s 4 bits: bf16 on a GPU here; 4 with dtype="int4"'] == (2,)
     with rules.applied(model, stand_in=STAND_IN):
         assert devices(model) == ("cpu", "cuda:0", "cuda:1")
         assert model.experts[0].format == "int8_channel" and model.forward(IDS).isfinite().all()
+    with rules.applied(model, stand_in=STAND_IN, dtype="int4"):
+        assert {seat.format for seat in model.seats.values()} == {"int4"}
+        assert model.forward(IDS).isfinite().all()
     one_only = rules.preview(model, stand_in={"cuda:0": "cpu"}).missing
     assert "asks for cuda:1 from layer 2 on; computed on the CPU" in one_only
     assert model.placement is None

@@ -122,7 +122,10 @@ def on_gpu(rule: Rule, module: Module) -> tuple[str, ...]:
     usual = "KLinearMarlin" if rule.kind == "matrix" and module.kind == "matrix" else ""
     operator = rule.kwargs.get("generate_op", usual)
     found = GPU_FORMATS.get(operator or "", "")
-    return (f"{operator}'s {found}: bf16 on a GPU here",) if found else ()
+    if not found:
+        return ()
+    how = '; 4 with dtype="int4"' if found == "4 bits" else ""
+    return (f"{operator}'s {found}: bf16 on a GPU here{how}",)
 
 
 def _own(rule: Rule, cls: type, module: Module) -> Effect:

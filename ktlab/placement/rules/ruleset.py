@@ -133,13 +133,15 @@ class RuleSet:
         *,
         strict: bool = False,
         stand_in: StandIn | None = None,
+        dtype: str | None = None,
         progress: Callable[[float, float], None] | None = None,
     ) -> Change:
         """Set it on the model, live: nothing is reloaded. Returns what can be undone by `.undo()`.
 
         Where all devices that the rules put something on are there, or have a `stand_in`
         ({"cuda:0": "cpu"}, as `Model.place`), the model is placed so; else it stays where it is,
-        and `preview` tells of each device that is asked for.
+        and `preview` tells of each device that is asked for. `dtype` is `Model.place`'s: "int4" for
+        the 4 bits of Marlin's operators.
 
         Raises `RuleError` before anything changes where experts in another format do not fit, and
         with all that is wrong of classes of your own, which are tried on two tokens first.
@@ -167,7 +169,8 @@ class RuleSet:
                 progress(total, total)
             if walk.all_there and places.placement != _present(model):
                 assert places.placement is not None
-                apply_placement(model, change, places.placement, stand_in=stand_in)
+                wanted = places.placement
+                apply_placement(model, change, wanted, stand_in=stand_in, dtype=dtype)
         except BaseException:
             change.undo()
             raise
@@ -175,11 +178,16 @@ class RuleSet:
 
     @contextmanager
     def applied(
-        self, model: Model, *, strict: bool = False, stand_in: StandIn | None = None
+        self,
+        model: Model,
+        *,
+        strict: bool = False,
+        stand_in: StandIn | None = None,
+        dtype: str | None = None,
     ) -> Iterator[Model]:
         """`apply` for the length of a `with`; everything is restored on leaving, and copies that
         took much are let go."""
-        change = self.apply(model, strict=strict, stand_in=stand_in)
+        change = self.apply(model, strict=strict, stand_in=stand_in, dtype=dtype)
         try:
             yield model
         finally:
