@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LIMIT_S = float(os.environ.get("KTLAB_NOTEBOOK_LIMIT_S", "60"))
 TIMEOUT_S = 180
-IN_CHROMIUM = {"00_start": "test_chat.py", "06_layouts_and_kernels": "test_layouts.py"}
+IN_CHROMIUM = {
+    "00_start": "test_chat.py",
+    "03_expert_offload": "test_offload.py",
+    "06_layouts_and_kernels": "test_layouts.py",
+}
 """Notebook -> the browser test that runs all of its cells and looks for errors and stderr."""
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

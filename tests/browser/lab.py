@@ -201,6 +201,17 @@ class Lab:
         )
         return [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
 
+    def cell_of(self, source: str) -> int:
+        """Index of the first code cell that contains `source`."""
+        cells = self.page.evaluate(
+            "() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells"
+        )
+        return next(
+            i
+            for i, c in enumerate(cells)
+            if c["cell_type"] == "code" and source in "".join(c["source"])
+        )
+
     def show_cell(self, index: int) -> None:
         """Scrolls to a cell: JupyterLab keeps cells that are far away out of the page."""
         self.page.evaluate(

@@ -20,25 +20,13 @@ DRAWN = """() => [...document.querySelectorAll('.js-plotly-plot')].some(plot =>
 """The live roofline: curves (on a slow machine of the fastest only), and words at the flats."""
 
 
-def cell_of(lab: Lab, source: str) -> int:
-    """Index of the first code cell that contains `source`."""
-    cells = lab.page.evaluate(
-        "() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells"
-    )
-    return next(
-        i
-        for i, c in enumerate(cells)
-        if c["cell_type"] == "code" and source in "".join(c["source"])
-    )
-
-
 @pytest.mark.parametrize(("theme", "width"), [("light", 1280)])
 def test_layouts_and_kernels(lab: Lab, theme: str, width: int) -> None:
     lab.open(NOTEBOOK, theme=theme, width=width, height=1300)
     page, name = lab.page, f"{theme}-{width}"
     lab.run_all(LONG_S)
 
-    lab.show_cell(cell_of(lab, "bytes_view = "))
+    lab.show_cell(lab.cell_of("bytes_view = "))
     byte = lab.wait_for(".kb-blocks i.w0")
     byte.hover()
     assert page.evaluate(OUTLINED) > 0, "the packed drawing does not mark the hovered weights"
@@ -51,7 +39,7 @@ def test_layouts_and_kernels(lab: Lab, theme: str, width: int) -> None:
         "() => [...document.querySelectorAll('.kb')].every(k => k.scrollWidth <= k.clientWidth + 1)"
     ), "the drawing is wider than the page"
 
-    lab.show_cell(cell_of(lab, "tile_view = "))
+    lab.show_cell(lab.cell_of("tile_view = "))
     lab.wait_until("document.querySelectorAll('.js-plotly-plot .hm').length >= 3")
     page.wait_for_timeout(500)
     lab.screenshot(f"layouts-tiles-{name}")
@@ -64,14 +52,14 @@ def test_layouts_and_kernels(lab: Lab, theme: str, width: int) -> None:
     )
     lab.screenshot(f"layouts-tiles-vnni-{name}")
 
-    lab.show_cell(cell_of(lab, "roofline = "))
+    lab.show_cell(lab.cell_of("roofline = "))
     lab.wait_until(DRAWN, LONG_S)
     page.wait_for_timeout(800)
     lab.screenshot(f"layouts-roofline-{name}")
-    lab.show_cell(cell_of(lab, "switch_figure(curve)"))
+    lab.show_cell(lab.cell_of("switch_figure(curve)"))
     page.wait_for_timeout(1500)
     lab.screenshot(f"layouts-switch-{name}")
-    lab.show_cell(cell_of(lab, "kernel_frame(model"))
+    lab.show_cell(lab.cell_of("kernel_frame(model"))
     page.wait_for_timeout(800)
     lab.screenshot(f"layouts-errors-{name}")
     assert not lab.complaints()
