@@ -119,13 +119,17 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int | None:
-    """Size of the largest cache of processor 0, usually the last level; None where unknown."""
+def cache_bytes(
+    level: int | None = None, *, folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")
+) -> int | None:
+    """Size of processor 0's cache of a level, or of its largest, usually the last; None where
+    unknown."""
     sizes = []
     for path in folder.glob("index*/size"):
         try:
             text = path.read_text().strip()  # "107520K"
-            sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
+            if level in (None, int((path.parent / "level").read_text())):
+                sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
         except (OSError, ValueError, KeyError, IndexError):
             continue
     return max(sizes, default=None)

@@ -129,6 +129,7 @@ def measured(probes: Probes, rounds: int = ROUNDS) -> Machine:
             cores=hardware.cores(),
             clock_hz=None,
             peaks={isa: rate for isa, rate in peaks.items() if rate},
+            l2_bytes=hardware.cache_bytes(2),
             l3_bytes=hardware.cache_bytes(),
         ),
         bandwidth=_best(lambda: ceilings.reading(probes.buffer, threads), rounds),

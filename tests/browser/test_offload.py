@@ -28,7 +28,10 @@ def test_a_click_moves_an_expert(lab: Lab, theme: str, width: int) -> None:
     lab.open(NOTEBOOK, theme=theme, width=width, height=1300)
     lab.run_all(180)
     lab.show_cell(lab.cell_of("placement_view = "))
-    place = lab.wait_until(MAP, 30)
+    before = None
+    while before != (place := lab.wait_until(MAP, 30)):  # what is above it still grows
+        before = place
+        lab.page.wait_for_timeout(300)
     assert lab.page.evaluate(COUNT) == "96"
     lab.page.mouse.click(place["x"], place["y"])
     lab.wait_until(f"['95', '97'].includes(({COUNT})())", 30)

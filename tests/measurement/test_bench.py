@@ -156,12 +156,15 @@ def test_the_larger_time_is_the_bound() -> None:
     assert rates.bound(1e9, 1e9, "avx512_vnni") == (0.2, "read 5 GB/s")
 
 
-def test_largest_cache(tmp_path: Path) -> None:
+def test_caches(tmp_path: Path) -> None:
     for index, size in enumerate(("48K", "2048K", "105M", "?")):
         (tmp_path / f"index{index}").mkdir()
         (tmp_path / f"index{index}" / "size").write_text(size + "\n")
-    assert hardware.cache_bytes(tmp_path) == 105 << 20
-    assert hardware.cache_bytes(tmp_path / "nowhere") is None
+        (tmp_path / f"index{index}" / "level").write_text(f"{index + 1}\n")
+    assert hardware.cache_bytes(folder=tmp_path) == 105 << 20
+    assert hardware.cache_bytes(2, folder=tmp_path) == 2 << 20
+    assert hardware.cache_bytes(4, folder=tmp_path) is None
+    assert hardware.cache_bytes(folder=tmp_path / "nowhere") is None
 
 
 # Turns -------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import torch
 
 import ktlab
+from ktlab import hardware
 from ktlab.checkpoint.embedded import data_path
 from ktlab.checkpoint.full_size import sliced
 from ktlab.checkpoint.mixtures import mixture
@@ -84,6 +86,17 @@ def test_machine_and_model_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert PredictedHere.from_json(found.to_json()) == found
 
 
+@pytest.mark.alone
+@pytest.mark.skipif(bool(native.unavailable()), reason="no native kernels here")
+def test_a_machine_is_measured_in_twenty_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    start = perf_counter()
+    Machine.measure()
+    assert perf_counter() - start < 20
+
+
 def test_the_machine_at_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +114,7 @@ def test_the_machine_at_hand(
     monkeypatch.setattr(measuring, "BUFFER_BYTES", 32 << 20)
     first = Machine.measure()
     assert first.measured and first.bandwidth and first.token_s is not None
+    assert first.processor is not None and first.processor.l2_bytes == hardware.cache_bytes(2)
     assert {kernel.kind for kernel in first.kernels} == {"experts", "matrix", "attention"}
     assert all(kernel.operations_per_s > 0 for kernel in first.kernels)
     monkeypatch.setattr(measuring, "measured", None)  # a second measurement would fail
