@@ -42,6 +42,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens")
     model.add_argument("--generate", type=int, default=32, metavar="N", help="tokens")
     model.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=EXAMPLES)
+    model.add_argument("--placement", metavar="FILE", help="what goes where; dtype=int4 in --set")
+    model.add_argument(
+        "--stand-in",
+        nargs="+",
+        default=[],
+        metavar="WORD=DEVICE",
+        help="torch's devices in others' stead, such as cuda:0=cpu",
+    )
     _add_common(
         model,
         rounds=5,
@@ -96,13 +104,22 @@ def _experts(options: argparse.Namespace) -> Any:
 
 def _model(options: argparse.Namespace) -> Any:
     from ktlab.measurement.model_bench import bench_model
+    from ktlab.placement import Placement
 
+    words = settings(options.set)
+    if options.placement:
+        words["placement"] = Placement.read(options.placement)
+    if options.stand_in:
+        pairs = [text.partition("=") for text in options.stand_in]
+        if wrong := [word + equals for word, equals, device in pairs if not device]:
+            raise SettingError(f"--stand-in {wrong[0]}: expected WORD=DEVICE, such as cuda:0=cpu")
+        words["stand_in"] = {word: device for word, _, device in pairs}
     return bench_model(
         partial(loaded, options),
         prompt=options.prompt,
         generate=options.generate,
         threads=options.threads,
-        settings=settings(options.set),
+        settings=words,
         rounds=options.rounds,
         peers=options.peers,
         seed=options.seed,

@@ -23,6 +23,7 @@ from ktlab.kernels import ceilings, native
 from ktlab.kernels.threads import default_threads
 from ktlab.measurement.peers import client
 from ktlab.measurement.peers.client import Generated
+from ktlab.measurement.placed_run import PlacedRun, logits_of, placed_run
 from ktlab.measurement.provenance import Provenance
 from ktlab.measurement.rounds import CACHES, LARGEST_BUFFER, LEAST_BUFFER, Progress
 from ktlab.probe import Recorder
@@ -91,6 +92,8 @@ class ModelBench(Record):
     """{peer: {"prefill": ..., "decode": ...}}: ktlab over the peer, median over the rounds."""
     skipped: dict[str, str]
     provenance: Provenance
+    placed: PlacedRun | None = None
+    """Where `settings` had a placement: what it gave."""
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.prompt} tokens of prompt, then {self.generate}"]
@@ -106,6 +109,7 @@ class ModelBench(Record):
             f"  loaded in {self.load_s:.2f} s; {self.model_bytes / 1e9:.2f} GB of weights, "
             f"{self.peak_resident_bytes / 1e9:.2f} GB resident at most",
         ]
+        lines += [f"  {self.placed}"] if self.placed else []
         lines += [
             f"  {100 * ratio['prefill']:.0f} % of the prefill and {100 * ratio['decode']:.0f} % of "
             f"the decoding speed of {who}"
@@ -128,7 +132,8 @@ def bench_model(
 ) -> ModelBench:
     """Measure the model that `load` gives.
 
-    settings  overrides as in `Model.override`, such as {"layout": "packed"}
+    settings  overrides as in `Model.override`, such as {"layout": "packed"} or
+              {"placement": p, "dtype": "int4"}
     peers     None: none; (): llama.cpp in all its ways; or names such as "llama.cpp/cpu"
     seed      of the ids
 
@@ -160,7 +165,9 @@ def bench_model(
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
-        stack.enter_context(model.override(**{"threads": threads, **(settings or {})}))
+        wanted = {"threads": threads, **(settings or {})}
+        on_cpu = logits_of(model, parts[0]) if "placement" in wanted else None
+        stack.enter_context(model.override(**wanted))
         contenders: dict[str, Callable[[], Generated]] = {"ktlab": lambda: run(model, *parts)}
         descriptions = {"ktlab": str(model.moe_blocks[-1].experts.kernel)}
         for method in methods:
@@ -189,6 +196,7 @@ def bench_model(
             rates.measure()
         samples = {who: runs[1:] for who, runs in found.items() if who not in skipped}
         say("stages")
+        placed = None if on_cpu is None else placed_run(model, parts[0], on_cpu)
         stages = _watched(model, *parts)
         glue_s = _glue(model, *parts)
         peak = _peak_bytes()
@@ -226,6 +234,7 @@ def bench_model(
         },
         skipped=skipped,
         provenance=Provenance.collect(model=model.name, seed=seed),
+        placed=placed,
     )
 
 

@@ -20,6 +20,7 @@ from ktlab.measurement import model_bench
 from ktlab.measurement.model_bench import ModelBench, bench_model, run
 from ktlab.measurement.peers import client
 from ktlab.model.model import Model
+from ktlab.placement import Placement
 
 ADAPTER = """
 import os
@@ -39,6 +40,26 @@ class Model:
         return {"prefill_s": 1e-3 * len(prompt), "decode_s": [0.01] * len(following),
                 "ids": [0] * (1 + len(following))}
 """
+
+
+def test_what_a_placement_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal numbers, bytes beside the allocator's, overlap, and which device it was."""
+    place = Placement.everywhere(ktlab.load("tiny").config, "cpu").put("attention", "cuda:0")
+    file = tmp_path / "p.yaml"
+    file.write_text(place.put("experts", "cuda:0", experts=range(8)).to_yaml())
+    words = ["bench", "model", "tiny", "--prompt", "70", "--generate", "2", "--rounds", "1"]
+    words += ["--placement", str(file), "--stand-in", "cuda:0=cpu", "--set", "dtype=f32", "--json"]
+    assert cli.main(words) == 0
+    result = ModelBench.from_json(capsys.readouterr().out)
+    placed = result.placed
+    assert placed is not None and placed.devices == {"cuda:0": "cpu in its stead, f32"}
+    assert 0 < placed.relative_error < 0.02
+    assert placed.known_bytes.keys() == {"cpu", "cuda:0"} and placed.known_bytes["cuda:0"] > 1e6
+    assert placed.allocated_bytes["cuda:0"] == placed.known_bytes["cuda:0"]
+    assert placed.overlap_share is not None and 0 <= placed.overlap_share <= 1
+    assert "experts" in str(placed.places) and "off the CPU's numbers" in str(result)
+    assert cli.main([*words[:-3], "--stand-in", "cuda:0"]) == 2
+    assert "expected WORD=DEVICE" in capsys.readouterr().err
 
 
 @pytest.fixture(autouse=True)
