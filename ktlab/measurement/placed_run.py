@@ -1,5 +1,5 @@
-"""What a placement gives on this machine's devices, as a record to keep: numbers equal to the CPU's,
-bytes beside what the devices have allocated, and how much of their work passes beside the host's."""
+"""What a placement gives on this machine's devices, as a record to keep: numbers beside the CPU's,
+bytes beside what was allocated, and how much of the devices' work passes beside the host's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class PlacedRun(Record):
     devices: dict[str, str]
     """{word: what computes there, and in which format}."""
     relative_error: float
-    """Of the logits of the prompt's first tokens: norm of the difference to the CPU's, over theirs."""
+    """Of the logits of the prompt's first tokens: norm of the difference to the CPU's, over its."""
     known_bytes: dict[str, int]
     """{device: what the ledger counts}."""
     allocated_bytes: dict[str, int]
@@ -36,16 +36,16 @@ class PlacedRun(Record):
     """Of the time that host and devices could compute side by side; None where they never could."""
 
     def __str__(self) -> str:
-        where = (
-            "; ".join(f"{word}: {what}" for word, what in self.devices.items()) or "the CPU alone"
-        )
+        where = "; ".join(f"{word}: {what}" for word, what in self.devices.items()) or "the CPU"
         sizes = ", ".join(
             f"{decimal_bytes(size)} on {word}"
             + (f" of {decimal_bytes(self.allocated_bytes[word])}" * (word in self.allocated_bytes))
             for word, size in self.known_bytes.items()
         )
-        beside = "" if self.overlap_share is None else f"; {self.overlap_share:.0%} side by side"
-        return f"placed on {where}: off the CPU's numbers by {self.relative_error:.2g}; {sizes}{beside}"
+        parts = [f"off the CPU's numbers by {self.relative_error:.2g}", sizes]
+        if self.overlap_share is not None:
+            parts.append(f"{self.overlap_share:.0%} side by side")
+        return f"placed on {where}: {'; '.join(parts)}"
 
 
 def logits_of(model: "Model", ids: Sequence[int]) -> torch.Tensor:
