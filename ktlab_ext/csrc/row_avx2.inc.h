@@ -182,7 +182,8 @@ KTL_INLINE void dot_short_blocks(int format, int T, int blocks, const uint8_t *p
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) {
             __m256i dot = scaled_dot(is_signed, code, act[t]->q + 32 * j, LOADI(act[t]->line_scale), j);
-            if (!is_signed) dot = _mm256_add_epi32(dot, _mm256_zextsi128_si256(_mm_cvtsi32_si128(act[t]->line_start[j])));
+            const __m128i start = _mm_cvtsi32_si128(act[t]->line_start[j]); /* in one lane of the eight */
+            if (!is_signed) dot = _mm256_add_epi32(dot, _mm256_zextsi128_si256(start));
             part[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), d, part[t]);
         }
     }
