@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from ktlab.model.model import Model
 
 CHUNK = 512
+PLACING = ("placement", "stand_in", "dtype", "nodes")
+"""Settings that change where and in which format, and nothing that a model should compute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +168,10 @@ def bench_model(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
         wanted = {"threads": threads, **(settings or {})}
-        on_cpu = logits_of(model, parts[0]) if "placement" in wanted else None
+        placing = {word: wanted.pop(word) for word in PLACING if word in wanted}
         stack.enter_context(model.override(**wanted))
+        on_cpu = logits_of(model, parts[0]) if placing else None
+        stack.enter_context(model.override(**placing))
         contenders: dict[str, Callable[[], Generated]] = {"ktlab": lambda: run(model, *parts)}
         descriptions = {"ktlab": str(model.moe_blocks[-1].experts.kernel)}
         for method in methods:

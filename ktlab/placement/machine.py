@@ -193,7 +193,7 @@ def listed_machine(name: str) -> Machine:
 
 
 def this_machine() -> Machine:
-    """Memory available now, under a container's limit, and the first GPU that torch sees."""
+    """Memory available now, under a container's limit, and the GPUs that torch sees."""
     found = memory()
     sizes = [size for size in (found.available, found.limit) if size is not None]
     about = "available now" if found.limit is None else "available now, container's limit"
@@ -205,10 +205,15 @@ def this_machine() -> Machine:
 def _gpus() -> list[Device]:
     import torch
 
-    if not torch.cuda.is_available():
-        return []
-    free, _ = torch.cuda.mem_get_info(0)
-    return [Device(name=GPU, capacity=int(free), about=torch.cuda.get_device_name(0))]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [
+        Device(
+            name=f"cuda:{i}",
+            capacity=int(torch.cuda.mem_get_info(i)[0]),
+            about=torch.cuda.get_device_name(i),
+        )
+        for i in range(count)
+    ]
 
 
 def _numa_nodes() -> int:

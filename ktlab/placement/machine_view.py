@@ -24,6 +24,8 @@ def rows(of: "Machine") -> list[tuple[str, str]]:
             (isa, html.quantity(rate * of.sockets, unit.get(isa, "OP/s")))
             for isa, rate in chip.peaks.items()
         ]
+        if chip.l2_bytes:
+            found.append(("cache of a core", html.byte_size(chip.l2_bytes)))
         if chip.l3_bytes:
             found.append(("last cache", html.byte_size(chip.l3_bytes)))
     if of.bandwidth is not None:

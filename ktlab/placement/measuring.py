@@ -32,7 +32,7 @@ from ktlab.placement.touched import chances, touched
 from ktlab.probe import Recorder
 from ktlab.quantization import QTensor, get_format
 
-RECIPE = 2
+RECIPE = 3
 """Goes up when what is measured changes: what was kept is then measured again."""
 WIDTHS, INNER, EXPERTS, TOP_K = 2048, 1536, 24, 8
 """Of the large bank: about DeepSeek-V2-Lite's experts, more than most caches hold."""

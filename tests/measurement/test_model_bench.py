@@ -59,6 +59,10 @@ def test_what_a_placement_gives(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert placed.overlap_share is not None and 0 <= placed.overlap_share <= 1
     assert "experts" in str(placed.places) and "off the CPU's numbers" in str(result)
     assert cli.main([*words[:-3], "--stand-in", "cuda:0"]) == 2
+    # Other settings are the CPU's, too.
+    everywhere = {"placement": place.put("attention", "cpu"), "top_k": 2}
+    alike = bench_model(ktlab.load, prompt=9, generate=1, rounds=1, settings=everywhere).placed
+    assert alike is not None and alike.relative_error == 0
     assert "expected WORD=DEVICE" in capsys.readouterr().err
 
 

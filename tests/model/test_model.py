@@ -244,7 +244,7 @@ def test_trace(model: Model) -> None:
 def test_a_trace_holds_no_logits_that_nobody_asked_for(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = list(range(1, 6))  # so few that whole and in pieces they take the same kernels
+    ids = list(range(1, 4))  # so few that whole and in pieces they take the same kernels
     assert "output" in model.trace(ids).stages, "stage times are whole by default"
     sizes, head = [], Model._head
 
@@ -257,7 +257,7 @@ def test_a_trace_holds_no_logits_that_nobody_asked_for(
     model.trace(ids, names="layers.*.router.ids")
     assert not sizes
     logits_TV = torch.from_numpy(model.trace(ids, names=["logits"])["logits"])
-    assert sizes == [2, 2, 1]
+    assert sizes == [2, 1]
     torch.testing.assert_close(logits_TV, model.forward(ids))
 
 

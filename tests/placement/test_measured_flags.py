@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from shutil import copy2
 from typing import Any
 
 import pytest
 import torch
 
 import ktlab
+from ktlab.checkpoint.embedded import data_path
 from ktlab.experts.placed_bank import PlacedBank
 from ktlab.html import decimal_bytes
 from ktlab.kernels import native
@@ -22,8 +24,14 @@ STAND_IN = {"cuda:0": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
-    return ktlab.load("tiny")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of its own: what other tests have mapped of the embedded one is counted, too."""
+    return str(copy2(data_path("tiny.gguf"), tmp_path_factory.mktemp("flags")))
+
+
+@pytest.fixture(scope="module")
+def model(tiny: str) -> Model:
+    return ktlab.load(tiny)
 
 
 def on_devices(model: Model) -> Placement:
@@ -35,8 +43,8 @@ def on_devices(model: Model) -> Placement:
 
 
 @pytest.fixture(scope="module")
-def plan(model: Model) -> Plan:
-    return ktlab.plan("tiny", placement=on_devices(model), gpu_formats="bf16", context=256)
+def plan(tiny: str, model: Model) -> Plan:
+    return ktlab.plan(tiny, placement=on_devices(model), gpu_formats="bf16", context=256)
 
 
 def changed(one: DeviceBytes, word: str) -> DeviceBytes:
@@ -88,12 +96,12 @@ def test_other_formats_than_planned_explain_as_many_weights(model: Model, plan: 
 
 
 def test_int4_has_a_zero_beside_each_scale(
-    model: Model, plan: Plan, monkeypatch: pytest.MonkeyPatch
+    tiny: str, model: Model, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also: what a seat of 4 bits holds in 16 is counted so, and planned so."""
     monkeypatch.setattr(measured, "SMALL", 0)
     monkeypatch.setattr(measured, "NEAR", 0.005)
-    planned = ktlab.plan("tiny", placement=on_devices(model), context=256)
+    planned = ktlab.plan(tiny, placement=on_devices(model), context=256)
     with model.override(placement=planned, stand_in=STAND_IN, dtype="int4"):
         formats = model.ledger()["cuda:0"].formats
         found = rows(planned.measured(model), "cuda:0")["weights"]
@@ -116,8 +124,8 @@ def test_int4_has_a_zero_beside_each_scale(
     assert not flagged.explained and not flagged.near
 
 
-def test_caches_of_other_forms_and_lengths(model: Model) -> None:
-    planned = ktlab.plan("tiny", context=256)
+def test_caches_of_other_forms_and_lengths(tiny: str, model: Model) -> None:
+    planned = ktlab.plan(tiny, context=256)
     with model.override(attention="naive"):
         kept = model.new_cache(context=4096)
         row = rows(planned.measured(model), "cpu")["cache"]
@@ -128,14 +136,14 @@ def test_caches_of_other_forms_and_lengths(model: Model) -> None:
 # The host's copy of what devices compute ---------------------------------------------------------
 
 
-def test_the_host_copy_has_a_figure(model: Model, plan: Plan) -> None:
+def test_the_host_copy_has_a_figure(tiny: str, model: Model, plan: Plan) -> None:
     """24 of 64 experts are on a GPU and a node, and in the mapped file still."""
     experts = sum(block.experts.nbytes for block in model.moe_blocks)
     says = "host copy of experts that are on devices: "
     expected = f"{says}{decimal_bytes(experts * 24 // 64)} of the mapped file, in memory where"
     assert [note for note in plan.notes if note.startswith(expected)]
-    assert not [note for note in ktlab.plan("tiny").notes if note.startswith(says)]
-    fresh = ktlab.load("tiny")
+    assert not [note for note in ktlab.plan(tiny).notes if note.startswith(says)]
+    fresh = ktlab.load(tiny)
     with fresh.override(placement=plan, stand_in=STAND_IN):
         (note,) = [n for n in fresh.ledger()["cpu"].notes if n.startswith(says)]
         assert note.startswith(expected) and "made of it" not in note
@@ -146,10 +154,10 @@ def test_the_host_copy_has_a_figure(model: Model, plan: Plan) -> None:
     assert not [n for n in fresh.ledger()["cpu"].notes if n.startswith(says)]
 
 
-def test_the_host_copy_of_what_was_converted_stays(model: Model) -> None:
+def test_the_host_copy_of_what_was_converted_stays(tiny: str, model: Model) -> None:
     made = {"q8_0": "q4_0"}
-    planned = ktlab.plan("tiny", placement=on_devices(model), convert=made, gpu_formats="bf16")
-    loaded = ktlab.load("tiny", convert=made)
+    planned = ktlab.plan(tiny, placement=on_devices(model), convert=made, gpu_formats="bf16")
+    loaded = ktlab.load(tiny, convert=made)
     size = sum(block.experts.nbytes for block in loaded.moe_blocks) * 24 // 64
     says = f"host copy of experts that are on devices: {decimal_bytes(size)} made of it, which stay"
     assert says in planned.notes
@@ -169,8 +177,10 @@ def shared(model: Model, two_nodes: None) -> Iterator[Model]:  # noqa: F811
 
 
 @pytest.mark.parametrize(("mode", "sets"), [("interleave", 1), ("split", 1), ("copy", 2)])
-def test_sets_on_nodes_are_planned_as_they_are_made(shared: Model, mode: str, sets: int) -> None:
-    right, wrong = (ktlab.plan("tiny", numa_copies=n, context=256) for n in (sets, 3 - sets))
+def test_sets_on_nodes_are_planned_as_they_are_made(
+    tiny: str, shared: Model, mode: str, sets: int
+) -> None:
+    right, wrong = (ktlab.plan(tiny, numa_copies=n, context=256) for n in (sets, 3 - sets))
     shared.place(right, nodes=mode)
     experts = sum(block.experts.nbytes for block in shared.moe_blocks)
     found = right.measured(shared)
@@ -191,17 +201,15 @@ def test_sets_on_nodes_are_planned_as_they_are_made(shared: Model, mode: str, se
     )
 
 
-def test_copies_that_nobody_made_are_flagged(model: Model) -> None:
-    flagged = {
-        row.kind: row.why for row in ktlab.plan("tiny", numa_copies=2).measured(model).flagged
-    }
+def test_copies_that_nobody_made_are_flagged(tiny: str, model: Model) -> None:
+    flagged = {row.kind: row.why for row in ktlab.plan(tiny, numa_copies=2).measured(model).flagged}
     assert flagged["copies"] == "planned as numa_copies=2; placed without nodes=, which makes 1"
 
 
-def test_a_node_with_experts_of_its_own_and_a_share(shared: Model) -> None:
+def test_a_node_with_experts_of_its_own_and_a_share(tiny: str, shared: Model) -> None:
     placed = Placement.everywhere(shared.config, "cpu").put("experts", "numa:0", experts=range(16))
     placed = placed.put("attention", "numa:0")
-    planned = ktlab.plan("tiny", placement=placed, context=256)
+    planned = ktlab.plan(tiny, placement=placed, context=256)
     shared.place(planned, nodes="interleave")
     cache = shared.new_cache(context=256)
     found = planned.measured(shared)

@@ -171,6 +171,15 @@ def test_rules_place_where_the_devices_are(model: Model) -> None:
     assert model.placement is None and torch.equal(model.forward(IDS), before)
 
 
+MARLIN = """
+- match: {name: lm_head}
+  replace:
+    class: ktransformers.operators.linear.KTransformersLinear
+    kwargs: {generate_device: cuda, prefill_device: cuda, generate_op: KLinearMarlin,
+             prefill_op: KLinearMarlin}
+"""
+
+
 def test_a_whole_file_on_stand_ins(model: Model) -> None:
     rules = RuleSet.parse(GPU_AND_CPU)
     with model.override(rules=rules, stand_in=STAND_IN):
@@ -181,6 +190,13 @@ def test_a_whole_file_on_stand_ins(model: Model) -> None:
     with rules.applied(model, stand_in=STAND_IN):
         assert devices(model) == ("cpu", "cuda:0", "cuda:1")
         assert model.experts[0].format == "int8_channel" and model.forward(IDS).isfinite().all()
+    marlin = RuleSet.parse(MARLIN)
+    wish = 'KLinearMarlin\'s 4 bits: bf16 on a GPU here; 4 with dtype="int4"'
+    assert list(marlin.preview(model, stand_in=STAND_IN).missing) == [wish]
+    with pytest.raises(RuleError, match="KLinearMarlin's 4 bits"):
+        marlin.apply(model, stand_in=STAND_IN, strict=True)
+    with marlin.applied(model, stand_in=STAND_IN, strict=True, dtype="int4"):
+        assert not marlin.preview(model).missing
     with rules.applied(model, stand_in=STAND_IN, dtype="int4"):
         assert {seat.format for seat in model.seats.values()} == {"int4"}
         assert model.forward(IDS).isfinite().all()

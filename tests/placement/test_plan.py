@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import Any
 
 import pytest
+import torch
 
 import ktlab
 from ktlab.checkpoint import write_gguf
@@ -14,7 +15,7 @@ from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.errors import CheckpointError, FormatError, SettingError
 from ktlab.placement import Device, Machine, Placement, Plan, plan
 from ktlab.placement.ledger import KINDS, cache_bytes
-from ktlab.placement.machine import get_machine
+from ktlab.placement.machine import get_machine, this_machine
 from tests.placement.big import write_shards
 
 GB = 10**9
@@ -268,6 +269,15 @@ def test_tables_and_picture() -> None:
 def test_this_machine() -> None:
     found = plan("tiny", machine="this")
     assert found.fits and found["cpu"].capacity
+
+
+def test_this_machine_has_the_gpus_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: ((i + 1) * GB, 9 * GB))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
+    there = {d.name: (d.capacity, d.about) for d in this_machine().devices[1:]}
+    assert there == {"cuda:0": (GB, "GPU 0"), "cuda:1": (2 * GB, "GPU 1")}
 
 
 def test_a_machine_of_ones_own() -> None:

@@ -16,6 +16,7 @@ from ktlab.kernels import dispatch, native
 from ktlab.kernels.computed import Computed
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.request import AUTO, NATIVE_ISAS, Kernel
+from ktlab.kernels.seat import INT4
 from ktlab.model.block import MoEBlock
 from ktlab.placement.rules import own
 from ktlab.placement.rules.modules import Module
@@ -117,15 +118,16 @@ def elsewhere(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(told)
 
 
-def on_gpu(rule: Rule, module: Module) -> tuple[str, ...]:
-    """What of a rule's words is not done to a module that goes to a GPU."""
+def on_gpu(rule: Rule, module: Module, format: str) -> tuple[str, ...]:
+    """What of a rule's words is not done to a module that goes to a GPU, to be `format` there."""
     usual = "KLinearMarlin" if rule.kind == "matrix" and module.kind == "matrix" else ""
     operator = rule.kwargs.get("generate_op", usual)
     found = GPU_FORMATS.get(operator or "", "")
-    if not found:
+    four = found == "4 bits"
+    if not found or (four and format == INT4):
         return ()
-    how = '; 4 with dtype="int4"' if found == "4 bits" else ""
-    return (f"{operator}'s {found}: bf16 on a GPU here{how}",)
+    how = f'; 4 with dtype="{INT4}"' if four else ""
+    return (f"{operator}'s {found}: {format} on a GPU here{how}",)
 
 
 def _own(rule: Rule, cls: type, module: Module) -> Effect:

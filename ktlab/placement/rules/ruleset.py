@@ -107,10 +107,15 @@ class RuleSet:
         return found
 
     def preview(
-        self, model: Model, *, strict: bool = False, stand_in: StandIn | None = None
+        self,
+        model: Model,
+        *,
+        strict: bool = False,
+        stand_in: StandIn | None = None,
+        dtype: str | None = None,
     ) -> Preview:
-        """What each rule would do; nothing changes. `strict` and `stand_in` as in `apply`."""
-        return self._previewed(model, *self._walk(model, stand_in), strict)
+        """What each rule would do; nothing changes. The words are those of `apply`."""
+        return self._previewed(model, *self._walk(model, stand_in, dtype), strict)
 
     def placement(
         self, model: Model, *, default: str | None = None, as_written: bool = False
@@ -149,7 +154,7 @@ class RuleSet:
         devices that are not there, and words without a counterpart. `progress` is called with
         (done, total) in bytes while experts change their format.
         """
-        walk, places = self._walk(model, stand_in)
+        walk, places = self._walk(model, stand_in, dtype)
         if wrong := walk.wrong():
             raise RuleError(
                 f"{self.source}: nothing was changed on {model.name}\n  " + ";\n  ".join(wrong)
@@ -227,7 +232,9 @@ class RuleSet:
                 "free beside the model; name fewer layers, or a format with fewer bits"
             )
 
-    def _walk(self, model: Model, stand_in: StandIn | None) -> tuple[Walk, Placed]:
+    def _walk(
+        self, model: Model, stand_in: StandIn | None, dtype: str | None
+    ) -> tuple[Walk, Placed]:
         walk = Walk.over(modules(model), self.rules, self.source)
         walk.try_own(model)
         try:
@@ -237,7 +244,13 @@ class RuleSet:
         assert places.placement is not None
         gpus = {f"cuda:{n}" for n in range(torch.cuda.device_count())}
         if {*places.placement.devices} <= {"cpu", *gpus, *model.seats, *(stand_in or ())}:
-            walk.move(devices_of(places.seats, _present(model)), places.where)
+            formats = {word: seat.format for word, seat in model.seats.items()}
+            formats = {
+                word: dtype or formats.get(word, "bf16")
+                for word in places.placement.devices
+                if word.startswith("cuda:")
+            }
+            walk.move(devices_of(places.seats, _present(model)), places.where, formats)
         return walk, places
 
     def _previewed(self, model: Model, walk: Walk, places: Placed, strict: bool) -> Preview:

@@ -91,15 +91,18 @@ class Walk:
         for rule in self.rules:
             yield from ((m, found) for m, found in self.taken.get(rule.number, ()) if found.sets)
 
-    def move(self, before: Mapping[str, str], after: Mapping[str, str]) -> None:
-        """{module: device}: all devices are there, so that modules go where rules put them."""
+    def move(
+        self, before: Mapping[str, str], after: Mapping[str, str], formats: Mapping[str, str]
+    ) -> None:
+        """{module: device}: all devices are there, so that modules go where rules put them, to be
+        in `formats` {GPU: format} there."""
         self.all_there = True
         for rule in self.rules:
             taken = self.taken.get(rule.number, [])
             for at, (module, found) in enumerate(taken):
                 new = replace(found, away=())
-                if after.get(module.name, "cpu").startswith("cuda:"):
-                    new = replace(new, missing=(*new.missing, *on_gpu(rule, module)))
+                if (format := formats.get(after.get(module.name, ""))) is not None:
+                    new = replace(new, missing=(*new.missing, *on_gpu(rule, module, format)))
                 if module.name in after and before[module.name] != after[module.name]:
                     was, will = before[module.name], after[module.name]
                     new = replace(
