@@ -14,7 +14,7 @@ from ktlab.errors import PlacementError
 from ktlab.experts import nodes as experts_nodes
 from ktlab.experts.placed_bank import PlacedBank
 from ktlab.kernels import native, threads
-from ktlab.model import place as model_place
+from ktlab.model import place_seats
 from ktlab.model.model import Model
 from ktlab.placement import Placement
 
@@ -30,7 +30,7 @@ def model() -> Model:
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cpus = threads.allowed_cpus()
     found = {0: cpus[:1], 1: cpus[-1:]}
-    for module in (threads, experts_nodes, model_place):
+    for module in (threads, experts_nodes, place_seats):
         monkeypatch.setattr(module, "numa_nodes", lambda: found)
     for cached in (threads.default_threads, native._pool):
         cached.cache_clear()

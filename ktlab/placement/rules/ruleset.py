@@ -24,7 +24,8 @@ from ktlab.errors import RuleError, nearest
 from ktlab.kernels.computed import Computed
 from ktlab.model.copies import let_go_unused, room
 from ktlab.model.model import Model
-from ktlab.model.place import StandIn, apply_placement
+from ktlab.model.place import apply_placement
+from ktlab.model.place_seats import StandIn
 from ktlab.model.settings import Change, ask
 from ktlab.model.settings import apply as set_words
 from ktlab.placement.placement import Placement
