@@ -89,6 +89,7 @@ THRESHOLDS = (
         for kind, few in borders
     ),
     Threshold(isa="avx2", layout=BLOCKS, family="32 a scale", few=3, reason=_FUSED),
+    Threshold(isa="avx2", layout=PACKED, family="float", few=8, reason=_FUSED),
     Threshold(isa="avx2", few=4, reason=_FUSED),
     Threshold(layout=BLOCKS, few=6, reason=_FUSED),
     Threshold(layout=PACKED, family="long scales", few=1, reason=_FUSED),
@@ -107,8 +108,8 @@ long scales, 12 to 24 else; on blocks 2 (q8_0) to 12 (q4_k, whose rows go 16 at 
 packed 4 with bf16; on integers it is faster than avx512_vnni at no number of tokens: it is for
 those who want to lose 0.4 % instead of 0.9. On the fifth generation, packed q4_k and q6_k in whole
 layers, 8 to 12: V3's 16 tokens an expert 25 ms (27.6 with 16), V2-Lite's 6 10.2 to 10.5. On the
-third, avx2, 16384 x 7168: 4 to 5 for all formats in both layouts, as a pass takes four tokens; on
-blocks of q4_0 3, of q5_0 2."""
+third, avx2, 16384 x 7168: 4 to 5 in both layouts, as a pass takes four tokens; on blocks of q4_0 3,
+of q5_0 2; floats packed 16 (bf16), 8 (f16) and 4 (f32)."""
 
 
 def threshold(isa: str, layout: str, formats: Sequence[str]) -> Threshold:

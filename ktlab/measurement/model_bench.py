@@ -168,7 +168,9 @@ def bench_model(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
         wanted = {"threads": threads, **(settings or {})}
-        placing = {word: wanted.pop(word) for word in PLACING if word in wanted}
+        # Without a placement they are words of a rule set, which computes otherwise, too.
+        words = [word for word in PLACING if word in wanted] if "placement" in wanted else []
+        placing = {word: wanted.pop(word) for word in words}
         stack.enter_context(model.override(**wanted))
         on_cpu = logits_of(model, parts[0]) if placing else None
         stack.enter_context(model.override(**placing))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ktlab.model.model import Model
 
 StandIn = Mapping[str, "str | TorchSeat"]
+_APART = ("cache", "norms", "router")
 
 
 def nodes_mode(model: "Model", asked: str | None) -> str | None:
@@ -30,11 +31,12 @@ def nodes_mode(model: "Model", asked: str | None) -> str | None:
 
 
 def planned_formats(placement: Any) -> dict[str, str]:
-    """{device: what a plan counts its matrices as}; {} of what is no plan."""
+    """{device: what a plan counts its matrices as}; {} of what is no plan. Of a row its largest
+    format is that of its matrices; caches, norms and routers have their own."""
     found: dict[str, set[str]] = {}
     for row in getattr(placement, "rows", ()):
-        if row.device.startswith("cuda:"):
-            found.setdefault(row.device, set()).update(row.formats)
+        if row.device.startswith("cuda:") and row.part.component not in _APART:
+            found.setdefault(row.device, set()).add(row.formats[0])
     return {word: _seat_format(word, formats) for word, formats in found.items()}
 
 

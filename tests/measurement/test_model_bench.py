@@ -63,6 +63,8 @@ def test_what_a_placement_gives(tmp_path: Path, capsys: pytest.CaptureFixture[st
     everywhere = {"placement": place.put("attention", "cpu"), "top_k": 2}
     alike = bench_model(ktlab.load, prompt=9, generate=1, rounds=1, settings=everywhere).placed
     assert alike is not None and alike.relative_error == 0
+    rules = {"rules": ktlab.RuleSet.read("gpu-attention"), "stand_in": {"cuda:0": "cpu"}}
+    assert bench_model(ktlab.load, prompt=9, generate=1, rounds=1, settings=rules).placed is None
     assert "expected WORD=DEVICE" in capsys.readouterr().err
 
 

@@ -358,8 +358,10 @@ def test_a_plan_is_loaded_in_the_formats_that_it_counts(model: Model) -> None:
     # What is there keeps its format; a plan's and a word's count more.
     model.place(plan.placement.put("dense", "cuda:0"))
     assert model.seats["cuda:0"].format == "int4"
-    model.place(ktlab.plan("tiny", placement=plan.placement, gpu_formats="f16"))
-    assert model.seats["cuda:0"].format == "f16"
+    whole = plan.placement.put("attention", "cuda:0").put("router", "cuda:0")
+    for format in ("f32", "bf16", "f16"):  # whatever caches and routers are in
+        model.place(ktlab.plan("tiny", placement=whole, gpu_formats=format))
+        assert model.seats["cuda:0"].format == format
     with model.override(placement=plan, dtype="f32"):
         assert model.seats["cuda:0"].format == "f32"
         assert model.place(plan.placement).parts == 0
