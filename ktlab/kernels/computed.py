@@ -73,11 +73,16 @@ class Computed:
     def _choose(self, request: Request) -> Kernel:
         return dispatch.choose(self.settled(request), self.formats)
 
+    @property
+    def small(self) -> bool:
+        """Whether native kernels get it packed unasked."""
+        return sum(stack.nbytes for stack in self.stacks) <= PACKED_BYTES
+
     def settled(self, request: Request, formats: Sequence[str] = ()) -> Request:
         """Where nothing else is named, native kernels get small matrices packed.
 
         `formats`: what the matrices would be requantized to."""
-        if request.layout != AUTO or sum(s.nbytes for s in self.stacks) > PACKED_BYTES:
+        if request.layout != AUTO or not self.small:
             return request
         if dispatch.choose(request, tuple(formats) or self.formats).backend != "native":
             return request

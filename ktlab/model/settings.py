@@ -10,7 +10,7 @@ from ktlab.experts.bank import ExpertBank
 from ktlab.experts.banks import layers as ranges
 from ktlab.kernels import dispatch
 from ktlab.kernels.computed import Computed
-from ktlab.kernels.request import AUTO, REQUEST_WORDS
+from ktlab.kernels.request import AUTO, REQUEST_WORDS, Kernel, Request
 from ktlab.model.block import Layer, MoEBlock
 from ktlab.model.components import COMPONENTS, component_stages, every_product, products_of
 from ktlab.model.copies import check_formats, check_prepared, prepared_bytes
@@ -177,6 +177,7 @@ class Change:
 
     def __init__(self) -> None:
         self._undo: list[tuple[Any, str, Any]] = []
+        self._chosen: dict[tuple[Request, tuple[str, ...], bool], Kernel] = {}
 
     def set(self, holder: Any, name: str, value: Any) -> None:
         self._undo.append((holder, name, getattr(holder, name)))
@@ -185,6 +186,13 @@ class Change:
     def take(self, other: "Change") -> None:
         """Undo what `other` has changed, too: it came later than all that is in here."""
         self._undo += other._undo
+
+    def choose(self, product: Computed, request: Request) -> Kernel:
+        """What shall compute `product`; asked once for all that are alike, which are many."""
+        alike = (request, tuple(product.formats), product.small)
+        if alike not in self._chosen:
+            self._chosen[alike] = dispatch.choose(product.settled(request), product.formats)
+        return self._chosen[alike]
 
     def undo(self) -> None:
         while self._undo:
@@ -328,7 +336,7 @@ def ask(change: Change, product: Computed, **words: Any) -> None:
     if request == before and product.kernel:
         return
     # Settled, as a first choice is: a small matrix stays packed whatever else is named.
-    kernel = dispatch.choose(product.settled(request), product.formats)
+    kernel = change.choose(product, request)
     change.set(product, "_request", request)
     change.set(product, "_kernel", kernel)
 

@@ -120,7 +120,8 @@ class Worker:
             except Exception as error:  # shown by the view: a thread has nobody to raise to
                 self._fail(error, cancel)
             del job  # and all that it holds
-            trim()  # caches and copies of a large model: the C library would keep a gigabyte
+            if self._pending is None:  # a press does not wait for it
+                trim()  # caches and copies of a large model: the C library would keep a gigabyte
             with self.lock:
                 self._running = None
                 if self._pending is None:
