@@ -173,6 +173,8 @@ def _kernel(request: Request, isa: str, candidate: Candidate, formats: Sequence[
         border = f"; up to {few} tokens of an expert take the path for few ({why})"
     if native.pairs(candidate.isa) and switch.in_pairs(candidate.isa, formats):
         border += f"; more: sums of 16 bits, scaled two by two ({switch.PAIRS[candidate.isa]})"
+    if switch.in_words(candidate.isa, formats):
+        border += "; more: codes of 8 bits times activations of 12, in words"
     reason = f"{_because(request, isa, candidate)}: {candidate.purpose}{border}"
     return Kernel(
         backend=candidate.backend,

@@ -33,15 +33,25 @@ PAIRS = {
 """Instruction sets that may scale many tokens' sums two by two, and why."""
 
 
+WORDS = {"avx2": ("q8_0", "iq4_nl", "iq4_xs", "int8_channel")}
+"""Formats with codes of 8 bits, which many tokens take in words of 16 bits where a product of two such
+codes fits nothing smaller (csrc/words_avx2.inc.h)."""
+
+
+def in_words(isa: str, formats: Sequence[str]) -> bool:
+    """Whether many tokens take some of these matrices in words."""
+    return any(format in WORDS.get(isa, ()) for format in formats)
+
+
 def in_pairs(isa: str, formats: Sequence[str]) -> bool:
     """Whether one of `PAIRS` may scale many tokens' sums of some of these matrices (gate, up, down;
     or one) two by two: those with a scale for 16 or 32 weights. q8_0 keeps its activations' second
-    term instead, in `down` only behind q8_0 (key_of in ktlab_ext's operations.c); avx2 has no room
-    for codes of 8 bits, nor for the iq4 formats' levels."""
+    term instead, in `down` only behind q8_0 (key_of in ktlab_ext's operations.c); avx2 takes codes
+    of 8 bits, as the iq4 formats' levels are, in words."""
     *before, last = formats
-    wide = {"q8_0", "iq4_nl", "iq4_xs"} if isa == "avx2" else {"q8_0"}
+    wide = WORDS.get(isa, ("q8_0",))
     short = any(family(f) in ("32 a scale", "256 a block") and f not in wide for f in formats)
-    return short or (isa != "avx2" and last == "q8_0" and any(f != "q8_0" for f in before))
+    return short or (isa not in WORDS and last == "q8_0" and any(f != "q8_0" for f in before))
 
 
 @dataclass(frozen=True, kw_only=True)

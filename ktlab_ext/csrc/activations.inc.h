@@ -191,6 +191,27 @@ KTL_INLINE void sum_up(int sub, int group, ktl_act_key key, const int32_t *total
     else if (key.pairs) pair_up(sub, shared, 0, key, total, second, a);
 }
 
+/* To 11 bits and a sign, in the order of ktl_words. */
+KTL_INLINE void quantize_words(const float *x, ktl_words *a) {
+    uint16_t steps[KTL_CHUNK] KTL_ALIGNED;
+    const float most = ktl_largest(x, KTL_CHUNK);
+    const int finite = most <= 3.4028235e38f, some = finite && most > 1e-35f;
+    const float factor = some ? 2047.0f / most : 0.0f;
+    for (int i = 0; i < KTL_CHUNK; i++) {
+        const float shifted = x[i] * factor + KTL_START;
+        uint32_t bits;
+        memcpy(&bits, &shifted, 4);
+        steps[i] = (uint16_t)bits;
+    }
+    for (int i = 0; i < KTL_CHUNK; i += 4) {
+        uint64_t four;
+        memcpy(&four, steps + i, 8);
+        four = (four & 0xffff00000000ffff) | (four >> 16 & 0xffff0000) | (four & 0xffff0000) << 16;
+        memcpy(a->q + i, &four, 8);
+    }
+    a->scale = some ? most / 2047.0f : finite ? 0.0f : most - most;
+}
+
 /* A group with a NaN or an infinity gets the scale NaN, so that it shows in every product. */
 KTL_INLINE void quantize_act(ktl_act_key key, const float *x, float most, ktl_act *a) {
     int32_t total[PARTS] KTL_ALIGNED, second[PARTS] KTL_ALIGNED;

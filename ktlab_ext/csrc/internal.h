@@ -101,7 +101,13 @@ typedef struct KTL_ALIGNED {
     };
 } ktl_act;
 
-typedef enum { KTL_ACT_INT8, KTL_ACT_F32, KTL_ACT_BF16 } ktl_act_kind;
+/* For words_avx2.inc.h: with 11 bits and a sign, of each four columns the first, the third, the second, the last. */
+typedef struct KTL_ALIGNED {
+    int16_t q[KTL_CHUNK];
+    float scale;
+} ktl_words;
+
+typedef enum { KTL_ACT_INT8, KTL_ACT_WORDS, KTL_ACT_F32, KTL_ACT_BF16 } ktl_act_kind;
 enum { KTL_HALVES = -1, KTL_LINES = -2 };
 
 /* int8_channel's activations share a scale so far: the integer sums of two chunks can be one. */
@@ -159,15 +165,22 @@ KTL_INLINE ktl_act_key ktl_in_lines(int format, ktl_act_key key) {
     return key;
 }
 
+/* The same activations for words_avx2.inc.h, where codes have 8 bits. */
+KTL_INLINE ktl_act_key ktl_in_words(int format, ktl_act_key key) {
+    const ktl_act_key words = {KTL_ACT_WORDS, 0, 0, KTL_CHUNK, 1, 0};
+    return key.kind == KTL_ACT_INT8 && ktl_formats[format].zero == 128 ? words : key;
+}
+
 /* What a step of the integers is, in the i-th KTL_FINE columns; not for pairs.inc.h. */
 KTL_INLINE float ktl_act_scale(const ktl_act_key *key, const ktl_act *a, int i) {
     return key->pairs == KTL_LINES ? (float)a->line_scale[i / 2 + i % 2 * 8] * a->line_unit : a->scale[i];
 }
 
 KTL_INLINE size_t ktl_act_bytes(int kind) {
-    return kind == KTL_ACT_INT8  ? sizeof(ktl_act)
-           : kind == KTL_ACT_F32 ? KTL_CHUNK * sizeof(float)
-                                 : KTL_CHUNK * sizeof(uint16_t);
+    return kind == KTL_ACT_INT8    ? sizeof(ktl_act)
+           : kind == KTL_ACT_WORDS ? sizeof(ktl_words)
+           : kind == KTL_ACT_F32   ? KTL_CHUNK * sizeof(float)
+                                   : KTL_CHUNK * sizeof(uint16_t);
 }
 
 /* ---- a tile: 16 rows x 256 columns, ready to multiply ------------------------------------------ */
@@ -218,7 +231,7 @@ typedef struct {
     const void *act; /* of the chunk: rows of ktl_act_bytes */
     int64_t act_next; /* bytes from there to the next chunk's, where `multiply` takes two */
     int fine; /* whether the activations have a scale every KTL_FINE columns */
-    int pairs; /* ktl_act_key.pairs */
+    int kind, pairs; /* of ktl_act_key */
     const int32_t *act_index;
     float *acc;
     int64_t acc_stride;
@@ -351,6 +364,7 @@ typedef struct {
     int spans; /* whether `multiply` takes packed int8_channel by two chunks, `groups` up to 16 */
     int pairs; /* the instruction set in whose way `multiply` takes sums in pairs, or 0 */
     int lines; /* whether `dot_blocks` takes one row after the other (ktl_in_lines) */
+    int words; /* whether `multiply` takes codes of 8 bits in words (ktl_in_words) */
     int fine;  /* where activations have a scale every KTL_FINE columns: 1 where that costs little, 2 always */
     /* to = silu(gate) * up * factor */
     void (*silu_mul)(float *to, const float *gate, const float *up, float factor, int64_t count);

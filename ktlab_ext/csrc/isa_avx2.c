@@ -13,6 +13,7 @@
 #define TOKENS 4
 #define PAIRS KTL_AVX2
 #define LINES 1
+#define CODE_WORDS 1
 #define PANELS 1
 #define LONG_TOKENS 3
 #define LONG_PANELS 1

@@ -14,6 +14,7 @@
 #define PANELS 2
 #define PAIRS KTL_AVX512_VNNI
 #define LINES 0
+#define CODE_WORDS 0
 #define LONG_TOKENS 5
 #define LONG_PANELS 4
 #define FLOAT_TOKENS 6

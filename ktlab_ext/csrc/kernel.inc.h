@@ -5,6 +5,7 @@
  *     PANELS       panels of 16 rows that it keeps, 1 or 2
  *     PAIRS        the name of the instruction set, for pairs.inc.h
  *     LINES        whether few tokens take file blocks one row after the other (row_avx2.inc.h)
+ *     CODE_WORDS   whether many tokens take codes of 8 bits in words (words_avx2.inc.h)
  *     LONG_TOKENS, LONG_PANELS   the same where a scale holds for 128 or 256 columns
  *     FLOAT_TOKENS tokens of float32
  *     MOST_RUN     products that are summed in 16 bits as long as they fit
@@ -242,7 +243,8 @@ static void prepare(ktl_act_key key, const float *x, int cols, float most, void 
         memset(padded + cols, 0, (size_t)(KTL_CHUNK - cols) * 4);
         x = padded;
     }
-    quantize_act(key, x, most, out);
+    if (key.kind == KTL_ACT_WORDS) quantize_words(x, out);
+    else quantize_act(key, x, most, out);
 }
 
 #include "few.inc.h"
@@ -292,5 +294,5 @@ static void dot_packed(int format, const uint8_t *head, const uint8_t *chunk, in
 
 #define KERNELS                                                                                     \
     {act_key,    prepare,    decode_packed, decode_blocks, multiply,                                \
-     dot_blocks, dot_packed, 0,             PAIRS,         LINES,    1,            ktl_silu_mul,     \
-     ktl_scale_row, ktl_add_row, attend,    NULL}
+     dot_blocks, dot_packed, 0,             PAIRS,         LINES,    CODE_WORDS,   1,                \
+     ktl_silu_mul, ktl_scale_row, ktl_add_row, attend, NULL}

@@ -165,6 +165,9 @@ KTL_INLINE void multiply_f32(int T, const ktl_tile *tile, int groups, const floa
 
 typedef struct pair_scales pair_scales;
 #include "pairs.inc.h"
+#if CODE_WORDS
+#include "words_avx2.inc.h"
+#endif
 
 typedef void (*inner_loop)(const ktl_tile *, const pair_scales *, int groups, const void *act,
                            float *acc, int64_t stride);
@@ -196,7 +199,11 @@ typedef void (*inner_loop)(const ktl_tile *, const pair_scales *, int groups, co
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 /* Columns that share a scale, minima, whether a product fits 16 bits: what the formats have. */
+#if CODE_WORDS
+#define SOME_SHORT(X) X(16, 0, 1) X(16, 1, 1) X(32, 0, 1) X(32, 1, 1)
+#else
 #define SOME_SHORT(X) X(16, 0, 1) X(16, 1, 1) X(32, 0, 0) X(32, 0, 1) X(32, 1, 1)
+#endif
 #define X(sub, mins, run)                               \
     JOIN(UP_TO_, TOKENS)(SHORT_LOOP, sub, mins, run, 0) \
     JOIN(UP_TO_, TOKENS)(SHORT_LOOP, sub, mins, run, 1)
@@ -204,7 +211,9 @@ SOME_SHORT(X)
 #undef X
 JOIN(UP_TO_, FLOAT_TOKENS)(F32_LOOP)
 JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 128, MOST_RUN)
+#if !CODE_WORDS
 JOIN(UP_TO_, LONG_TOKENS)(LONG_LOOP, 256, 0)
+#endif
 
 /* Sums in pairs: the columns of a unit, pairs of offsets, dropped bits that the formats have. */
 #if VB == 64
@@ -231,8 +240,7 @@ static const inner_loop *pair_loops_of(int format, int fine, int dropped) {
 static const inner_loop *loops_of(int format, int fine) {
 #define SHORTS JOIN(TABLE_, TOKENS)
 #define LONGS JOIN(TABLE_, LONG_TOKENS)
-    static const inner_loop f32[] = JOIN(TABLE_, FLOAT_TOKENS)(f32), s128[] = LONGS(int8_128),
-                            s256[] = LONGS(int8_256);
+    static const inner_loop f32[] = JOIN(TABLE_, FLOAT_TOKENS)(f32), s128[] = LONGS(int8_128);
     const ktl_format_info *f = &ktl_formats[format];
     if (ktl_is_float(format)) return f32;
 #define X(s, m, r)                                                                                   \
@@ -241,10 +249,20 @@ static const inner_loop *loops_of(int format, int fine) {
     if (f->sub == s && has_offset(format) == m && wide(format) != r) return short_##s##m##r[fine];
     SOME_SHORT(X)
 #undef X
-    return f->sub == 128 ? s128 : s256;
+#if !CODE_WORDS
+    static const inner_loop s256[] = LONGS(int8_256);
+    if (f->sub == 256) return s256;
+#endif
+    return s128;
 }
 
 static void multiply(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job) {
+#if CODE_WORDS
+    if (job->kind == KTL_ACT_WORDS) {
+        multiply_words(format, tiles, panels, groups, job);
+        return;
+    }
+#endif
     const int dropped = job->pairs > 0 ? job->pairs - 1 : 0;
     const inner_loop *loops = job->pairs ? pair_loops_of(format, job->fine, dropped) : loops_of(format, job->fine);
     pair_scales pairs[KTL_TILES];

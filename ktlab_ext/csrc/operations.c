@@ -101,6 +101,7 @@ static ktl_act_key key_of(const ktl_kernels *kernels, way w, const ktl_matrix *m
     if (key.group == KTL_GROUP && fine) key.group = KTL_FINE;
     if (key.group > KTL_CHUNK && down) key.group = KTL_CHUNK;
     if (w == FUSED && m->layout == KTL_GGML_BLOCKS && kernels->lines) return ktl_in_lines(format, key);
+    if (w == MANY && kernels->words) key = ktl_in_words(format, key);
     /* A second term is for what pairs would lose. */
     const int short_scales = key.kind == KTL_ACT_INT8 && key.group <= KTL_GROUP && key.terms == 1;
     const int pairs = w == MANY && short_scales && kernels->pairs && ktl_pairs(kernels->pairs);
@@ -177,6 +178,7 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
         const int groups = (cols + KTL_GROUP - 1) / KTL_GROUP;
         ktl_job part = *job;
         part.fine = a->key.group == KTL_FINE;
+        part.kind = a->key.kind;
         part.pairs = a->key.pairs;
         const uint8_t *terms = act + c / KTL_CHUNK * a->chunk_bytes;
         for (int64_t first = 0; first < rows; first += KTL_TILES * KTL_PANEL) {

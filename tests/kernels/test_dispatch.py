@@ -197,6 +197,7 @@ def test_the_reason_says_how_sums_are_scaled(cpu, monkeypatch) -> None:
         for format in ("q4_k", "q8_0", "int8_channel"):
             reason = dispatch.choose(Request(isa=isa), (format,)).reason
             assert ("two by two" in reason) == (pairs and format == "q4_k"), (isa, format)
+            assert ("in words" in reason) == (isa == "avx2" and format != "q4_k"), (isa, format)
 
 
 def test_threads_default_to_cores_and_stay_in_the_quota(monkeypatch, tmp_path) -> None:
