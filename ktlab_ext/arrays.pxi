@@ -61,17 +61,24 @@ cdef int whole(const Py_buffer *v, str name) except -1:
     return 0
 
 
+cdef uintptr_t width_bytes(const Py_buffer *v):
+    return v.shape[v.ndim - 1] * v.itemsize
+
+
+cdef uintptr_t before_last_row(const Py_buffer *v):
+    return (v.shape[0] - 1) * v.strides[0] if v.ndim == 2 else 0
+
+
 cdef int apart(const Py_buffer *x, const Py_buffer *y) except -1:
     """Refuses an output that shares bytes with the input (columns side by side are fine)."""
     cdef uintptr_t x0 = <uintptr_t>x.buf, y0 = <uintptr_t>y.buf, step, gap
     if x.len == 0 or y.len == 0:
         return 0
-    cdef uintptr_t x_width = x.shape[1] * x.itemsize, y_width = y.shape[1] * y.itemsize
-    cdef uintptr_t x1 = x0 + (x.shape[0] - 1) * x.strides[0] + x_width
-    cdef uintptr_t y1 = y0 + (y.shape[0] - 1) * y.strides[0] + y_width
+    cdef uintptr_t x_width = width_bytes(x), x1 = x0 + before_last_row(x) + x_width
+    cdef uintptr_t y_width = width_bytes(y), y1 = y0 + before_last_row(y) + y_width
     if x1 <= y0 or y1 <= x0:
         return 0
-    if x.strides[0] == y.strides[0] and x.strides[0] > 0:
+    if x.ndim == 2 and y.ndim == 2 and x.strides[0] == y.strides[0] and x.strides[0] > 0:
         step = x.strides[0]
         gap = (y0 - x0) % step if y0 >= x0 else (step - (x0 - y0) % step) % step
         if gap >= x_width and gap + y_width <= step:

@@ -187,6 +187,10 @@ def mla_token(Pool pool not None, str isa not None, MLA mla not None, turns, x, 
         at[2] = take_keys(keys, &v[2], &m, &stride)
         at[3] = numbers(q, &v[3], "q", m.q_b.rows, True)
         at[4] = numbers(y, &v[4], "y", m.output.rows, True)
+        for i in (1, 2):
+            apart(&v[i], &v[3])
+            apart(&v[i], &v[4])
+        apart(&v[3], &v[4])
         with nogil:
             code = ktl_mla_token(pool.pool, isa_number, &m, at[1], at[2], v[2].shape[0], stride,
                                  at[3], at[4])
@@ -235,8 +239,8 @@ def layer_token(Pool pool not None, str isa not None, Layer layer not None, turn
         at[0] = numbers(x, &v[1], "x", hidden, False)
         at[1] = take_keys(keys, &v[2], &mla.m, &stride)
         at[2] = numbers(y, &v[3], "y", hidden, True)
-        if v[1].buf == v[3].buf:
-            raise ValueError("x and y share memory: expected an output of its own")
+        for i in (1, 2):
+            apart(&v[i], &v[3])
         with nogil:
             code = ktl_layer_token(pool.pool, isa_number, &layer.l, at_turns, at[0], at[1],
                                    v[2].shape[0], stride, at[2])

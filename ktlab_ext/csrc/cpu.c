@@ -27,7 +27,8 @@ static const feature FMA3[] = {{"osxsave", 1, 0, ECX, 27}, {"avx", 1, 0, ECX, 28
                                {"f16c", 1, 0, ECX, 29},    {"avx2", 7, 0, EBX, 5}, {NULL, 0, 0, 0, 0}};
 static const feature VNNI[] = {{"avx512f", 7, 0, EBX, 16},    {"avx512dq", 7, 0, EBX, 17},
                                {"avx512bw", 7, 0, EBX, 30},   {"avx512vl", 7, 0, EBX, 31},
-                               {"avx512_vnni", 7, 0, ECX, 11}, {NULL, 0, 0, 0, 0}};
+                               {"avx512_vnni", 7, 0, ECX, 11}, {"bmi2", 7, 0, EBX, 8},
+                               {NULL, 0, 0, 0, 0}};
 static const feature BF16[] = {{"avx512_bf16", 7, 1, EAX, 5}, {NULL, 0, 0, 0, 0}};
 static const feature AMX_INT8[] = {{"amx_tile", 7, 0, EDX, 24}, {"amx_int8", 7, 0, EDX, 25}, {NULL, 0, 0, 0, 0}};
 static const feature AMX_BF16[] = {{"amx_tile", 7, 0, EDX, 24}, {"amx_bf16", 7, 0, EDX, 22}, {NULL, 0, 0, 0, 0}};

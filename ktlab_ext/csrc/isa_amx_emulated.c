@@ -2,6 +2,7 @@
  * loops (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBSUD, TDPBF16PS,
  * TILELOADD). One set of tiles a thread, as in the processor. */
 #include <math.h>
+#include <stdlib.h>
 
 #include "internal.h"
 
@@ -23,6 +24,7 @@ static void load_config(const void *config) {
     for (int t = 0; t < 8; t++) {
         memcpy(&amx.colsb[t], p + 16 + 2 * t, 2);
         amx.rows[t] = p[48 + t];
+        if (amx.rows[t] > 16 || amx.colsb[t] > 64) abort();
         memset(&amx.tile[t], 0, sizeof(tile_data));
     }
 }
@@ -38,7 +40,13 @@ static void store(int t, void *p, size_t stride) {
         memcpy((uint8_t *)p + (size_t)r * stride, amx.tile[t].byte[r], amx.colsb[t]);
 }
 
+/* Tiles that do not fit each other are an invalid instruction for the processor. */
+static void check(int c, int a, int b) {
+    if (amx.rows[c] != amx.rows[a] || amx.colsb[c] != amx.colsb[b] || amx.colsb[a] != 4 * amx.rows[b]) abort();
+}
+
 static void dot_s8u8(int c, int a, int b) {
+    check(c, a, b);
     for (int m = 0; m < amx.rows[c]; m++)
         for (int k = 0; k < amx.colsb[a] / 4; k++)
             for (int n = 0; n < amx.colsb[c] / 4; n++)
@@ -52,6 +60,7 @@ static float flushed(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0,
 /* Even and odd columns are summed apart by fused multiply-adds, then together, then into C;
  * subnormals count as zero. */
 static void dot_bf16(int c, int a, int b) {
+    check(c, a, b);
     for (int m = 0; m < amx.rows[c]; m++)
         for (int n = 0; n < amx.colsb[c] / 4; n++) {
             float sum[2] = {0, 0};

@@ -154,9 +154,10 @@ def test_a_token_refuses(parts: Parts, changed: dict[str, Any], message: str) ->
 
 
 def test_a_token_needs_an_output_of_its_own(parts: Parts) -> None:
-    x = parts.numbers(HIDDEN)
-    with pytest.raises(ValueError, match="share memory"):
-        parts.token(x=x, y=x)
+    x = parts.numbers(HIDDEN + 4)
+    for y in (x[:HIDDEN], x[4:]):
+        with pytest.raises(ValueError, match="share memory"):
+            parts.token(x=x[:HIDDEN], y=y)
 
 
 def test_routing_refuses_wrong_outputs(parts: Parts) -> None:
