@@ -41,6 +41,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     add_model(model)
     model.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens")
     model.add_argument("--generate", type=int, default=32, metavar="N", help="tokens")
+    model.add_argument(
+        "--context", type=int, default=0, metavar="N",
+        help="positions that are cached before the prompt, as noise: decoding far into a text",
+    )  # fmt: skip
     model.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=EXAMPLES)
     model.add_argument("--placement", metavar="FILE", help="what goes where; dtype=int4 in --set")
     model.add_argument(
@@ -118,6 +122,7 @@ def _model(options: argparse.Namespace) -> Any:
         partial(loaded, options),
         prompt=options.prompt,
         generate=options.generate,
+        context=options.context,
         threads=options.threads,
         settings=words,
         rounds=options.rounds,

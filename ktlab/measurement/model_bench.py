@@ -30,6 +30,7 @@ from ktlab.probe import Recorder
 from ktlab.record import Record
 
 if TYPE_CHECKING:
+    from ktlab.attention.cache import Cache
     from ktlab.model.model import Model
 
 CHUNK = 512
@@ -94,11 +95,14 @@ class ModelBench(Record):
     """{peer: {"prefill": ..., "decode": ...}}: ktlab over the peer, median over the rounds."""
     skipped: dict[str, str]
     provenance: Provenance
+    context: int = 0
+    """Positions that were cached before the prompt."""
     placed: PlacedRun | None = None
     """Where `settings` had a placement: what it gave."""
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {self.prompt} tokens of prompt, then {self.generate}"]
+        before = f" after {self.context:,} cached positions" if self.context else ""
+        lines = [f"{self.model}: {self.prompt} tokens of prompt{before}, then {self.generate}"]
         for case in self.cases:
             prefill = f"{case.prefill_tokens_per_s:.4g} ± {50 * case.prefill_spread:.0f} %"
             decode = f"{case.decode_tokens_per_s:.4g} ± {50 * case.decode_spread:.0f} %"
@@ -125,6 +129,7 @@ def bench_model(
     *,
     prompt: int = 512,
     generate: int = 32,
+    context: int = 0,
     threads: int | None = None,
     settings: Mapping[str, Any] | None = None,
     rounds: int = 5,
@@ -134,6 +139,7 @@ def bench_model(
 ) -> ModelBench:
     """Measure the model that `load` gives.
 
+    context   positions that are cached before the prompt: noise, which is made in no time
     settings  overrides as in `Model.override`, such as {"layout": "packed"} or
               {"placement": p, "dtype": "int4"}
     peers     None: none; (): llama.cpp in all its ways; or names such as "llama.cpp/cpu"
@@ -145,6 +151,10 @@ def bench_model(
         raise SettingError(
             f"prompt={prompt}, generate={generate}, rounds={rounds}: expected at least 1 of each"
         )
+    if context < 0:
+        raise SettingError(f"context={context}: expected a context of 0 or more positions")
+    if context and peers is not None:
+        raise SettingError("peers read a prompt, not noise in a cache: leave out context or peers")
     methods = () if peers is None else client.choose_for_models(peers)
     for method in methods:
         client.python_of(method.peer)
@@ -153,10 +163,10 @@ def bench_model(
     start = perf_counter()
     model = load()
     load_s = perf_counter() - start
-    if prompt + generate > model.config.context_length:
+    if context + prompt + generate > model.config.context_length:
         raise ContextError(
-            f"{prompt} tokens of prompt and {generate} more do not fit the context of "
-            f"{model.name}, {model.config.context_length}; ask for fewer"
+            f"{context + prompt} tokens of context and prompt and {generate} more do not fit the "
+            f"context of {model.name}, {model.config.context_length}; ask for fewer"
         )
     if methods and model.checkpoint.path is None:
         raise SettingError(f"{model.name} has no file that a peer could read; leave out --peers")
@@ -174,7 +184,9 @@ def bench_model(
         stack.enter_context(model.override(**wanted))
         on_cpu = logits_of(model, parts[0]) if placing else None
         stack.enter_context(model.override(**placing))
-        contenders: dict[str, Callable[[], Generated]] = {"ktlab": lambda: run(model, *parts)}
+        contenders: dict[str, Callable[[], Generated]] = {
+            "ktlab": lambda: run(model, *parts, context)
+        }
         descriptions = {"ktlab": str(model.moe_blocks[-1].experts.kernel)}
         for method in methods:
             say(f"{method.label} loads")
@@ -203,17 +215,18 @@ def bench_model(
         samples = {who: runs[1:] for who, runs in found.items() if who not in skipped}
         say("stages")
         placed = None if on_cpu is None else placed_run(model, parts[0], on_cpu)
-        stages = _watched(model, *parts)
-        glue_s = _glue(model, *parts)
+        stages = _watched(model, *parts, context)
+        glue_s = _glue(model, *parts, context)
         peak = _peak_bytes()
     cases = [_case(who, descriptions[who], samples, prompt) for who in samples]
     own, prefill_s, decode_s = cases[0], *_seconds(samples["ktlab"])
-    prefill_ceiling = rates.bound(model, prompt, min(CHUNK, prompt), prompt)
-    decode_ceiling = rates.bound(model, 1, 1, prompt + generate // 2)
+    prefill_ceiling = rates.bound(model, prompt, min(CHUNK, prompt), context + prompt)
+    decode_ceiling = rates.bound(model, 1, 1, context + prompt + generate // 2)
     return ModelBench(
         model=model.name,
         prompt=prompt,
         generate=generate,
+        context=context,
         threads=threads,
         rounds=rounds,
         prefill_tokens_per_s=own.prefill_tokens_per_s,
@@ -244,10 +257,12 @@ def bench_model(
     )
 
 
-def run(model: "Model", prompt: Sequence[int], following: Sequence[int]) -> Generated:
-    """ktlab's turn: what a peer's `generate` does."""
+def run(
+    model: "Model", prompt: Sequence[int], following: Sequence[int], context: int = 0
+) -> Generated:
+    """ktlab's turn: what a peer's `generate` does, after `context` positions of noise."""
+    cache = _filled(model, context, len(prompt) + len(following))
     start = perf_counter()
-    cache = model.new_cache(context=len(prompt) + len(following))
     logits_V = model.next_logits(np.array([prompt]), cache, chunk=CHUNK)[0]
     prefill_s = perf_counter() - start
     ids, seconds = [int(logits_V.argmax())], []
@@ -257,6 +272,17 @@ def run(model: "Model", prompt: Sequence[int], following: Sequence[int]) -> Gene
         seconds.append(perf_counter() - start)
         ids.append(int(logits_V.argmax()))
     return Generated(prefill_s=prefill_s, decode_s=tuple(seconds), ids=tuple(ids))
+
+
+def _filled(model: "Model", context: int, more: int) -> "Cache":
+    """A cache with `context` positions of noise and room for `more`."""
+    cache = model.new_cache(context=context + more)
+    for layer in cache.layers:
+        for values in (layer.keys, layer.values):
+            if context and values is not None:
+                values.normal_(generator=torch.Generator(values.device).manual_seed(0))
+    cache.lengths_B.fill_(context)
+    return cache
 
 
 class _Rates:
@@ -332,10 +358,10 @@ def _ratio(own: Sequence[float], other: Sequence[float]) -> float:
 
 
 def _watched(
-    model: "Model", prompt: Sequence[int], following: Sequence[int]
+    model: "Model", prompt: Sequence[int], following: Sequence[int], context: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds by kind of stage of the prompt and of one token after it."""
-    cache = model.new_cache(context=len(prompt) + len(following))
+    cache = _filled(model, context, len(prompt) + len(following))
     found = []
     for ids in (prompt, following[:1]):
         recorder = Recorder()
@@ -350,11 +376,11 @@ def _watched(
     return found[0], found[1]
 
 
-def _glue(model: "Model", prompt: Sequence[int], following: Sequence[int]) -> float:
+def _glue(model: "Model", prompt: Sequence[int], following: Sequence[int], context: int) -> float:
     """Seconds of a token while the native kernels do nothing; 0 where there are none."""
     if native.unavailable():
         return 0.0
-    cache = model.new_cache(context=len(prompt) + len(following))
+    cache = _filled(model, context, len(prompt) + len(following))
     with native.idle():
         model.next_logits(np.array([prompt]), cache, chunk=CHUNK)
         seconds = []

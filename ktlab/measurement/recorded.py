@@ -1,7 +1,8 @@
 """Measurements kept as data: what `ktlab bench ... --peers` printed on a machine, and which.
 
 data/measurements/ holds runs: of expert_kernels.json the command, the machine in words, the cases;
-of whole_models.json the command and all that it printed.
+of whole_models.json the command and all that it printed, and so of decoding.json, without peers:
+far into a text, and the embedded model.
 """
 
 import json
@@ -14,6 +15,7 @@ from ktlab.record import Record
 
 FILE = ("measurements", "expert_kernels.json")
 MODELS_FILE = ("measurements", "whole_models.json")
+DECODING_FILE = ("measurements", "decoding.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,16 @@ def _short(processor: str) -> str:
 
 def recorded_models() -> tuple[RecordedModel, ...]:
     """All runs of the file of whole models, in its order."""
-    table = json.loads(data_path(*MODELS_FILE).read_text(encoding="utf-8"))
+    return _models(MODELS_FILE)
+
+
+def recorded_decoding() -> tuple[RecordedModel, ...]:
+    """All runs of the file of decoding without peers, in its order."""
+    return _models(DECODING_FILE)
+
+
+def _models(file: tuple[str, str]) -> tuple[RecordedModel, ...]:
+    table = json.loads(data_path(*file).read_text(encoding="utf-8"))
     return tuple(RecordedModel.from_dict(run) for run in table["runs"])
 
 

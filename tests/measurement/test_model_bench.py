@@ -122,6 +122,18 @@ def test_ids_are_those_that_forward_would_choose() -> None:
     assert len(found.decode_s) == 10
 
 
+@pytest.mark.parametrize("form", ["absorbed", "naive"])
+def test_a_context_is_noise_in_the_cache_that_decoding_attends_to(form: str) -> None:
+    model = Model(synthesize(TINY_TEST_CONFIG))
+    with model.override(attention=form):
+        cache = model_bench._filled(model, 40, 8)
+        assert cache.lengths_B.tolist() == [40] and cache.context == 48
+        assert cache.layers[0].keys.abs().min() > 0
+        assert run(model, [1, 2], [3, 4], 40).ids != run(model, [1, 2], [3, 4]).ids
+    found = bench_model(lambda: model, prompt=2, generate=2, context=40, rounds=1)
+    assert found.context == 40 and "after 40 cached positions" in str(found)
+
+
 @pytest.mark.skipif(bool(native.unavailable()), reason="no native kernels here")
 def test_idle_kernels_compute_nothing_and_come_back() -> None:
     bank = Model(synthesize(TINY_TEST_CONFIG)).moe_blocks[0].experts
@@ -138,6 +150,9 @@ def test_idle_kernels_compute_nothing_and_come_back() -> None:
     [
         ({"rounds": 0}, SettingError, "rounds=0: expected at least 1"),
         ({"prompt": 500, "generate": 100}, ContextError, "do not fit the context"),
+        ({"context": 500, "prompt": 9}, ContextError, "509 tokens of context and prompt"),
+        ({"context": -1}, SettingError, "context of 0 or more"),
+        ({"context": 9, "peers": []}, SettingError, "leave out context or peers"),
         ({"peers": ["ollama"]}, SettingError, "runs no whole models"),
     ],
 )

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ktlab.measurement.recorded import recorded_models, recorded_runs
+import ktlab
+from ktlab.measurement.recorded import recorded_decoding, recorded_models, recorded_runs
 from ktlab.measurement.synthetic import get_shape
 
 README = Path(__file__).parents[2] / "README.md"
@@ -50,4 +51,28 @@ def test_recorded_models_hold_the_floors_that_every_processor_allows() -> None:
         assert own.decode_tokens_per_s >= 1.2 * peer.decode_tokens_per_s
         assert own.prefill_tokens_per_s > peer.prefill_tokens_per_s
         assert run.result.peak_resident_bytes <= run.result.model_bytes + 1.5e9
-        assert run.result.glue_share < 0.1
+        assert run.result.glue_share < 0.1 and run.result.load_s < 2
+
+
+def test_far_into_a_text_absorbed_attention_is_three_times_as_fast_in_the_planned_memory() -> None:
+    runs = {
+        (run.result.model, form): run.result
+        for run in recorded_decoding()
+        for form in ("absorbed", "naive")
+        if f"attention={form}" in run.command
+    }
+    assert len(runs) == 4
+    for (model, form), found in runs.items():
+        assert found.context + found.prompt + found.generate >= 8000
+        if model == "deepseek-v2-lite":
+            planned = ktlab.plan(model, format="q4_k_m", context=found.context, attention=form)
+            assert 0.9 < found.peak_resident_bytes / planned["cpu"].needed < 1.05
+        if form == "absorbed":
+            naive = runs[model, "naive"]
+            assert found.decode_tokens_per_s >= 3 * naive.decode_tokens_per_s
+            assert found.glue_share < 0.1
+
+
+def test_the_embedded_model_decodes_300_tokens_a_second() -> None:
+    (run,) = [run.result for run in recorded_decoding() if "attention" not in run.command]
+    assert run.decode_tokens_per_s >= 300 and "tiny" in run.model
