@@ -32,8 +32,8 @@ CSRC = Path("ktlab_ext/csrc")
 C_SOURCES = sorted(str(path) for path in CSRC.glob("*.c"))
 C_HEADERS = sorted(str(path) for path in CSRC.glob("*") if path.suffix in (".h", ".inc"))
 # No -march: each C file names its own target, so one build runs on every x86-64. No contraction:
-# a result must not depend on where the compiler finds a multiply beside an add. No trapping: numbers
-# may be compared where they need not be, or GCC takes e^x one number at a time under AVX2.
+# a result must not depend on where the compiler finds a multiply beside an add. No trapping: what
+# need not be compared may be, or GCC takes e^x one number at a time under AVX2.
 C_FLAGS = [
     "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fvisibility=hidden", "-pthread",
