@@ -1,17 +1,22 @@
 """Packing and back, native against Numba, files that lie, killed runs, models packed in place."""
 
+import errno
 import gc
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import ktlab
+from ktlab.checkpoint.metadata import metadata_from_config
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.checkpoint.writer import write_gguf
 from ktlab.errors import CheckpointError, FormatError, SettingError
@@ -22,6 +27,8 @@ from ktlab.kernels.stack import Stack
 from ktlab.kernels.weights import aligned_bytes
 from ktlab.model.model import Model
 from ktlab.quantization import QTensor, get_format
+from tests.checkpoint.test_forms import arrays, write_raw
+from tests.model.peer import transformers_model
 
 FORMATS = sorted(codings.FORMATS)
 MADE = ("int8_channel", "int4_group32", "int4_group128")
@@ -181,6 +188,44 @@ def test_a_header_that_lies_is_refused(plain, at, value) -> None:
             packed_file.read_header(np.frombuffer(bytes(raw), np.uint8), total)
 
 
+def fnv1a(data: bytes) -> int:
+    """A second one, for headers whose checksum fits what else is wrong with them."""
+    value = 0xCBF29CE484222325
+    for byte in data:
+        value = (value ^ byte) * 0x100000001B3 % 2**64
+    return value
+
+
+@needs_native
+def test_both_readers_refuse_the_same_headers() -> None:
+    generator = np.random.default_rng(5)
+    places = [(0, 8), (8, 4), (12, 4), (16, 16), (32, 24), (56, 8), (64, 64), (128, 56)]
+    refused = 0
+    for format, cols in (("q4_k", 512), ("q8_0", 288), ("f16", 77), ("int8_channel", 40)):
+        size = packing.packed_size(format, (2, 33, cols))
+        whole = packed_file.plain_header(Header(format, 2, 33, cols, "ab"))
+        for turn in range(120):
+            raw, (start, room) = bytearray(whole), places[turn % len(places)]
+            value = generator.choice([0, 1, 9, 32, 48, 101, 127, 200, 255])
+            raw[start + int(generator.integers(room))] = value
+            if turn % 24 > 16:  # sizes that belong together
+                rows, cols_ = (int(n) for n in generator.integers(0, 520, 2))
+                size = packing.packed_size(format, (2, rows, cols_ // 32 * 32))
+                raw[40:64] = np.array([rows, cols_, size], np.int64).tobytes()
+            raw[184:] = fnv1a(bytes(raw[:184])).to_bytes(8, "little")
+            answers = []
+            for read in (packed_file.read_header, packed_file.read_plain_header):
+                data = np.frombuffer(bytes(raw), np.uint8)
+                try:
+                    given = data if read is packed_file.read_header else data.tobytes()
+                    answers.append(read(given, HEADER_BYTES + size))
+                except ValueError:
+                    answers.append(None)
+            assert answers[0] == answers[1], (format, turn, bytes(raw))
+            refused += answers[0] is None
+    assert 300 < refused < 480
+
+
 def stored(cache: PackCache, name: str = "blk.0.w", source: str = "s1") -> Path:
     weights = packing.blocks(random_tensor("q8_0"))
     header = Header("q8_0", 2, 33, 288, source)
@@ -267,6 +312,42 @@ def test_what_a_killed_run_leaves_is_ignored_and_removed_at_the_next_start(tmp_p
     assert not partial.exists() and not list(tmp_path.iterdir())
 
 
+def test_threads_that_store_one_tensor_do_not_meet(tmp_path) -> None:
+    both = threading.Barrier(2)
+
+    def fill(out) -> None:
+        both.wait(20)  # both files are open now
+        packing.pack(packing.blocks(random_tensor("q8_0")), None, out)
+        both.wait(20)
+
+    def store(cache: PackCache) -> None:
+        cache.store("blk.0.w", Header("q8_0", 2, 33, 288, "s1"), fill)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(store, [PackCache(tmp_path), PackCache(tmp_path)]))
+    found = PackCache(tmp_path).load("blk.0.w", "q8_0", "s1")
+    expected = packing.pack(packing.blocks(random_tensor("q8_0")))
+    assert found is not None
+    np.testing.assert_array_equal(found.data, expected.data)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_in_a_files_place_is_no_lack_of_space(tmp_path) -> None:
+    cache = PackCache(tmp_path)
+    cache.path("blk.0.w", "q8_0").mkdir()
+    with pytest.raises(CheckpointError, match="Is a directory; name another folder or pack with"):
+        stored(cache)
+
+
+def test_a_full_disk_says_how_much_to_free(tmp_path, monkeypatch) -> None:
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CheckpointError, match="No space left on device; free 1 MiB or pack"):
+        stored(PackCache(tmp_path))
+
+
 def test_a_folder_that_cannot_be_used_is_named(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be used.*name a folder"):
@@ -311,6 +392,62 @@ def test_a_changed_model_file_is_packed_again(gguf, tmp_path) -> None:
     with pytest.warns(UserWarning, match="packed from another model"):
         report = ktlab.load(gguf).pack(cache=tmp_path / "cache")
     assert {t.how for t in report.tensors} == {"packed"}
+
+
+def test_a_changed_shard_is_packed_again(tmp_path) -> None:
+    checkpoint = synthesize(TINY_TEST_CONFIG, seed=2)
+    fields = metadata_from_config(checkpoint.config)
+    (tmp_path / "model").mkdir()
+    write_raw(tmp_path / "model" / "m.gguf", fields, arrays(checkpoint), shard_size=20)
+    first, second, _ = sorted((tmp_path / "model").iterdir())
+    for turn, convert in enumerate(({}, {"f32": "q8_0"})):
+        cache = tmp_path / f"cache{turn}"
+        ktlab.load(first, convert=convert).pack(cache=cache)
+        report = ktlab.load(first, convert=convert).pack(cache=cache)
+        assert {t.how for t in report.tensors} == {"mapped from the cache"}
+        later = time.time() + 100 * (1 + turn)
+        os.utime(second, (later, later))
+        with pytest.warns(UserWarning, match="packed from another model"):
+            report = ktlab.load(first, convert=convert).pack(cache=cache)
+        assert {t.how for t in report.tensors} == {"packed"}
+
+
+def test_a_cache_may_lie_in_the_models_folder(tmp_path) -> None:
+    transformers_model(synthesize(TINY_TEST_CONFIG)).bfloat16().save_pretrained(tmp_path)
+    assert {t.how for t in ktlab.load(tmp_path).pack(cache=tmp_path).tensors} == {"packed"}
+    report = ktlab.load(tmp_path).pack(cache=tmp_path)
+    assert {t.how for t in report.tensors} == {"mapped from the cache"}
+
+
+def test_what_was_packed_at_its_first_use_is_stored_too(gguf, tmp_path) -> None:
+    model, cache = ktlab.load(gguf), tmp_path / "cache"
+    model.experts.use(format="int8_channel")
+    expected = model.forward(IDS)
+    assert any(stack.packed for bank in model.experts for stack in bank.stacks)
+    report = model.pack(cache=cache)
+    assert "was packed already" in {t.how for t in report.tensors}
+    assert len(list(cache.iterdir())) == len(report.tensors)
+    before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert {t.how for t in model.pack(cache=cache).tensors} == {"was packed already"}
+    assert before == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    again = ktlab.load(gguf)
+    again.experts.use(format="int8_channel")
+    report = again.pack(cache=cache)
+    assert {t.how for t in report.tensors} == {"mapped from the cache"}
+    assert torch.equal(again.forward(IDS), expected)
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_is_packed(gguf) -> None:
+    model = ktlab.load(gguf)
+    refused: tuple[Any, ...] = (0, -1, 2.5)
+    for threads in refused:
+        with pytest.raises(SettingError, match=f"threads = {threads}: expected a whole number"):
+            model.pack(threads=threads)
+        with pytest.raises(SettingError, match=f"threads = {threads}: expected a whole number"):
+            model.experts[0].pack(threads=threads)
+    with pytest.raises(SettingError, match="cache='' names no folder"):
+        model.pack(cache="")
+    assert not any(stack.packed for bank in model.experts for stack in bank.stacks)
 
 
 def test_requantized_experts_are_packed_under_their_format(gguf, tmp_path) -> None:
