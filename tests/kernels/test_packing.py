@@ -159,6 +159,12 @@ def test_both_writers_and_readers_of_the_header_agree(monkeypatch) -> None:
     assert packed_file.read_header(np.frombuffer(by_c, np.uint8), total) == HEADER
 
 
+def read_either(plain: bool, raw: bytes, total: int) -> Header:
+    if plain:
+        return packed_file.read_plain_header(raw, total)
+    return packed_file.read_header(np.frombuffer(raw, np.uint8), total)
+
+
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize(
     ("at", "value"),
@@ -182,10 +188,7 @@ def test_a_header_that_lies_is_refused(plain, at, value) -> None:
     raw[at] ^= value
     total = HEADER_BYTES + packing.packed_size("q4_k", (2, 33, 512))
     with pytest.raises(ValueError, match="expected|checksum|format"):
-        if plain:
-            packed_file.read_plain_header(bytes(raw), total)
-        else:
-            packed_file.read_header(np.frombuffer(bytes(raw), np.uint8), total)
+        read_either(plain, bytes(raw), total)
 
 
 def fnv1a(data: bytes) -> int:
@@ -213,12 +216,10 @@ def test_both_readers_refuse_the_same_headers() -> None:
                 size = packing.packed_size(format, (2, rows, cols_ // 32 * 32))
                 raw[40:64] = np.array([rows, cols_, size], np.int64).tobytes()
             raw[184:] = fnv1a(bytes(raw[:184])).to_bytes(8, "little")
-            answers = []
-            for read in (packed_file.read_header, packed_file.read_plain_header):
-                data = np.frombuffer(bytes(raw), np.uint8)
+            answers: list[Header | None] = []
+            for plain in (True, False):
                 try:
-                    given = data if read is packed_file.read_header else data.tobytes()
-                    answers.append(read(given, HEADER_BYTES + size))
+                    answers.append(read_either(plain, bytes(raw), HEADER_BYTES + size))
                 except ValueError:
                     answers.append(None)
             assert answers[0] == answers[1], (format, turn, bytes(raw))
