@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import hashlib
 import os
 import subprocess
 import sys
@@ -53,6 +54,47 @@ def test_packed_and_back_is_bit_exact(format: str) -> None:
     assert packed.data.ctypes.data % 64 == 0 and packed.expert_stride % 64 == 0
     back = packing.unpack_tensor(packed, "w", tensor.shape)
     np.testing.assert_array_equal(back.blocks, tensor.blocks)
+
+
+LAYOUT = {
+    "bf16": "ab98c72bd3181cba",
+    "f16": "ab98c72bd3181cba",
+    "f32": "d66c28ea781ffe2e",
+    "int4_group128": "2920d124231e3f7b",
+    "int4_group32": "51473d5379e6d349",
+    "int8_channel": "12cf28924a772a87",
+    "iq4_nl": "d53ad6ae274a36dc",
+    "iq4_xs": "1dd68e38f1ec73fa",
+    "q2_k": "189b30bdd549f504",
+    "q3_k": "e484b0b551bff463",
+    "q4_0": "51473d5379e6d349",
+    "q4_k": "e647b80fee80bb9b",
+    "q5_0": "fb9407d4f1977a30",
+    "q5_k": "f567d47a4e38c696",
+    "q6_k": "a0f8aad5476c0430",
+    "q8_0": "5a7436b219728c43",
+}
+"""Format -> the first digits of a sha256 over the packed bytes of `counted_tensor`, version 1."""
+
+
+def counted_tensor(format: str) -> QTensor:
+    """Bytes that no library's generator decides."""
+    known, cols = get_format(format), random_tensor(format).shape[-1]
+    count = 2 * 33 * known.row_bytes(cols)
+    blocks = (np.arange(count, dtype=np.uint32) * np.uint32(2654435761) >> 13).astype(np.uint8)
+    return QTensor(name="w", format=known, shape=(2, 33, cols), blocks=blocks.reshape(2, 33, -1))
+
+
+def test_a_changed_layout_has_another_version() -> None:
+    found = {
+        format: hashlib.sha256(packing.pack(packing.blocks(counted_tensor(format))).data.tobytes())
+        for format in FORMATS
+    }
+    assert packed_file._VERSION == 1
+    assert {format: sha.hexdigest()[:16] for format, sha in found.items()} == LAYOUT, (
+        "the packed layout changed: raise KTL_PACK_VERSION (csrc/ktl.h) and _VERSION "
+        "(packed_file.py), or caches of earlier versions give wrong numbers; then take over these"
+    )
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of random scales
