@@ -1,13 +1,16 @@
 """Packing and back, native against Numba, files that lie, killed runs, models packed in place."""
 
+import ast
 import errno
 import gc
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from ktlab.kernels.packed_file import HEADER_BYTES, Header, PackCache, open_pack
 from ktlab.kernels.request import BLOCKS, PACKED
 from ktlab.kernels.stack import Stack
 from ktlab.kernels.weights import aligned_bytes
+from ktlab.model.load import FloatCopies
 from ktlab.model.model import Model
 from ktlab.quantization import QTensor, get_format
 from tests.checkpoint.test_forms import arrays, write_raw
@@ -563,6 +567,21 @@ def test_formats_can_be_converted_while_loading(gguf) -> None:
     for wrong in ({"q5_0": "iq1_m"}, {"q5_9": "q8_0"}):
         with pytest.raises(FormatError, match="can be read here but not written|unknown format"):
             ktlab.load(gguf, convert=wrong)
+
+
+def test_float_copies_are_said_at_load_with_the_way_out(gguf, tmp_path) -> None:
+    checkpoint = synthesize(TINY_TEST_CONFIG, formats={"*down_exps*": "q5_1", "*": "q8_0"})
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    path = write_gguf(tmp_path / "five.gguf", TINY_TEST_CONFIG, tensors, checkpoint.tokenizer)
+    with pytest.warns(FloatCopies, match="tiny-test: no fast kernel computes q5_1; torch") as said:
+        model = ktlab.load(path)
+    (hint,) = re.findall(r"load\(\.\.\., convert=(\{.*?\})\)", str(said[0].message))
+    assert model.experts[0].kernel.backend == "torch" and said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FloatCopies)
+        ktlab.load(gguf)
+        converted = ktlab.load(path, convert=ast.literal_eval(hint))
+    assert converted.experts[0].kernel.backend != "torch"
 
 
 def test_a_model_in_a_format_without_kernels_says_what_to_do() -> None:
