@@ -48,9 +48,10 @@ class StageError(KtlabError, AttributeError):
 
 
 def nearest(found: str, known: Iterable[str]) -> str:
-    """'; did you mean "x"?' if a known name is close to `found`, else ''."""
-    matches = get_close_matches(str(found), list(known), n=1)
-    return f'; did you mean "{matches[0]}"?' if matches else ""
+    """'; did you mean "x"?' if a known name is close to `found`, in whatever case, else ''."""
+    names = {name.lower(): name for name in known}
+    matches = get_close_matches(str(found).lower(), names, n=1)
+    return f'; did you mean "{names[matches[0]]}"?' if matches else ""
 
 
 def short(value: object, limit: int = 60) -> str:

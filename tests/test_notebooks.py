@@ -6,6 +6,7 @@ that limit for a busy one. The run times are printed at the end of the test run.
 """
 
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -40,6 +41,14 @@ def test_is_committed_without_results(path: Path) -> None:
         if cell.cell_type == "code":
             assert not cell.outputs, f"cell {index} holds outputs: clear them and save again"
             assert cell.execution_count is None, f"cell {index} holds an execution count"
+
+
+@each_notebook
+def test_shell_commands_are_not_called_python(path: Path) -> None:
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            for fenced in re.findall(r"```python\n(.*?)```", cell.source, re.DOTALL):
+                compile(fenced, path.name, "exec")
 
 
 def test_the_browser_tests_run_what_is_left_to_them() -> None:

@@ -25,6 +25,7 @@ class Checkpoint(Protocol):
 
     name: str
     path: Path | None
+    files: tuple[Path, ...]
     config: ModelConfig
 
     @property
@@ -53,6 +54,8 @@ class CheckpointView:
 
     name: str
     path: Path | None
+    files: tuple[Path, ...] = ()
+    """What the weights are read from; none in memory."""
     config: ModelConfig
 
     def names(self) -> list[str]:

@@ -64,6 +64,7 @@ class ConvertedCheckpoint(CheckpointView):
         globs = {"*": quantize} if isinstance(quantize, str) else quantize or {}
         self.quantize = {glob: _writable(wanted) for glob, wanted in globs.items()}
         self.name, self.path, self.config = source.name, source.path, source.config
+        self.files = source.files
         self._check_quantize()
         self._kept: weakref.WeakValueDictionary[str, QTensor] = weakref.WeakValueDictionary()
         self._converted: Callable[[int], None] | None = None

@@ -73,7 +73,8 @@ class SafetensorsCheckpoint(CheckpointView):
         further = {layer for layer in further if layer >= config.num_layers}
         self.config: ModelConfig = replace(config, num_nextn_layers=len(further))
         self._check()
-        self._files = {path: MappedFile(path) for path in self._stored.paths}
+        self.files = self._stored.paths
+        self._files = {path: MappedFile(path) for path in self.files}
         self._kept: weakref.WeakValueDictionary[str, QTensor] = weakref.WeakValueDictionary()
 
     # What must be there ----------------------------------------------------------------------

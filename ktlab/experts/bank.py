@@ -126,7 +126,10 @@ class ExpertBank(Computed):
     # Running ---------------------------------------------------------------------------------
 
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Weighted sum of the selected experts, (T, D) float32; id -1 selects nobody."""
+        """Weighted sum of the selected experts, (T, D) float32; id -1 selects nobody.
+
+        Numbers may be floats of any kind, ids integers of any kind; see `products.moe`.
+        """
         return products.moe(self.kernel, self.stacks, hidden_TD, ids_TK, weights_TK)
 
     def clone(self) -> "ExpertBank":

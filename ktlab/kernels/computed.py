@@ -125,7 +125,7 @@ class Computed:
         """
         packed = self._request.with_(layout=PACKED)
         dispatch.choose(packed, self.formats)
-        request = packed.with_(threads=threads or packed.threads)
+        request = packed if threads is None else packed.with_(threads=threads)
         tensors = tuple(pack_stacks(self.stacks, request, cache, identity))
         self.request = packed
         return PackReport(

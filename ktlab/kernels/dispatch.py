@@ -24,6 +24,7 @@ from ktlab.kernels.request import (
     Kernel,
     Request,
     Settled,
+    check_tokens,
 )
 from ktlab.kernels.threads import default_threads
 
@@ -97,7 +98,10 @@ def candidates(formats: Sequence[str]) -> Iterator[Candidate]:
             )  # fmt: skip
     reject = numba_backend.reject(formats)
     for layout, purpose in (
-        (BLOCKS, "few tokens: dequantize and dot at once; many: tiles through BLAS"),
+        (
+            BLOCKS,
+            "few tokens: dequantize and dot at once; many: decoded once for its register tile",
+        ),
         (PACKED, "the same on packed panels; packed at first use"),
     ):
         yield Candidate(
@@ -213,9 +217,13 @@ def _why_nothing(request: Request, isa: str, formats: Sequence[str]) -> str:
         for c in every
         if not _reject(request, c)
     )
+    free = replace(request, backend=AUTO, isa=AUTO, layout=AUTO)
+    if any(_may_be_taken(free, _isa(free, formats), c) for c in every):
+        usable["or 'auto'"] = None
+    way = f"usable here: {', '.join(usable)}" if usable else f"leave out numa={request.numa}"
     return (
         f"{what}{source} cannot compute {'+'.join(dict.fromkeys(formats))}: "
-        f"{'; '.join(reasons)}; usable here: {', '.join(usable)}, or 'auto'"
+        f"{'; '.join(reasons)}; {way}"
     )
 
 
@@ -224,6 +232,7 @@ def explain(request: Request, formats: Sequence[str], tokens: int = 1) -> Explan
 
     `tokens` of one expert decide which path of the chosen kernel they take.
     """
+    tokens = check_tokens("tokens", tokens)
     kernel = choose(request, formats)
     verdicts = []
     for c in candidates(formats):

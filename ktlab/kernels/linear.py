@@ -45,6 +45,7 @@ class Linear(Computed):
         return (self.stack.format.name,)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x W^T as float32; x (..., in) in floats of any kind."""
         if x.ndim == 2:
             return products.linear(self.kernel, self.stack, x)
         y = products.linear(self.kernel, self.stack, x.reshape(-1, x.shape[-1]))
@@ -54,7 +55,7 @@ class Linear(Computed):
         """Each head's vectors through its own matrix: (T, H, K) -> (T, H, N), W (H, N, K)."""
         if self.stack.size > SMALL and self.kernel.backend == "native":
             return products.linear_by_head(self.kernel, self.stack, x_THK)
-        return (x_THK.transpose(0, 1) @ self.weight_OI.transpose(1, 2)).transpose(0, 1)
+        return (x_THK.float().transpose(0, 1) @ self.weight_OI.transpose(1, 2)).transpose(0, 1)
 
     def clone(self) -> "Linear":
         """The same weights and operands under a switch of its own."""

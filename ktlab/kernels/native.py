@@ -139,7 +139,7 @@ def linear(kernel: Kernel, matrix: Any, x_TK: Tensor, expert: int = 0) -> Tensor
         kernel.few,
         matrix,
         expert,
-        _rows(x_TK).numpy(),
+        _rows(x_TK),
         y_TN.numpy(),
     )
     return y_TN
@@ -154,7 +154,7 @@ def linear_by_head(kernel: Kernel, matrix: Any, x_THK: Tensor) -> Tensor:
         kernel.isa,
         kernel.few,
         matrix,
-        _rows(x_THK).numpy(),
+        _rows(x_THK.float()),
         y_THN.numpy(),
     )
     return y_THN
@@ -274,17 +274,23 @@ def moe(
         gate,
         up,
         down,
-        _rows(hidden_TD).numpy(),
+        _rows(hidden_TD),
         ids_TK.contiguous().numpy(),
-        weights_TK.contiguous().numpy(),
+        weights_TK.detach().contiguous().numpy(),
         y_TD.numpy(),
     )
     return y_TD
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Rows must be contiguous in themselves; the distance between them is free."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _rows(x: Tensor) -> NDArray[Any]:
+    """float32, or bfloat16 as the core takes it: its bits. Rows must be contiguous in themselves;
+    the distance between them is free."""
+    x = x.detach() if x.requires_grad else x
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    if x.dtype == torch.bfloat16:
+        bits: NDArray[Any] = x.view(torch.int16).numpy().view(np.uint16)
+        return bits
+    return x.float().numpy()
 
 
 def pack(weights: Weights, out: NDArray[np.uint8], threads: int, numa: int | None) -> None:

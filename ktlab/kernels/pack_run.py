@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ktlab import html
 from ktlab.kernels import packing
 from ktlab.kernels.packed_file import Header, PackCache, source_digest
@@ -83,33 +86,37 @@ def pack_stacks(
     """
     for stack in stacks:
         start = perf_counter()
-        how = "was packed already"
-        if not stack.packed:
-            how = "packed"
-            if cache is None:
-                stack.weights(packing.PACKED, request)
-            else:
-                how = _through_cache(stack, request, cache, identity)
+        how = "was packed already" if stack.packed else "packed"
+        if cache is not None:
+            how = _through_cache(stack, request, cache, identity)
+        weights = stack.weights(packing.PACKED, request)
         stack.release()
         yield PackedTensor(
             name=stack.name,
             format=stack.format.name,
             source_bytes=stack.nbytes,
-            packed_bytes=stack.weights(packing.PACKED).nbytes,
+            packed_bytes=weights.nbytes,
             seconds=perf_counter() - start,
             how=how,
         )
 
 
 def _through_cache(stack: Stack, request: Request, cache: PackCache, identity: str) -> str:
+    """What is packed already (small matrices are at their first use) stays where it is in memory,
+    and is stored for the next start."""
     tensor, format = stack.tensor, stack.format.name
     source = source_digest(tensor, format, identity if stack.as_loaded else "")
-    packed = cache.load(stack.name, format, source)
-    how = "mapped from the cache"
-    if packed is None:
-        how = "packed"
-        header = Header(format, *stack.matrices, source)
-        blocks = packing.blocks(tensor)
-        packed = cache.store(stack.name, header, lambda out: packing.pack(blocks, request, out))
+    header = Header(format, *stack.matrices, source)
+
+    def fill(out: NDArray[np.uint8]) -> None:
+        if stack.packed:
+            out[:] = stack.weights(packing.PACKED).data
+        else:
+            packing.pack(packing.blocks(tensor), request, out)
+
+    there = cache.load(stack.name, format, source)
+    packed = cache.store(stack.name, header, fill) if there is None else there
+    if stack.packed:
+        return "was packed already"
     stack.adopt(packed)
-    return how
+    return "packed" if there is None else "mapped from the cache"

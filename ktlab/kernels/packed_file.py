@@ -4,12 +4,14 @@ Header: 192 bytes as ktlab_ext/csrc/header.c has them; the C core writes and rea
 there. A file appears complete under its name or not at all.
 """
 
+import errno
 import hashlib
 import mmap
 import os
 import re
 import socket
 import struct
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ktlab.errors import CheckpointError, FormatError
+from ktlab.errors import CheckpointError, FormatError, SettingError
 from ktlab.kernels import native, packing
-from ktlab.kernels.weights import Weights
+from ktlab.kernels.weights import Weights, check_cols
 from ktlab.quantization import QTensor
 
 HEADER_BYTES = 192
@@ -31,7 +33,8 @@ SAMPLES = 4096
 """Bytes of a file's tensor that its digest looks at, besides the file's own identity."""
 
 _MAGIC, _VERSION = b"KTLPACK\0", 1
-_FIELDS = struct.Struct("<8sII16sqqqq64s56x")
+_FIELDS = struct.Struct("<8sII16sqqqq64s56s")
+_LARGEST = (1 << 63) - 1
 
 
 class Header(NamedTuple):
@@ -65,7 +68,7 @@ def plain_header(header: Header) -> bytes:
     experts, rows, cols = matrices
     data_bytes = packing.packed_size(format, (experts, rows, cols))
     fields = _FIELDS.pack(
-        _MAGIC, _VERSION, HEADER_BYTES, format.encode(), *matrices, data_bytes, source.encode()
+        _MAGIC, _VERSION, HEADER_BYTES, format.encode(), *matrices, data_bytes, source.encode(), b""
     )
     return fields + struct.pack("<Q", _fnv1a(fields))
 
@@ -78,22 +81,26 @@ def read_header(data: NDArray[np.uint8], total_bytes: int) -> Header:
 
 
 def read_plain_header(raw: bytes, total_bytes: int) -> Header:
-    """`read_header` without the C core: trusts nothing either."""
+    """`read_header` without the C core: trusts nothing either, and refuses the same."""
     if min(len(raw), total_bytes) < HEADER_BYTES:
         raise ValueError(f"expected {HEADER_BYTES} bytes of header, found {len(raw)}")
     fields, (stated,) = raw[:-8], struct.unpack("<Q", raw[-8:])
-    magic, version, size, format, *matrices, data_bytes, source = _FIELDS.unpack(fields)
+    magic, version, size, format, *matrices, data_bytes, source, zeros = _FIELDS.unpack(fields)
     if magic != _MAGIC:
         raise ValueError("expected the magic KTLPACK, found other bytes")
     if version != _VERSION:
         raise ValueError(f"expected version {_VERSION}, found {version}; pack again")
     if _fnv1a(fields) != stated or size != HEADER_BYTES:
         raise ValueError("the header's checksum does not fit; pack again")
+    if any(zeros):
+        raise ValueError("expected zeros before the checksum, found other bytes; pack again")
     experts, rows, cols = (int(size) for size in matrices)
-    name, digest = (field.rstrip(b"\0").decode("ascii", "replace") for field in (format, source))
+    name, digest = _text(format), _text(source)
     try:
-        there = min(experts, rows, cols) > 0
+        # As in header.c: room for padding and 4 bytes a value.
+        there = min(experts, rows, cols) > 0 and rows * cols <= _LARGEST >> 12
         expected = packing.packed_size(name, (experts, rows, cols)) if there else -1
+        check_cols(name, cols)
     except FormatError as error:
         raise ValueError(str(error)) from error
     if data_bytes != expected or total_bytes - HEADER_BYTES != expected:
@@ -102,6 +109,14 @@ def read_plain_header(raw: bytes, total_bytes: int) -> Header:
             f"and {total_bytes - HEADER_BYTES} there"
         )
     return Header(name, experts, rows, cols, digest)
+
+
+def _text(field: bytes) -> str:
+    """A header's word: printable, then zeros to the end, at least one."""
+    text, end, rest = field.partition(b"\0")
+    if not end or any(rest) or not all(0x20 <= byte <= 0x7E for byte in text):
+        raise ValueError("expected printable names of format and source, found other bytes")
+    return text.decode("ascii")
 
 
 def open_packed(path: str | Path) -> tuple[Header, Weights]:
@@ -148,6 +163,8 @@ class PackCache:
     """A folder of packed tensors, for one model. What does not fit is packed again and replaced."""
 
     def __init__(self, folder: str | Path) -> None:
+        if not str(folder):
+            raise SettingError("cache='' names no folder; expected the path of one for this model")
         self.folder = Path(folder).expanduser()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +205,8 @@ class PackCache:
     ) -> Weights:
         """Let `fill` write the packed bytes into a new file, then put it under its name."""
         path = self.path(name, header.format)
-        partial = path.with_name(f".{path.stem}.{self._host}.{os.getpid()}{PARTIAL}")
+        run = f"{os.getpid()}-{threading.get_ident()}"
+        partial = path.with_name(f".{path.stem}.{self._host}.{run}{PARTIAL}")
         size = packing.packed_size(header.format, (header.experts, header.rows, header.cols))
         try:
             with partial.open("w+b") as file:
@@ -203,9 +221,11 @@ class PackCache:
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            advice = f"free {(size >> 20) + 1} MiB" if full else "name another folder"
             raise CheckpointError(
-                f"{path} cannot be written: {error.strerror or error}; free {size >> 20} MiB or "
-                "pack without a cache"
+                f"{path} cannot be written: {error.strerror or error}; {advice} or pack without a "
+                "cache"
             ) from error
         finally:
             partial.unlink(missing_ok=True)
@@ -214,7 +234,8 @@ class PackCache:
     def _remove_remains(self) -> None:
         """Delete what a killed run on this machine has left unfinished."""
         for partial in self.folder.glob(f".*.{self._host}.*{PARTIAL}"):
-            process = partial.name.removesuffix(PARTIAL).rpartition(".")[2]
+            run = partial.name.removesuffix(PARTIAL).rpartition(".")[2]
+            process = run.partition("-")[0]
             if process.isdigit() and not _alive(int(process)):
                 with suppress(OSError):
                     partial.unlink()

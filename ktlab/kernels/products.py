@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ktlab.errors import SettingError
 from ktlab.kernels import native, numba_backend, reference, torch_moe
 from ktlab.kernels.computed import Computed
 from ktlab.kernels.request import AUTO, BF16_ISA, PACKED, Kernel
@@ -19,12 +20,12 @@ from ktlab.kernels.weights import Weights
 
 
 def linear(kernel: Kernel, stack: Stack, x_TK: Tensor) -> Tensor:
-    """x W^T, (T, N) float32, for a single matrix W (N, K)."""
+    """x W^T, (T, N) float32, for a single matrix W (N, K). x: floats of any kind."""
     if kernel.backend == "torch":
-        return F.linear(x_TK, stack.floats)
+        return F.linear(x_TK.float(), stack.floats)
     if kernel.backend == "native":
         return native.linear(kernel, native_matrix(kernel, stack), x_TK)
-    x = _plain(x_TK)
+    x = _plain(x_TK.float())
     if kernel.backend == "numba":
         weights = stack.weights(kernel.layout, kernel)
         return torch.from_numpy(numba_backend.linear(kernel, weights, x))
@@ -114,21 +115,51 @@ def moe(
 ) -> Tensor:
     """Weighted sum of the selected experts' SwiGLU outputs, (T, D) float32; id -1 is nobody.
 
-    `stacks` are gate and up (E, F, D) and down (E, D, F).
+    `stacks` are gate and up (E, F, D) and down (E, D, F). Hidden numbers and weights may be floats
+    of any kind, ids integers of any kind. Raises ValueError on shapes and ids that do not fit,
+    TypeError on ids that are no integers.
     """
-    if kernel.backend == "torch":
-        floats: list[Tensor] = [stack.floats for stack in stacks]
-        return torch_moe.moe(floats[0], floats[1], floats[2], hidden_TD, ids_TK, weights_TK)
+    if ids_TK.is_floating_point():
+        raise TypeError(f"ids: expected integers, found {ids_TK.dtype}")
+    ids_TK, weights_TK = ids_TK.long(), weights_TK.float()
     if kernel.backend == "native":
         matrices = [native_matrix(kernel, stack) for stack in stacks]
         return native.moe(kernel, matrices, hidden_TD, ids_TK, weights_TK)
-    call = (_plain(hidden_TD), _plain(ids_TK), _plain(weights_TK))
+    hidden_TD = hidden_TD.float()
+    if kernel.backend != "numba":  # it looks itself, as the C core does
+        _check_call(stacks[0], hidden_TD, ids_TK, weights_TK)
+    if kernel.backend == "torch":
+        floats: list[Tensor] = [stack.floats for stack in stacks]
+        call = (hidden_TD.detach(), ids_TK, weights_TK.detach())
+        return torch_moe.moe(floats[0], floats[1], floats[2], *call)
+    arrays = (_plain(hidden_TD), _plain(ids_TK), _plain(weights_TK))
     if kernel.backend == "numba":
         weights = [stack.weights(kernel.layout, kernel) for stack in stacks]
-        return torch.from_numpy(numba_backend.moe(kernel, weights, *call))
+        return torch.from_numpy(numba_backend.moe(kernel, weights, *arrays))
     gate, up, down = (stack.tensor for stack in stacks)
-    return torch.from_numpy(reference.moe(gate, up, down, *call).astype(np.float32))
+    return torch.from_numpy(reference.moe(gate, up, down, *arrays).astype(np.float32))
+
+
+def _check_call(gate: Stack, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
+    """What the C core says of a call that does not fit: torch would fail without words, or give a
+    row too few, and NumPy leave out what it does not find."""
+    experts, _, cols = gate.matrices
+    if hidden_TD.ndim != 2 or hidden_TD.shape[1] != cols:
+        raise SettingError(f"x: expected (tokens, {cols}), found {tuple(hidden_TD.shape)}")
+    tokens = len(hidden_TD)
+    if ids_TK.ndim != 2 or len(ids_TK) != tokens or weights_TK.shape != ids_TK.shape:
+        raise SettingError(
+            f"ids and weights: expected ({tokens}, k) both, found {tuple(ids_TK.shape)} and "
+            f"{tuple(weights_TK.shape)}"
+        )
+    wrong = ((ids_TK < -1) | (ids_TK >= experts)).nonzero()
+    if len(wrong):
+        token, slot = wrong[0].tolist()
+        raise SettingError(
+            f"ids[{token}, {slot}]: expected 0 to {experts - 1}, or -1 for nobody, found "
+            f"{int(ids_TK[token, slot])}"
+        )
 
 
 def _plain(tensor: Tensor) -> Any:
-    return tensor.contiguous().numpy()
+    return tensor.detach().contiguous().numpy()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ktlab.errors import SettingError, nearest
-from ktlab.kernels.threads import check_threads, node_cpus
+from ktlab.kernels.threads import check_threads, node_cpus, whole_number
 
 AUTO = "auto"
 BACKENDS = (AUTO, "native", "numba", "torch", "numpy")
@@ -30,12 +30,26 @@ ISA_VARIABLE = "KTLAB_ISA"
 """Environment variable that stands for `isa=` wherever native code runs and no isa was named."""
 
 
+MOST_TOKENS = (1 << 31) - 1
+"""The C core counts them in an int."""
+
+
 def _check_word(kind: str, word: object, known: Sequence[str]) -> None:
     if word not in known:
         raise SettingError(
             f"{kind} {word!r} is unknown; expected one of {', '.join(known)}"
             f"{nearest(str(word), known)}"
         )
+
+
+def check_tokens(word: str, tokens: Any) -> int:
+    """A number of tokens that the kernels can count to, else a `SettingError`."""
+    number = whole_number(tokens)
+    if number is None or not 0 <= number <= MOST_TOKENS:
+        raise SettingError(
+            f"{word} = {tokens!r}: expected a whole number of tokens from 0 to {MOST_TOKENS}"
+        )
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +70,11 @@ class Request:
         _check_word("backend", self.backend, BACKENDS)
         _check_word("isa", self.isa, ISAS)
         _check_word("layout", self.layout, LAYOUTS)
-        check_threads(self.threads)
+        object.__setattr__(self, "threads", check_threads(self.threads))
         if self.numa is not None:
             node_cpus(self.numa)
-        if self.few is not None and (isinstance(self.few, bool) or not 0 <= int(self.few)):
-            raise SettingError(f"few = {self.few!r}: expected a number of tokens, 0 or more")
+        if self.few is not None:
+            object.__setattr__(self, "few", check_tokens("few", self.few))
 
     def with_(self, **changes: Any) -> "Request":
         """A changed copy; `SettingError` on words that do not exist.

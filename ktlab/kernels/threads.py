@@ -6,7 +6,9 @@ processor it counts is taken for a core.
 
 import os
 from functools import lru_cache
+from operator import index
 from pathlib import Path
+from typing import Any
 
 from ktlab.errors import SettingError
 
@@ -88,14 +90,22 @@ def default_threads(numa: int | None = None) -> int:
     return min(cores, quota() or cores)
 
 
+def whole_number(value: Any) -> int | None:
+    """`value` as an int if its type is one of whole numbers, NumPy's too; else None."""
+    try:
+        return None if isinstance(value, bool) else index(value)
+    except TypeError:
+        return None
+
+
 def check_threads(threads: int | None) -> int | None:
     """`threads` if it is a sensible number or None (the default), else a `SettingError`."""
     if threads is None:
         return None
-    whole = isinstance(threads, int) and not isinstance(threads, bool)
-    if not whole or not 1 <= threads <= LARGEST:
+    number = whole_number(threads)
+    if number is None or not 1 <= number <= LARGEST:
         raise SettingError(
             f"threads = {threads!r}: expected a whole number from 1 to {LARGEST}, or None for one "
             f"a core ({default_threads()} here)"
         )
-    return threads
+    return number

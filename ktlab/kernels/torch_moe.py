@@ -51,7 +51,7 @@ def some_experts(
     tokens, top_k = ids_TK.shape
     flat_ids = ids_TK.reshape(-1)
     order = flat_ids.argsort(stable=True)
-    counts = torch.bincount(flat_ids + 1).tolist()
+    counts = torch.bincount(flat_ids + 1, minlength=1).tolist()
     weight_of_row = take(weights_TK.reshape(-1)[order])
     rows_PD = hidden_TD.index_select(0, take(order // top_k))
     output_PD = torch.zeros_like(rows_PD)  # rows of id -1 stay zero
@@ -72,4 +72,8 @@ def some_experts(
             output_PD[rows] = product(inner, down_DF).to(output_PD.dtype)
         start += count
     # Back to token order by gathering, which adds in the same order on every run.
-    return output_PD.index_select(0, take(order.argsort())).view(tokens, top_k, -1).sum(1)
+    return (
+        output_PD.index_select(0, take(order.argsort()))
+        .view(tokens, top_k, hidden_TD.shape[1])
+        .sum(1)
+    )

@@ -35,6 +35,7 @@ from ktlab.measurement.synthetic import (
     Inputs,
     MoeShape,
     SyntheticExperts,
+    check_seed,
     expert_bytes,
     formats_of,
     get_shape,
@@ -171,6 +172,7 @@ def bench_experts(
     counts = _check_tokens(tokens)
     if rounds < 1:
         raise SettingError(f"rounds={rounds}: expected 1 or more")
+    check_seed(seed)
     moe = get_shape(shape, experts)
     formats = formats_of(format, moe)
     if experts is None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ktlab.experts.bank import ExpertBank
 from ktlab.kernels.request import Kernel, Request
 from ktlab.measurement.peers.client import Peer
-from ktlab.measurement.synthetic import Inputs, SyntheticExperts
+from ktlab.measurement.synthetic import Inputs, SyntheticExperts, fallbacks
 
 FLOAT_BYTES = 4
 OPERATIONS_ISA = {"amx": "amx_int8", "avx2": "avx2"}
@@ -28,6 +28,7 @@ class Contender(Protocol):
     group: str
     """Of several contenders of a group, which differ in the layout alone, the best counts."""
     format: str
+    """Asked for; `reason` says where a matrix has another."""
     layout: str
     backend: str
     isa: str
@@ -68,6 +69,7 @@ class OwnKernel:
         self.chosen: Kernel = self.bank.kernel
         self.backend, self.isa = self.chosen.backend, self.chosen.isa
         self.layout, self.format, self.shape = self.chosen.layout, format, experts.shape
+        self._instead = fallbacks(format, experts.formats)
         floats = set(self.bank.formats) <= {"f32", "f16", "bf16"}
         own_peak = self.backend == "native" and (not floats or "_bf16" in self.isa)
         self.peak_isa = self.isa.removesuffix("_emulated") if own_peak else ""
@@ -115,7 +117,7 @@ class OwnKernel:
         return f"native {self.isa}, path for {path} tokens"
 
     def reason(self) -> str:
-        return self.chosen.reason
+        return "; ".join(filter(None, (self.chosen.reason, self._instead)))
 
 
 class PeerKernel:
@@ -129,6 +131,7 @@ class PeerKernel:
         self.backend = method.peer
         self.layout, self.isa = found["layout"], found["isa"]
         self.format = method.own_format or format
+        self._instead = "" if method.own_format else fallbacks(format, experts.formats)
         own_bytes = method.own_bits / 8 * experts.shape.expert_weights
         self._expert_bytes = own_bytes or experts.expert_bytes
         # Neither LLAMAFILE nor ggml's mul_mat_id has a path through AMX.
@@ -149,4 +152,5 @@ class PeerKernel:
         return f"{self.peer.description['kernel']} ({self.label})"
 
     def reason(self) -> str:
-        return f"{self.peer.description['version']}, its own choice for this machine and format"
+        why = f"{self.peer.description['version']}, its own choice for this machine and format"
+        return "; ".join(filter(None, (why, self._instead)))

@@ -26,6 +26,7 @@ from ktlab.measurement.peers.client import Generated
 from ktlab.measurement.placed_run import PlacedRun, logits_of, placed_run
 from ktlab.measurement.provenance import Provenance
 from ktlab.measurement.rounds import CACHES, LARGEST_BUFFER, LEAST_BUFFER, Progress
+from ktlab.measurement.synthetic import check_seed
 from ktlab.probe import Recorder
 from ktlab.record import Record
 
@@ -158,6 +159,7 @@ def bench_model(
     methods = () if peers is None else client.choose_for_models(peers)
     for method in methods:
         client.python_of(method.peer)
+    check_seed(seed)
     threads = threads or default_threads()
     say = progress or (lambda text: None)
     start = perf_counter()

@@ -76,6 +76,11 @@ def get_shape(name: str, experts: int | None = None) -> MoeShape:
         shape = known[name]
     elif len(numbers) == 4 and all(n.isdecimal() and int(n) > 0 for n in numbers):
         hidden, width, total, top_k = map(int, numbers)
+        if top_k > total:
+            raise SettingError(
+                f"shape {name!r}: expected no more selected experts than there are, found {top_k} "
+                f"of {total}"
+            )
         shape = MoeShape(name=name, hidden=hidden, width=width, experts=total, top_k=top_k)
     else:
         raise SettingError(
@@ -103,6 +108,24 @@ def formats_of(name: str, shape: MoeShape) -> tuple[str, str, str]:
     rows = (shape.hidden, shape.hidden, shape.width)
     gate, up, down = (fallback_format(f, n).name for f, n in zip(wanted, rows, strict=True))
     return gate, up, down
+
+
+def fallbacks(name: str, formats: tuple[str, str, str]) -> str:
+    """In words, what `formats_of` gave instead of the format `name`; "" where it gave what it is.
+
+    formats: of gate, up and down."""
+    wanted = MIXES.get(name, (name,) * 3)
+    return "; ".join(
+        f"{matrix} is {found}: its rows do not divide into blocks of {format}"
+        for matrix, found, format in zip(MATRICES, formats, wanted, strict=True)
+        if found != format
+    )
+
+
+def check_seed(seed: int) -> None:
+    """`SettingError` for what NumPy's generators do not start from."""
+    if seed < 0:
+        raise SettingError(f"seed={seed}: expected 0 or more")
 
 
 def expert_bytes(shape: MoeShape, formats: tuple[str, str, str]) -> int:

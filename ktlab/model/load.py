@@ -9,6 +9,9 @@ from os import PathLike, fspath
 from ktlab.checkpoint.checkpoint import Checkpoint
 from ktlab.checkpoint.converted import ConvertedCheckpoint, Progress, Quantization
 from ktlab.checkpoint.opening import open_checkpoint
+from ktlab.html import byte_size
+from ktlab.kernels import codings, native, numba_backend
+from ktlab.model.components import every_product
 from ktlab.model.model import Model
 from ktlab.model.residency import SlowFromDisk
 from ktlab.progress import ProgressBar
@@ -33,7 +36,8 @@ def load(
     expert: the model is never in memory twice. `progress` is called with (done, total) weights;
     without it a bar is drawn where stderr is a terminal or a notebook.
     Raises `CheckpointError` with everything that is wrong with the file; warns with `SlowFromDisk`
-    where memory cannot hold the weights, with the tokens a second that the disk allows.
+    where memory cannot hold the weights, with the tokens a second that the disk allows, and with
+    `FloatCopies` where matrices have a format that no fast kernel computes.
     """
     if path_or_name is None:
         path_or_name = os.environ.get(MODEL_VARIABLE) or "tiny"
@@ -45,9 +49,35 @@ def load(
         return _warned(Model(converted))
 
 
+class FloatCopies(UserWarning):
+    """Matrices in a format that only torch computes, on a copy of 4 bytes a weight."""
+
+
 def _warned(model: Model) -> Model:
-    """Said before the first token: memory cannot hold this model."""
+    """Said before the first token: memory cannot hold this model, or copies will fill it."""
     disk = model.residency().disk
     if disk is not None:
         warnings.warn(f"{model.name} {disk}", SlowFromDisk, stacklevel=3)
+    if copies := _float_copies(model):
+        warnings.warn(f"{model.name}: {copies}", FloatCopies, stacklevel=3)
     return model
+
+
+def _float_copies(model: Model) -> str:
+    """Which formats are computed on float32 copies, for how many bytes, and the way out; "" where
+    none is, or where nothing else could compute any."""
+    if native.unavailable() and numba_backend.unavailable():
+        return ""
+    computed = {*codings.FORMATS, *native.formats()}
+    # One kernel computes all matrices of a bank.
+    products = [p for p in every_product(model) if not computed.issuperset(p.formats)]
+    formats = dict.fromkeys(f for p in products for f in p.formats if f not in computed)
+    stacks = [stack for product in products for stack in product.stacks]
+    if not stacks:
+        return ""
+    stored, floats = sum(s.nbytes for s in stacks), 4 * sum(s.size for s in stacks)
+    return (
+        f"no fast kernel computes {', '.join(formats)}; torch does, on float32 copies made at "
+        f"their first use: {byte_size(floats)} for {byte_size(stored)}; load(..., "
+        f"convert={dict.fromkeys(formats, 'q8_0')}) makes what kernels compute"
+    )

@@ -1,13 +1,12 @@
 """Packing a whole model: every matrix that kernels compute, one after the other."""
 
 from os import PathLike, fspath
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktlab.errors import SettingError
 from ktlab.kernels.pack_run import PackedTensor, PackReport
 from ktlab.kernels.packed_file import PackCache, file_identity
-from ktlab.kernels.threads import default_threads
+from ktlab.kernels.threads import check_threads, default_threads
 from ktlab.model.components import every_product
 
 if TYPE_CHECKING:
@@ -18,9 +17,10 @@ def pack_model(
     model: "Model", *, cache: str | PathLike[str] | None, threads: int | None
 ) -> PackReport:
     """See `Model.pack`."""
+    check_threads(threads)
     folder = PackCache(fspath(cache)) if cache is not None else None
-    path = model.checkpoint.path
-    identity = _identity(path) if folder is not None and path is not None else ""
+    files = model.checkpoint.files if folder is not None else ()
+    identity = ":".join(map(file_identity, files))
     packed: list[PackedTensor] = []
     left: dict[str, str] = {}
     for block in model.layers:
@@ -33,10 +33,3 @@ def pack_model(
             continue
         packed += report.tensors
     return PackReport(tensors=tuple(packed), left=left, threads=threads or default_threads())
-
-
-def _identity(path: Path) -> str:
-    """Of a model's file, or of all files in its folder."""
-    if path.is_file():
-        return file_identity(path)
-    return ":".join(file_identity(file) for file in sorted(path.iterdir()) if file.is_file())

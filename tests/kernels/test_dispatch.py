@@ -1,11 +1,14 @@
 """Words, choices and their reasons; threads and nodes; the native module absent."""
 
 from itertools import product
+from typing import Any
 
+import numpy as np
 import pytest
 
 from ktlab.errors import SettingError
 from ktlab.kernels import dispatch, native, numba_backend, switch, threads
+from ktlab.kernels import request as request_module
 from ktlab.kernels.request import NATIVE_ISAS, Request, Settled
 
 Q8 = ("q8_0", "q8_0", "q8_0")
@@ -135,12 +138,48 @@ def test_a_word_named_later_frees_older_ones_that_do_not_fit() -> None:
         ({"threads": True}, "whole number"),
         ({"threads": 2.5}, "whole number"),
         ({"few": -1}, "few = -1"),
+        ({"few": 10**10}, "few = 10000000000: expected a whole number of tokens from 0 to 2147483"),
+        ({"few": "3"}, "few = '3': expected a whole number"),
+        ({"few": "a"}, "few = 'a': expected a whole number"),
+        ({"few": float("nan")}, "few = nan: expected a whole number"),
+        ({"few": 2.5}, "few = 2.5: expected a whole number"),
+        ({"few": True}, "few = True: expected a whole number"),
+        ({"isa": "AVX2"}, "isa 'AVX2' is unknown.*did you mean \"avx2\""),
         ({"numa": 99}, "numa = 99: there is no such node; this machine has"),
     ],
 )
 def test_words_are_checked(words: dict, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         Request(**words)
+
+
+def test_whole_numbers_of_numpy_are_taken(cpu) -> None:
+    cpu(avx2="")
+    request = Request(threads=np.int64(2), few=np.int32(3))
+    assert (type(request.threads), type(request.few)) == (int, int)
+    assert request == Request(threads=2, few=3)
+    wrong: tuple[Any, ...] = (-1, 2.5, "1")
+    for tokens in wrong:
+        with pytest.raises(SettingError, match=f"tokens = {tokens!r}: expected a whole number"):
+            dispatch.explain(Request(), Q8, tokens=tokens)
+    assert "4 tokens take" in dispatch.explain(Request(), Q8, tokens=np.int64(4)).chosen.reason
+
+
+def test_the_way_out_is_one(cpu, no_native, monkeypatch) -> None:
+    monkeypatch.setattr(threads, "node_cpus", lambda node: (0,))
+    monkeypatch.setattr(request_module, "node_cpus", lambda node: (0,))
+    with pytest.raises(SettingError, match="not built.*; leave out numa=0$"):
+        dispatch.choose(Request(numa=0), Q8)
+    with pytest.raises(SettingError, match="usable here: numba, torch, numpy, or 'auto'$"):
+        dispatch.choose(Request(backend="native"), Q8)
+    cpu(avx2="")
+    with pytest.raises(SettingError, match="usable here: native avx2, or 'auto'$"):
+        dispatch.choose(Request(backend="numba", numa=0), Q8)
+    with pytest.raises(SettingError, match="; leave out numa=0$"):
+        dispatch.choose(Request(numa=0), ("q5_1",))
+    monkeypatch.setenv("KTLAB_ISA", "amx_int8")
+    with pytest.raises(SettingError, match="usable here: native avx2, numba, torch, numpy$"):
+        dispatch.choose(Request(), Q8)
 
 
 def test_what_nobody_named_is_not_said_to_be_named(cpu) -> None:

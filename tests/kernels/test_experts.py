@@ -84,6 +84,46 @@ def test_nobody_selected_gives_zero() -> None:
         assert not bank.forward(hidden, nobody, torch.zeros(4, 2)).any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_and_ids_of_every_kind_are_taken(backend: str) -> None:
+    bank = make_bank("q8_0").use(backend=backend)
+    hidden, ids, weights = make_call(7, 3)
+    for kind in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        x, w = hidden.to(kind), weights.to(kind)
+        expected = judge(bank, x.float(), ids, w.float())
+        for narrow in (ids, ids.int(), ids.to(torch.int16)):
+            found = bank.forward(x.clone().requires_grad_(), narrow, w)
+            assert found.dtype == torch.float32 and not found.requires_grad
+            bound = BOUND.get(backend, 2e-5) * np.abs(expected).max()
+            np.testing.assert_allclose(found.numpy(), expected, atol=bound)
+    with pytest.raises(TypeError, match=r"ids: expected integers, found torch\.float32"):
+        bank.forward(hidden, ids.float(), weights)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_calls_that_do_not_fit_are_refused_and_empty_ones_are_not(backend: str) -> None:
+    bank = make_bank("q8_0").use(backend=backend)
+    hidden, ids, weights = make_call(4, 2)
+    for wrong in (EXPERTS, -2, 2**40):
+        bad = ids.clone()
+        bad[2, 1] = wrong
+        with pytest.raises(ValueError, match=f"expected .*-1.*nobody.*, found {wrong}"):
+            bank.forward(hidden, bad, weights)
+    shapes = (
+        (hidden, ids[:3], weights[:3]),
+        (hidden[:3], ids, weights),
+        (hidden, ids, weights[1:]),
+    )
+    for call in shapes:
+        with pytest.raises(ValueError, match=r"ids and weights.*\(\d, (k|selected)\)"):
+            bank.forward(*call)
+    with pytest.raises(ValueError, match=f"expected .*{HIDDEN}.*found"):
+        bank.forward(hidden[:, :-1], ids, weights)
+    assert bank.forward(hidden[:0], ids[:0], weights[:0]).shape == (0, HIDDEN)
+    found = bank.forward(hidden, ids[:, :0], weights[:, :0])
+    assert found.shape == (4, HIDDEN) and not found.any()
+
+
 def test_an_expert_that_is_named_twice_counts_twice() -> None:
     hidden, _, _ = make_call(3, 1)
     twice, weights = torch.tensor([[4, 4]] * 3), torch.tensor([[0.25, 0.5]] * 3)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from ktlab.kernels import computed, linear, native, reference
 from ktlab.kernels.linear import Linear
 from ktlab.kernels.norm import rms_norm
+from ktlab.kernels.request import BACKENDS
 from ktlab.quantization import QTensor
 
 needs_native = pytest.mark.skipif(bool(native.unavailable()), reason="no native kernels here")
@@ -32,6 +33,22 @@ def test_by_head_multiplies_each_head_by_its_own_matrix(
     found = heads.by_head(x_THK)
     assert found.shape == (tokens, 4, 48)
     assert float((found - expected).norm() / expected.norm()) < bound
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("backend", [word for word in BACKENDS if word != "auto"])
+def test_floats_of_every_kind_are_multiplied(backend: str, kind: torch.dtype) -> None:
+    if backend == "native" and native.unavailable():
+        pytest.skip(native.unavailable())
+    w, heads = matrix((50, 64), "q8_0").use(backend=backend), matrix((4, 48, 32), "q8_0")
+    x = torch.randn(5, 80, generator=torch.manual_seed(1)).to(kind)[:, :64].requires_grad_()
+    expected = x.double() @ w.weight_OI.double().T
+    found = w(x)
+    assert found.dtype == torch.float32
+    assert float((found - expected).detach().norm() / expected.detach().norm()) < 5e-3
+    x_THK = torch.randn(5, 4, 32, generator=torch.manual_seed(1)).to(kind)
+    by_head = torch.einsum("thk,hnk->thn", x_THK.double(), heads.weight_OI.double())
+    assert float((heads.by_head(x_THK) - by_head).norm() / by_head.norm()) < 5e-3
 
 
 def test_the_reference_holds_some_rows_as_floats_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,13 @@ def computes(isa: str, *formats: str) -> bool:
 PAIRS = [(isa, format) for isa in ISAS for format in FORMATS if computes(isa, format)]
 
 
+@pytest.mark.parametrize("isa", NATIVE_ISAS)
+def test_every_instruction_set_is_tested_or_said_to_be_left_out(isa: str) -> None:
+    if reason := native.isas()[isa]:
+        pytest.skip(f"{isa}: {reason}; none of its kernels is tested here")
+    assert any(format for tested, format in PAIRS if plain(tested) == isa)
+
+
 def make(format: str, *shape: int, seed: int = 0) -> QTensor:
     """Random weights; formats that cannot be encoded here are made of random blocks."""
     generator = np.random.default_rng(seed)

@@ -6,6 +6,7 @@ Letters: T tokens, D hidden, E experts, K selected or columns, N rows, F expert 
 import ctypes
 import mmap
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -461,6 +462,45 @@ def test_weights_that_cannot_be() -> None:
     ):
         with pytest.raises(FormatError, match=message):
             Weights(**(dict(format="q8_0", layout=GGML_BLOCKS) | shape | changed))
+
+
+WITHOUT_THE_CORE = """
+import ktlab_ext
+ktlab_ext.native, ktlab_ext.reason = None, "taken away for a test"
+import sys, torch, ktlab
+model, ids = ktlab.load("tiny"), list(range(40, 72))
+assert all("numba" in kernel for kernel in model.settings.kernel.values()), model.settings.kernel
+expected = model.forward(ids)
+for words in ({"backend": "torch"}, {"layout": "packed", "threads": 1}, {"backend": "numpy"}):
+    with model.override(**words):
+        torch.testing.assert_close(model.forward(ids), expected, rtol=1e-3, atol=2e-3)
+with model.override(top_k=4, quantize="int8_channel"):
+    assert model.forward(ids).isfinite().all()
+for words in ({"isa": "avx2"}, {"numa": 0}):
+    try:
+        with model.override(**words):
+            raise AssertionError(words)
+    except ktlab.errors.SettingError as error:
+        assert "taken away for a test" in str(error), error
+report = model.pack(cache=sys.argv[1])
+assert not report.left, report
+again = ktlab.load("tiny")
+assert {t.how for t in again.pack(cache=sys.argv[1]).tensors} == {"mapped from the cache"}
+torch.testing.assert_close(again.forward(ids), expected, rtol=1e-3, atol=2e-3)
+assert "taken away for a test" in str(ktlab.doctor())
+text = ktlab.domain_texts()["english"][:2000]
+found = ktlab.compare(again, text, a=dict(), b=dict(top_k=4), max_tokens=256, speed=False)
+print(found)
+"""
+
+
+@pytest.mark.slow
+def test_everything_works_without_the_core(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_CORE, str(tmp_path)],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0 and "KL" in done.stdout, done.stdout + done.stderr
 
 
 def test_changed_sources_are_compiled_anew() -> None:

@@ -1,17 +1,26 @@
 """Packing and back, native against Numba, files that lie, killed runs, models packed in place."""
 
+import ast
+import errno
 import gc
+import hashlib
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import ktlab
+from ktlab.checkpoint.metadata import metadata_from_config
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.checkpoint.writer import write_gguf
 from ktlab.errors import CheckpointError, FormatError, SettingError
@@ -20,8 +29,11 @@ from ktlab.kernels.packed_file import HEADER_BYTES, Header, PackCache, open_pack
 from ktlab.kernels.request import BLOCKS, PACKED
 from ktlab.kernels.stack import Stack
 from ktlab.kernels.weights import aligned_bytes
+from ktlab.model.load import FloatCopies
 from ktlab.model.model import Model
 from ktlab.quantization import QTensor, get_format
+from tests.checkpoint.test_forms import arrays, write_raw
+from tests.model.peer import transformers_model
 
 FORMATS = sorted(codings.FORMATS)
 MADE = ("int8_channel", "int4_group32", "int4_group128")
@@ -46,6 +58,47 @@ def test_packed_and_back_is_bit_exact(format: str) -> None:
     assert packed.data.ctypes.data % 64 == 0 and packed.expert_stride % 64 == 0
     back = packing.unpack_tensor(packed, "w", tensor.shape)
     np.testing.assert_array_equal(back.blocks, tensor.blocks)
+
+
+LAYOUT = {
+    "bf16": "ab98c72bd3181cba",
+    "f16": "ab98c72bd3181cba",
+    "f32": "d66c28ea781ffe2e",
+    "int4_group128": "2920d124231e3f7b",
+    "int4_group32": "51473d5379e6d349",
+    "int8_channel": "12cf28924a772a87",
+    "iq4_nl": "d53ad6ae274a36dc",
+    "iq4_xs": "1dd68e38f1ec73fa",
+    "q2_k": "189b30bdd549f504",
+    "q3_k": "e484b0b551bff463",
+    "q4_0": "51473d5379e6d349",
+    "q4_k": "e647b80fee80bb9b",
+    "q5_0": "fb9407d4f1977a30",
+    "q5_k": "f567d47a4e38c696",
+    "q6_k": "a0f8aad5476c0430",
+    "q8_0": "5a7436b219728c43",
+}
+"""Format -> the first digits of a sha256 over the packed bytes of `counted_tensor`, version 1."""
+
+
+def counted_tensor(format: str) -> QTensor:
+    """Bytes that no library's generator decides."""
+    known, cols = get_format(format), random_tensor(format).shape[-1]
+    count = 2 * 33 * known.row_bytes(cols)
+    blocks = (np.arange(count, dtype=np.uint32) * np.uint32(2654435761) >> 13).astype(np.uint8)
+    return QTensor(name="w", format=known, shape=(2, 33, cols), blocks=blocks.reshape(2, 33, -1))
+
+
+def test_a_changed_layout_has_another_version() -> None:
+    found = {
+        format: hashlib.sha256(packing.pack(packing.blocks(counted_tensor(format))).data.tobytes())
+        for format in FORMATS
+    }
+    assert packed_file._VERSION == 1
+    assert {format: sha.hexdigest()[:16] for format, sha in found.items()} == LAYOUT, (
+        "the packed layout changed: raise KTL_PACK_VERSION (csrc/ktl.h) and _VERSION "
+        "(packed_file.py), or caches of earlier versions give wrong numbers; then take over these"
+    )
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of random scales
@@ -152,6 +205,12 @@ def test_both_writers_and_readers_of_the_header_agree(monkeypatch) -> None:
     assert packed_file.read_header(np.frombuffer(by_c, np.uint8), total) == HEADER
 
 
+def read_either(plain: bool, raw: bytes, total: int) -> Header:
+    if plain:
+        return packed_file.read_plain_header(raw, total)
+    return packed_file.read_header(np.frombuffer(raw, np.uint8), total)
+
+
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize(
     ("at", "value"),
@@ -175,10 +234,43 @@ def test_a_header_that_lies_is_refused(plain, at, value) -> None:
     raw[at] ^= value
     total = HEADER_BYTES + packing.packed_size("q4_k", (2, 33, 512))
     with pytest.raises(ValueError, match="expected|checksum|format"):
-        if plain:
-            packed_file.read_plain_header(bytes(raw), total)
-        else:
-            packed_file.read_header(np.frombuffer(bytes(raw), np.uint8), total)
+        read_either(plain, bytes(raw), total)
+
+
+def fnv1a(data: bytes) -> int:
+    """A second one, for headers whose checksum fits what else is wrong with them."""
+    value = 0xCBF29CE484222325
+    for byte in data:
+        value = (value ^ byte) * 0x100000001B3 % 2**64
+    return value
+
+
+@needs_native
+def test_both_readers_refuse_the_same_headers() -> None:
+    generator = np.random.default_rng(5)
+    places = [(0, 8), (8, 4), (12, 4), (16, 16), (32, 24), (56, 8), (64, 64), (128, 56)]
+    refused = 0
+    for format, cols in (("q4_k", 512), ("q8_0", 288), ("f16", 77), ("int8_channel", 40)):
+        size = packing.packed_size(format, (2, 33, cols))
+        whole = packed_file.plain_header(Header(format, 2, 33, cols, "ab"))
+        for turn in range(120):
+            raw, (start, room) = bytearray(whole), places[turn % len(places)]
+            value = generator.choice([0, 1, 9, 32, 48, 101, 127, 200, 255])
+            raw[start + int(generator.integers(room))] = value
+            if turn % 24 > 16:  # sizes that belong together
+                rows, cols_ = (int(n) for n in generator.integers(0, 520, 2))
+                size = packing.packed_size(format, (2, rows, cols_ // 32 * 32))
+                raw[40:64] = np.array([rows, cols_, size], np.int64).tobytes()
+            raw[184:] = fnv1a(bytes(raw[:184])).to_bytes(8, "little")
+            answers: list[Header | None] = []
+            for plain in (True, False):
+                try:
+                    answers.append(read_either(plain, bytes(raw), HEADER_BYTES + size))
+                except ValueError:
+                    answers.append(None)
+            assert answers[0] == answers[1], (format, turn, bytes(raw))
+            refused += answers[0] is None
+    assert 300 < refused < 480
 
 
 def stored(cache: PackCache, name: str = "blk.0.w", source: str = "s1") -> Path:
@@ -267,6 +359,42 @@ def test_what_a_killed_run_leaves_is_ignored_and_removed_at_the_next_start(tmp_p
     assert not partial.exists() and not list(tmp_path.iterdir())
 
 
+def test_threads_that_store_one_tensor_do_not_meet(tmp_path) -> None:
+    both = threading.Barrier(2)
+
+    def fill(out) -> None:
+        both.wait(20)  # both files are open now
+        packing.pack(packing.blocks(random_tensor("q8_0")), None, out)
+        both.wait(20)
+
+    def store(cache: PackCache) -> None:
+        cache.store("blk.0.w", Header("q8_0", 2, 33, 288, "s1"), fill)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(store, [PackCache(tmp_path), PackCache(tmp_path)]))
+    found = PackCache(tmp_path).load("blk.0.w", "q8_0", "s1")
+    expected = packing.pack(packing.blocks(random_tensor("q8_0")))
+    assert found is not None
+    np.testing.assert_array_equal(found.data, expected.data)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_in_a_files_place_is_no_lack_of_space(tmp_path) -> None:
+    cache = PackCache(tmp_path)
+    cache.path("blk.0.w", "q8_0").mkdir()
+    with pytest.raises(CheckpointError, match="Is a directory; name another folder or pack with"):
+        stored(cache)
+
+
+def test_a_full_disk_says_how_much_to_free(tmp_path, monkeypatch) -> None:
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CheckpointError, match="No space left on device; free 1 MiB or pack"):
+        stored(PackCache(tmp_path))
+
+
 def test_a_folder_that_cannot_be_used_is_named(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be used.*name a folder"):
@@ -311,6 +439,62 @@ def test_a_changed_model_file_is_packed_again(gguf, tmp_path) -> None:
     with pytest.warns(UserWarning, match="packed from another model"):
         report = ktlab.load(gguf).pack(cache=tmp_path / "cache")
     assert {t.how for t in report.tensors} == {"packed"}
+
+
+def test_a_changed_shard_is_packed_again(tmp_path) -> None:
+    checkpoint = synthesize(TINY_TEST_CONFIG, seed=2)
+    fields = metadata_from_config(checkpoint.config)
+    (tmp_path / "model").mkdir()
+    write_raw(tmp_path / "model" / "m.gguf", fields, arrays(checkpoint), shard_size=20)
+    first, second, _ = sorted((tmp_path / "model").iterdir())
+    for turn, convert in enumerate(({}, {"f32": "q8_0"})):
+        cache = tmp_path / f"cache{turn}"
+        ktlab.load(first, convert=convert).pack(cache=cache)
+        report = ktlab.load(first, convert=convert).pack(cache=cache)
+        assert {t.how for t in report.tensors} == {"mapped from the cache"}
+        later = time.time() + 100 * (1 + turn)
+        os.utime(second, (later, later))
+        with pytest.warns(UserWarning, match="packed from another model"):
+            report = ktlab.load(first, convert=convert).pack(cache=cache)
+        assert {t.how for t in report.tensors} == {"packed"}
+
+
+def test_a_cache_may_lie_in_the_models_folder(tmp_path) -> None:
+    transformers_model(synthesize(TINY_TEST_CONFIG)).bfloat16().save_pretrained(tmp_path)
+    assert {t.how for t in ktlab.load(tmp_path).pack(cache=tmp_path).tensors} == {"packed"}
+    report = ktlab.load(tmp_path).pack(cache=tmp_path)
+    assert {t.how for t in report.tensors} == {"mapped from the cache"}
+
+
+def test_what_was_packed_at_its_first_use_is_stored_too(gguf, tmp_path) -> None:
+    model, cache = ktlab.load(gguf), tmp_path / "cache"
+    model.experts.use(format="int8_channel")
+    expected = model.forward(IDS)
+    assert any(stack.packed for bank in model.experts for stack in bank.stacks)
+    report = model.pack(cache=cache)
+    assert "was packed already" in {t.how for t in report.tensors}
+    assert len(list(cache.iterdir())) == len(report.tensors)
+    before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert {t.how for t in model.pack(cache=cache).tensors} == {"was packed already"}
+    assert before == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    again = ktlab.load(gguf)
+    again.experts.use(format="int8_channel")
+    report = again.pack(cache=cache)
+    assert {t.how for t in report.tensors} == {"mapped from the cache"}
+    assert torch.equal(again.forward(IDS), expected)
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_is_packed(gguf) -> None:
+    model = ktlab.load(gguf)
+    refused: tuple[Any, ...] = (0, -1, 2.5)
+    for threads in refused:
+        with pytest.raises(SettingError, match=f"threads = {threads}: expected a whole number"):
+            model.pack(threads=threads)
+        with pytest.raises(SettingError, match=f"threads = {threads}: expected a whole number"):
+            model.experts[0].pack(threads=threads)
+    with pytest.raises(SettingError, match="cache='' names no folder"):
+        model.pack(cache="")
+    assert not any(stack.packed for bank in model.experts for stack in bank.stacks)
 
 
 def test_requantized_experts_are_packed_under_their_format(gguf, tmp_path) -> None:
@@ -383,6 +567,21 @@ def test_formats_can_be_converted_while_loading(gguf) -> None:
     for wrong in ({"q5_0": "iq1_m"}, {"q5_9": "q8_0"}):
         with pytest.raises(FormatError, match="can be read here but not written|unknown format"):
             ktlab.load(gguf, convert=wrong)
+
+
+def test_float_copies_are_said_at_load_with_the_way_out(gguf, tmp_path) -> None:
+    checkpoint = synthesize(TINY_TEST_CONFIG, formats={"*down_exps*": "q5_1", "*": "q8_0"})
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    path = write_gguf(tmp_path / "five.gguf", TINY_TEST_CONFIG, tensors, checkpoint.tokenizer)
+    with pytest.warns(FloatCopies, match="tiny-test: no fast kernel computes q5_1; torch") as said:
+        model = ktlab.load(path)
+    (hint,) = re.findall(r"load\(\.\.\., convert=(\{.*?\})\)", str(said[0].message))
+    assert model.experts[0].kernel.backend == "torch" and said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FloatCopies)
+        ktlab.load(gguf)
+        converted = ktlab.load(path, convert=ast.literal_eval(hint))
+    assert converted.experts[0].kernel.backend != "torch"
 
 
 def test_a_model_in_a_format_without_kernels_says_what_to_do() -> None:

@@ -384,9 +384,12 @@ def test_installed_peers_compute_the_same_layer(format: str) -> None:
     [
         ({"shape": "deepseek-v4"}, "unknown shape"),
         ({"shape": "0x96x6x2"}, "unknown shape"),
+        ({"shape": "512x256x4x8"}, "no more selected experts than there are, found 8 of 4"),
         ({"experts": 1}, "selects 2 of 6"),
         ({"experts": 7}, "selects 2 of 6"),
         ({"format": "q4_k_x"}, "unknown format 'q4_k_x'"),
+        ({"format": "Q4_K_M"}, "unknown format 'Q4_K_M'; did you mean \"q4_k_m\""),
+        ({"seed": -1}, "seed=-1: expected 0 or more"),
         ({"tokens": (0,)}, "tokens"),
         ({"tokens": ()}, "tokens"),
         ({"rounds": 0}, "rounds=0"),
@@ -400,6 +403,17 @@ def test_installed_peers_compute_the_same_layer(format: str) -> None:
 def test_impossible_wishes(words: dict, expected: str) -> None:
     with pytest.raises(SettingError, match=expected):
         bench_experts(**{"shape": SMALL, "format": "q8_0", **words})
+
+
+def test_what_a_row_has_instead_of_the_format_is_said() -> None:
+    def measured(format: str) -> KernelCase:
+        found = bench_experts(SMALL, format=format, backend="numpy", tokens=(1,), rounds=1)
+        return found.cases[0]
+
+    case = measured("q4_k")
+    assert case.format == "q4_k"
+    assert case.reason.endswith("; down is q5_0: its rows do not divide into blocks of q4_k")
+    assert "is q" not in measured("q8_0").reason
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
