@@ -222,9 +222,7 @@ class TorchSeat(Seat):
     @property
     def free_bytes(self) -> int | None:
         """What the device could still take; None of a stand-in."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.mem_get_info(self.device)[0])
-        return None
+        return free_bytes(self.device) if self.device.type == "cuda" else None
 
     @cached_property
     def kernel(self) -> Kernel:
@@ -296,6 +294,13 @@ class Near:
         if kept is None:
             kept = self._kept[id(values)] = (values, self._seat.hold(values))
         return kept[1]
+
+
+def free_bytes(gpu: "torch.device | int") -> int:
+    """What a GPU could still take: also what torch's allocator keeps of memory that came back, which
+    the driver calls taken."""
+    kept = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return int(torch.cuda.mem_get_info(gpu)[0]) + kept
 
 
 def synchronize(seats: Sequence[Any]) -> None:
