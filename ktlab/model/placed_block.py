@@ -85,7 +85,8 @@ class Twins(dict[str, Any]):
 
 
 class OnSeat(Probe):
-    """Shows a probe what is on a device: brought to the host, and waited for where it is timed."""
+    """Shows a probe what is on a device: brought to the host where it is wanted, and waited for
+    where it is timed."""
 
     def __init__(self, probe: Probe, seat: Seat) -> None:
         self._probe, self._seat = probe, seat
@@ -93,7 +94,8 @@ class OnSeat(Probe):
 
     def record(self, name: str, values: Tensor) -> None:
         """See `Probe.record`."""
-        self._probe.record(name, self._seat.give(values)()[0])
+        wanted = self._probe.wants(name)
+        self._probe.record(name, self._seat.give(values)()[0] if wanted else values)
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """See `Probe.stage`."""
