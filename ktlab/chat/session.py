@@ -291,6 +291,7 @@ class _Counting(Probe):
 
     def __init__(self, inner: Probe, counter: _Counter) -> None:
         self._inner, self._counter = inner, counter
+        self.inside = inner.inside or counter.watch is not None
 
     def record(self, name: str, values: Tensor) -> None:
         if self._counts(name):
