@@ -19,6 +19,11 @@ class Probe:
     def record(self, name: str, values: Tensor) -> None:
         """Offer one activation under its full name, tokens (batch times tokens) on axis 0."""
 
+    def wants(self, name: str) -> bool:
+        """Whether `record` looks at this activation; one that it does not stays where it is, on a
+        GPU perhaps. A probe that passes on what it gets asks who gets it."""
+        return True
+
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Time the enclosed stage, if anybody asked."""
         return self._nothing
@@ -28,6 +33,9 @@ class Silent(Probe):
     """What every forward pass uses unless somebody watches."""
 
     inside = False
+
+    def wants(self, name: str) -> bool:
+        return False
 
 
 NO_PROBE = Silent()
@@ -48,14 +56,15 @@ class Recorder(Probe):
 
     def wants(self, name: str) -> bool:
         """Whether a pattern matches."""
-        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
-
-    def record(self, name: str, values: Tensor) -> None:
         wanted = self._wanted.get(name)
         if wanted is None:
-            self.seen.add(name)
-            wanted = self._wanted[name] = self.wants(name)
-        if wanted:
+            wanted = any(fnmatchcase(name, pattern) for pattern in self.patterns)
+            self._wanted[name] = wanted
+        return wanted
+
+    def record(self, name: str, values: Tensor) -> None:
+        self.seen.add(name)
+        if self.wants(name):
             self._chunks.setdefault(name, []).append(values.detach().clone())
 
     @contextmanager

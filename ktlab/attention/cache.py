@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -72,13 +71,19 @@ class Cache:
                 "for a shorter one or cut the text"
             )
         seats = seats or [HOST] * len(forms)
-        here = [form for form, seat in zip(forms, seats, strict=True) if seat is HOST]
-        needed = 4 * batch * context * sum(elements_per_token(config, form) for form in here)
-        available = psutil.virtual_memory().available
-        if needed > available:
+        short = []
+        for seat in dict.fromkeys(seats):
+            here = [form for form, at in zip(forms, seats, strict=True) if at is seat]
+            elements = batch * context * sum(elements_per_token(config, form) for form in here)
+            needed, available = elements * seat.dtype.itemsize, seat.free_bytes
+            if available is not None and needed > available:
+                where = "memory" if seat is HOST else seat.word
+                sizes = html.byte_size(needed), html.byte_size(available)
+                short.append(f"{sizes[0]}, {sizes[1]} of {where} are available")
+        if short:
             raise ContextError(
-                f"a cache of {batch} x {context} tokens needs {html.byte_size(needed)}, "
-                f"{html.byte_size(available)} of memory are available; ask for a shorter context"
+                f"a cache of {batch} x {context} tokens needs {'; and '.join(short)}; ask for a "
+                "shorter context"
                 + (
                     ", a smaller batch, or the absorbed form"
                     if "naive" in forms

@@ -7,7 +7,9 @@ DeepSeek-V2 (2405.04434) 3.1.4.
 """
 
 import math
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -82,7 +84,7 @@ class RoPE:
             else 1.0
         )
         self._latest: tuple[Tensor, Places] | None = None
-        self._elsewhere: dict[Seat, tuple[Places, Places]] = {}
+        self._elsewhere: MutableMapping[Seat, tuple[Places, Places]] = WeakKeyDictionary()
 
     def places(self, positions_BT: Tensor, seat: Seat = HOST) -> "Places":
         """What every layer of a call needs of its positions, on its device."""

@@ -291,11 +291,18 @@ class _Counting(Probe):
 
     def __init__(self, inner: Probe, counter: _Counter) -> None:
         self._inner, self._counter = inner, counter
+        self.inside = inner.inside or counter.watch is not None
 
     def record(self, name: str, values: Tensor) -> None:
-        if name.endswith(".router.ids") and self._counter.watch is not None:
+        if self._counts(name):
             self._counter.count(values)
         self._inner.record(name, values)
+
+    def wants(self, name: str) -> bool:
+        return self._counts(name) or self._inner.wants(name)
+
+    def _counts(self, name: str) -> bool:
+        return name.endswith(".router.ids") and self._counter.watch is not None
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         return self._inner.stage(name)

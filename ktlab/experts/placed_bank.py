@@ -5,8 +5,9 @@ hidden numbers are. T tokens, D hidden, E experts, K selected.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from time import perf_counter
@@ -30,7 +31,8 @@ Matrices = tuple[Values, Values, Values]
 
 @dataclass(kw_only=True)
 class Overlap:
-    """Seconds of a layer's calls: the host's experts, the devices' work, both beside each other."""
+    """Seconds of a layer's calls: the host's experts, the devices' work, both beside each other.
+    Not those of deferred experts, beside which the next layer works, too."""
 
     on: bool = False
     """Whether it is measured: a GPU must be waited for, which costs time."""
@@ -179,13 +181,15 @@ class PlacedBank(ExpertBank):
 
     def forward(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """See `ExpertBank.forward`: from host memory to host memory, as decode is placed."""
-        return self.start(hidden_TD, ids_TK, weights_TK, here=HOST, phase="decode").finish()
+        given = (hidden_TD, hidden_TD, ids_TK, weights_TK)
+        return self.start(*given, here=HOST, phase="decode").finish()
 
     # Running -----------------------------------------------------------------------------------
 
     def start(
         self,
         hidden_TD: Tensor,
+        host_TD: Tensor,
         ids_TK: Tensor,
         weights_TK: Tensor,
         *,
@@ -194,27 +198,26 @@ class PlacedBank(ExpertBank):
         beside: bool = False,
         after: "Running | None" = None,
     ) -> "Running":
-        """Set everything going; inputs are on `here`, where `finish` brings the sum, (T, D).
-        `beside`: whether the caller has other work meanwhile; `after`: whose work on the host comes
-        first."""
-        hidden_host, ids_host, weights_host = here.give(hidden_TD, ids_TK, weights_TK)()
+        """Set everything going. `hidden_TD` is on `here`, where `finish` brings the sum, (T, D);
+        `host_TD`, the same, and the others are in host memory. `beside`: whether the caller has
+        other work meanwhile; `after`: whose work on the host comes first."""
         used = set(self.where[phase])
-        asked = {word: self._ids_of(word, phase, ids_host) for word in used}
+        asked = {word: self._ids_of(word, phase, ids_TK) for word in used}
         asked = {word: ids for word, ids in asked.items() if bool((ids >= 0).any())}
-        running = Running(like=hidden_TD, here=here, begun=perf_counter(), overlap=self.overlap)
+        overlap = self.overlap if after is None else Overlap()
+        running = Running(like=hidden_TD, here=here, begun=perf_counter(), overlap=overlap)
         apart = beside or len(asked) > 1
         for word, ids in asked.items():
             if word not in self.residents:
                 moe = self._on_cpu(word)
-                work = partial(_timed, moe, hidden_host, ids, weights_host, first=_done(after))
+                work = partial(_timed, moe, host_TD, ids, weights_TK, first=_done(after))
                 running.on_host.append(_threads().submit(work).result if apart else work)
         for word, ids in asked.items():
             if word in self.residents:
                 seat = self.seats[word]
-                hidden = hidden_TD if seat is here else seat.take(hidden_host)
-                begun = seat.mark()
-                there = some_experts(self.residents[word], hidden, ids, weights_host, seat.take)
-                running.beside(seat, begun)
+                hidden = hidden_TD if seat is here else seat.take(host_TD)
+                with running.beside(seat):
+                    there = some_experts(self.residents[word], hidden, ids, weights_TK, seat.take)
                 running.on_devices.append((seat, there))
         return running
 
@@ -249,6 +252,7 @@ class PlacedBank(ExpertBank):
 def start_experts(
     bank: ExpertBank,
     hidden_TD: Tensor,
+    host_TD: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
     *,
@@ -258,11 +262,11 @@ def start_experts(
     after: "Running | None" = None,
 ) -> "Running":
     """`PlacedBank.start` of any bank: one that is on the host alone, or of a user's own."""
-    given = (hidden_TD, ids_TK, weights_TK)
+    given = (host_TD, ids_TK, weights_TK)
     if isinstance(bank, PlacedBank):
-        return bank.start(*given, here=here, phase=phase, beside=beside, after=after)
+        return bank.start(hidden_TD, *given, here=here, phase=phase, beside=beside, after=after)
     running = Running(like=hidden_TD, here=here, begun=perf_counter(), overlap=Overlap())
-    work = partial(_timed, bank.forward, *here.give(*given)(), first=_done(after))
+    work = partial(_timed, bank.forward, *given, first=_done(after))
     running.on_host.append(_threads().submit(work).result if beside else work)
     return running
 
@@ -279,9 +283,14 @@ class Running:
     on_devices: list[tuple[TorchSeat, Tensor]] = field(default_factory=list)
     marks: list[tuple[TorchSeat, Any, Any]] = field(default_factory=list)
 
-    def beside(self, seat: TorchSeat, begun: Any) -> None:
-        """Work that a device did meanwhile, since `begun`: its experts, the shared expert."""
-        self.marks.append((seat, begun, seat.mark()))
+    @contextmanager
+    def beside(self, seat: TorchSeat) -> Iterator[None]:
+        """What a device is given meanwhile, its experts, the shared expert: timed if anybody asked,
+        as marks cost time."""
+        begun = seat.mark() if self.overlap.on else None
+        yield
+        if begun is not None:
+            self.marks.append((seat, begun, seat.mark()))
 
     def finish(self, to: Seat | None = None) -> Tensor:
         """(T, D) on `here` or another seat, summed in the same order every time."""
@@ -301,11 +310,18 @@ class Running:
             arrived = to.take(torch.stack(elsewhere).sum(0) if elsewhere[1:] else elsewhere[0])
             total = arrived if total is None else total + arrived
         if total is None:  # nobody was selected
-            return torch.zeros_like(self.like) if to is self.here else torch.zeros(self.like.shape)
+            return (
+                torch.zeros_like(self.like)
+                if to is self.here
+                else to.take(torch.zeros(self.like.shape))
+            )
         return total
 
     def _count(self, host: Sequence[float]) -> None:
-        device_s = sum(seat.between(begun, end) for seat, begun, end in self.marks)
+        by_seat: dict[TorchSeat, float] = {}
+        for seat, begun, end in self.marks:
+            by_seat[seat] = by_seat.get(seat, 0.0) + seat.between(begun, end)
+        device_s = max(by_seat.values(), default=0.0)  # they work beside each other, too
         if host and device_s:
             self.overlap.calls += 1
             self.overlap.host_s += max(host)

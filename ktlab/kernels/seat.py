@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 from time import perf_counter
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -45,6 +46,13 @@ class Seat:
 
     word = "cpu"
     host = True
+    dtype = torch.float32
+    """Of caches."""
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What it could still take; None where nobody can say."""
+        return int(psutil.virtual_memory().available)
 
     def take(self, values: Tensor) -> Tensor:
         """A host tensor, on the device."""
@@ -154,9 +162,12 @@ class TorchSeat(Seat):
         """The values of an encoded tensor, a piece at a time. Where the device has no room, what
         torch raises, and nothing stays there."""
         shape, rows = tensor.shape, tensor.blocks.reshape(-1, tensor.blocks.shape[-1])
-        there = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        with torch.inference_mode(False):  # in which threads could not write what was made outside
+            there = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         flat = there.view(-1, shape[-1])
         step = max(1, LOADED_AT_ONCE // shape[-1])
+        cuda = self.device.type == "cuda"
+        stream = torch.cuda.current_stream(self.device) if cuda else None  # a thread has its own
 
         def load(first: int) -> None:
             some = QTensor(
@@ -166,7 +177,8 @@ class TorchSeat(Seat):
                 blocks=rows[first : first + step],
                 source=tensor.source,
             )
-            _rounded(torch.from_numpy(packing.rows(some)), flat[first : first + step])
+            with torch.cuda.stream(stream):
+                _rounded(torch.from_numpy(packing.rows(some)), flat[first : first + step])
 
         firsts = range(0, len(rows), step)
         mapped = map if len(firsts) == 1 else _loaders(default_threads()).map
@@ -222,9 +234,7 @@ class TorchSeat(Seat):
     @property
     def free_bytes(self) -> int | None:
         """What the device could still take; None of a stand-in."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.mem_get_info(self.device)[0])
-        return None
+        return free_bytes(self.device) if self.device.type == "cuda" else None
 
     @cached_property
     def kernel(self) -> Kernel:
@@ -296,6 +306,13 @@ class Near:
         if kept is None:
             kept = self._kept[id(values)] = (values, self._seat.hold(values))
         return kept[1]
+
+
+def free_bytes(gpu: "torch.device | int") -> int:
+    """What a GPU could still take, with what torch's allocator keeps of memory that came back: the
+    driver calls that taken."""
+    kept = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return int(torch.cuda.mem_get_info(gpu)[0]) + kept
 
 
 def synchronize(seats: Sequence[Any]) -> None:

@@ -307,6 +307,8 @@ def gpu() -> Check:
     try:
         import torch
 
+        from ktlab.kernels.seat import free_bytes
+
         if not torch.cuda.is_available():
             build = torch.version.cuda
             why = (
@@ -315,7 +317,8 @@ def gpu() -> Check:
                 else f"torch is built for CUDA {build} and finds no usable device"
             )
             return Check(group="GPU", name="GPU", found="none", why=f"{why}; the CPU does it all")
-        free, total = torch.cuda.mem_get_info()
+        gpu = torch.cuda.current_device()
+        free, total = free_bytes(gpu), torch.cuda.mem_get_info(gpu)[1]
         return Check(
             group="GPU",
             name="GPU",

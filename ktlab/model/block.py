@@ -17,7 +17,7 @@ from ktlab.errors import StageError
 from ktlab.experts.bank import ExpertBank
 from ktlab.experts.mlp import MLP
 from ktlab.kernels.norm import rms_norm
-from ktlab.kernels.seat import HOST
+from ktlab.kernels.seat import HOST, Seat
 from ktlab.model.deferral import Later, split
 from ktlab.model.placed_block import BlockSeats, Twins, move, placed_forward
 from ktlab.model.whole_layer import WholeLayer
@@ -76,7 +76,7 @@ class Block:
                 self.attention.check_cache(cache)
                 with probe.stage(f"layers.{self.index}"):
                     hidden_BTD = whole.forward(hidden_BTD, cache, positions_BT)
-                return hidden_BTD if left is None else hidden_BTD + left().view_as(hidden_BTD)
+                return hidden_BTD if left is None else hidden_BTD + left(HOST).view_as(hidden_BTD)
         eps = self.config.rms_eps
         with probe.stage(f"layers.{self.index}.attention"):
             normed = rms_norm(hidden_BTD, self.attention_norm_D, eps)
@@ -86,7 +86,7 @@ class Block:
         mixed_TD = self.feed_forward(normed_TD, probe, *more)
         hidden_BTD = hidden_BTD + mixed_TD.view_as(hidden_BTD)
         if left is not None:
-            hidden_BTD = hidden_BTD + left().view_as(hidden_BTD)
+            hidden_BTD = hidden_BTD + left(HOST).view_as(hidden_BTD)
         probe.record(f"layers.{self.index}.hidden", hidden_BTD.flatten(0, 1))
         return hidden_BTD
 
@@ -213,14 +213,14 @@ class MoEBlock(Block):
         return routed_TD + shared_TD
 
     def _light(
-        self, hidden_TD: Tensor, light_TK: Tensor, weights_TK: Tensor, probe: Probe
+        self, hidden_TD: Tensor, light_TK: Tensor, weights_TK: Tensor, probe: Probe, to: Seat
     ) -> Tensor:
-        """What the next layer adds."""
+        """What the next layer adds, there."""
         name = f"layers.{self.index}.deferred"
         with probe.stage(name):
             light_TD = self.experts.forward(hidden_TD, light_TK, weights_TK)
         probe.record(f"{name}.output", light_TD)
-        return light_TD
+        return to.take(light_TD)
 
     def stages(self) -> dict[str, Any]:
         stages = {"attention": self.attention, "router": self.router, "experts": self.experts}

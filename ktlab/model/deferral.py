@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ktlab.kernels.seat import Seat
+
 
 def split(ids_TK: Tensor, weights_TK: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Ids to compute at once and ids to defer, (T, K) each, -1 where the other one has the expert.
@@ -35,14 +37,14 @@ class Later:
     """What a layer leaves for the next one, during one pass."""
 
     def __init__(self) -> None:
-        self._work: Callable[[], Tensor] | None = None
+        self._work: Callable[[Seat], Tensor] | None = None
 
-    def leave(self, work: Callable[[], Tensor]) -> None:
-        """`work()` gives what is to be added at the end of the next layer, (T, D)."""
+    def leave(self, work: Callable[[Seat], Tensor]) -> None:
+        """`work(seat)` gives there what is to be added at the end of the next layer, (T, D)."""
         assert self._work is None, "what was left before has been taken by now"
         self._work = work
 
-    def take(self) -> Callable[[], Tensor] | None:
+    def take(self) -> Callable[[Seat], Tensor] | None:
         """What the layer before left; it is gone then."""
         work, self._work = self._work, None
         return work

@@ -28,6 +28,9 @@ class Stopping(Probe):
     def record(self, name: str, values: Tensor) -> None:
         self._inner.record(name, values)
 
+    def wants(self, name: str) -> bool:
+        return self._inner.wants(name)
+
     def stage(self, name: str) -> AbstractContextManager[None]:
         if self._cancel.is_set():
             raise Interrupted

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -82,6 +83,8 @@ def place(
     after = device_bytes(model, seats)
     words = dict.fromkeys([*before, *after])
     gained = {word: after.get(word, 0) - before.get(word, 0) for word in words}
+    if any(n < 0 for n in gained.values()):
+        torch.cuda.empty_cache()  # torch keeps what was freed; others may want it
     return Moved(
         parts=parts,
         loaded_bytes={word: n for word, n in gained.items() if n > 0},
@@ -108,18 +111,23 @@ def apply_placement(
         )
     if callable(wanted):  # of a rule set: where it puts this model
         wanted = wanted(model)
-    seats = seats_of(model, wanted, stand_in or {}, dtype, planned_formats(placement))
-    _check_runs(model, wanted)
-    nodes = nodes_mode(model, nodes)
-    check_room(model, wanted, seats, nodes)
-    builder = _Builder(model, wanted, seats, nodes)
+    builder = None
     try:
+        seats = seats_of(model, wanted, stand_in or {}, dtype, planned_formats(placement))
+        _check_runs(model, wanted)
+        nodes = nodes_mode(model, nodes)
+        check_room(model, wanted, seats, nodes)
+        builder = _Builder(model, wanted, seats, nodes)
         builder.build()
     except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError) as error:
         full = not isinstance(error, torch.AcceleratorError)
+        at, doing = (builder.at, builder.doing) if builder else ("a device", "the beginning")
+        if builder:  # IPython keeps the error with its frames, and they what had been loaded
+            builder.assignments.clear()
+        clear_frames(error.__traceback__)
         raise PlacementError(
-            f"{model.name}: {builder.at} {'ran out of memory' if full else 'failed'} at "
-            f"{builder.doing} ({error}); nothing was moved, the model is where it was. "
+            f"{model.name}: {at} {'ran out of memory' if full else 'failed'} at "
+            f"{doing} ({error}); nothing was moved, the model is where it was. "
             f"{'Put fewer experts there, or free memory first' if full else 'See nvidia-smi'}"
         ) from error
     for holder, name, value in builder.assignments:

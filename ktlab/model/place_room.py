@@ -63,6 +63,9 @@ def needed_bytes(model: "Model", wanted: Any, seats: Mapping[str, TorchSeat]) ->
                 linears = block.stages_in(phase)[name].linears
                 add(word, seat_of(linears["gate"]), _shapes(linears))
     for block in model.moe_blocks:
+        gate, word = getattr(block.router, "gate", None), wanted.device("router", layer=block.index)
+        if gate is not None and word in seats and seat_of(gate) is not seats[word]:
+            found[word] += 4 * math.prod(gate.stack.shape)  # float32 everywhere
         bank = block.experts
         one = [stack.shape[1:] for stack in bank.stacks]
         for word in seats:

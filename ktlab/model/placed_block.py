@@ -85,7 +85,8 @@ class Twins(dict[str, Any]):
 
 
 class OnSeat(Probe):
-    """Shows a probe what is on a device: brought to the host, and waited for where it is timed."""
+    """Shows a probe what is on a device: brought to the host where it is wanted, and waited for
+    where it is timed."""
 
     def __init__(self, probe: Probe, seat: Seat) -> None:
         self._probe, self._seat = probe, seat
@@ -93,7 +94,8 @@ class OnSeat(Probe):
 
     def record(self, name: str, values: Tensor) -> None:
         """See `Probe.record`."""
-        self._probe.record(name, self._seat.give(values)()[0])
+        wanted = self._probe.wants(name)
+        self._probe.record(name, self._seat.give(values)()[0] if wanted else values)
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """See `Probe.stage`."""
@@ -134,7 +136,7 @@ def placed_forward(
     mixed_TD = _feed(block, seats, normed_TD, phase_of(hidden_BTD), probe, given)
     hidden_BTD = hidden_BTD + mixed_TD.view_as(hidden_BTD)
     if left is not None:
-        hidden_BTD = hidden_BTD + at.take(left()).view_as(hidden_BTD)
+        hidden_BTD = hidden_BTD + left(at).view_as(hidden_BTD)
     watched.record(f"{name}.hidden", hidden_BTD.flatten(0, 1))
     return hidden_BTD
 
@@ -179,25 +181,29 @@ def _experts(
         routing = stages["router"].forward(routed_in_TD)
     for what in ("logits_TE", "scores_TE", "ids_TK", "weights_TK"):
         watched.record(f"{name}.router.{what.partition('_')[0]}", getattr(routing, what))
-    shared, shared_TD = stages.get("shared"), None
-    ids_TK, light_TK = routing.ids_TK, None
-    if later is not None:
-        ids_TK, light_TK = split(ids_TK, routing.weights_TK, block.deferred)
-    start = partial(start_experts, stages["experts"], here=routed_at, phase=phase)
+    shared: Any = stages.get("shared")
+    shared_in_TD = shared_TD = None
+    if shared is not None and isinstance(shared_at, TorchSeat):
+        shared_in_TD = move(normed_TD, at, shared_at)  # not behind what `at` is given below
     with watched.stage(f"{name}.experts"):
-        running = start(
-            routed_in_TD,
-            ids_TK,
-            routing.weights_TK,
-            beside=light_TK is not None or (shared is not None and not shared_at.host),
-        )
-        if shared is not None and isinstance(shared_at, TorchSeat):
-            begun = shared_at.mark()
-            shared_TD = shared.forward(move(normed_TD, at, shared_at))
-            running.beside(shared_at, begun)
+        # The host waits once for all of it, before devices have experts to compute.
+        host_TD, ids_TK, weights_TK = routed_at.give(
+            routed_in_TD, routing.ids_TK, routing.weights_TK
+        )()
+        light_TK = None
+        if later is not None:
+            ids_TK, light_TK = split(ids_TK, weights_TK, block.deferred)
+        start = partial(
+            start_experts, stages["experts"], routed_in_TD, host_TD,
+            weights_TK=weights_TK, here=routed_at, phase=phase,
+        )  # fmt: skip
+        running = start(ids_TK, beside=light_TK is not None or shared_in_TD is not None)
+        if shared_in_TD is not None and isinstance(shared_at, TorchSeat):
+            with running.beside(shared_at):
+                shared_TD = shared.forward(shared_in_TD)
         if later is not None and light_TK is not None:
             # The host goes on with them while the next layer's attention is computed.
-            light = start(routed_in_TD, light_TK, routing.weights_TK, beside=True, after=running)
+            light = start(light_TK, beside=True, after=running)
             later.leave(partial(_light, name, light, probe))
         routed_TD = running.finish()
     watched.record(f"{name}.experts.output", routed_TD)
@@ -212,9 +218,10 @@ def _experts(
     return mixed_TD + move(shared_TD, shared_at, at)
 
 
-def _light(name: str, light: Running, probe: Probe) -> Tensor:
-    """What the next layer adds, in host memory; waits for the rest of it."""
-    with probe.stage(f"{name}.deferred"):
-        light_TD = light.finish(HOST)
-    probe.record(f"{name}.deferred.output", light_TD)
+def _light(name: str, light: Running, probe: Probe, to: Seat) -> Tensor:
+    """What the next layer adds, there; waits for the rest of it."""
+    watched = on_seat(probe, to)
+    with watched.stage(f"{name}.deferred"):
+        light_TD = light.finish(to)
+    watched.record(f"{name}.deferred.output", light_TD)
     return light_TD

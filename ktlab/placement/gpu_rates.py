@@ -24,16 +24,20 @@ def measured_gpus() -> tuple[tuple[Gpu, ...], dict[str, float]]:
         return (), {}
     properties = torch.cuda.get_device_properties(0)
     device = torch.device("cuda:0")
+    bandwidth = copy_rate(device, LARGE_BYTES)
     gpu = Gpu(
         name=properties.name,
         flop_per_s=product_rate(device, torch.bfloat16),
         float32_flop_per_s=product_rate(device, torch.float32),
-        bandwidth=copy_rate(device, LARGE_BYTES),
-        cache_bandwidth=copy_rate(device, SMALL_BYTES),
+        bandwidth=bandwidth,
+        # So small a copy may take less than its launch; no cache is slower than memory.
+        cache_bandwidth=max(copy_rate(device, SMALL_BYTES), bandwidth),
         vram=int(properties.total_memory),
         multiprocessors=int(properties.multi_processor_count),
     )
-    return (gpu,), {"pcie": link_rate(device)}
+    pcie = link_rate(device)
+    torch.cuda.empty_cache()  # torch keeps what was freed; others may want it
+    return (gpu,), {"pcie": pcie}
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int = PRODUCT) -> float:

@@ -205,11 +205,13 @@ def this_machine() -> Machine:
 def _gpus() -> list[Device]:
     import torch
 
+    from ktlab.kernels.seat import free_bytes
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [
         Device(
             name=f"cuda:{i}",
-            capacity=int(torch.cuda.mem_get_info(i)[0]),
+            capacity=free_bytes(i),
             about=torch.cuda.get_device_name(i),
         )
         for i in range(count)

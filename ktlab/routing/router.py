@@ -38,6 +38,7 @@ class Router:
 
     own: str = ""
     """What a class of the user's that stands here is called, with its words and its code's sum."""
+    _masked: tuple[frozenset[int], Tensor] | None = None
 
     def __init__(
         self, config: ModelConfig, layer: int, gate: Linear, bias_E: Tensor | None
@@ -88,8 +89,17 @@ class Router:
         for place, expert in enumerate(self.force):
             choice_TE[:, expert] = 1e6 + len(self.force) - place
         if self.mask:
-            choice_TE[:, sorted(self.mask)] = -torch.inf
+            choice_TE.masked_fill_(self._mask_E(choice_TE.device), -torch.inf)
         return choice_TE.topk(self.rule.k_max, dim=-1).indices
+
+    def _mask_E(self, device: torch.device) -> Tensor:
+        """`mask` as (E,) on a device: kept, as making it there waits for what the device does."""
+        kept = self._masked
+        if kept is None or kept[0] != self.mask or kept[1].device != device:
+            mask_E = torch.zeros(self.config.num_experts, dtype=torch.bool)
+            mask_E[sorted(self.mask)] = True
+            self._masked = kept = (self.mask, mask_E.to(device))
+        return kept[1]
 
     def choice(self, scores_TE: Tensor) -> Tensor:
         """(T, E) what experts are ranked by, before groups, `mask` and `force`; weights are made of

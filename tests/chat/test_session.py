@@ -8,7 +8,9 @@ from ktlab.chat import Answer, ChatSession, session
 from ktlab.chat.commands import Ask, CommandError, Leave, run_command
 from ktlab.errors import ContextError, KtlabError, SettingError
 from ktlab.model.model import Model
+from ktlab.placement import Placement
 from ktlab.routing.rules import FixedK
+from tests.model.strict_seat import StrictSeat
 
 
 def ask(chat: ChatSession, text: str, **options: object) -> Answer:
@@ -65,6 +67,15 @@ def test_switches_are_live(model: Model) -> None:
     assert answer.reused_tokens == 0, "the other form of attention remembers other things"
     run_command(chat, "/set rule=RelativeThreshold(0.95,k_max=4)")
     average = ask(chat, "four").experts
+    assert average.endswith("experts on average, trained with 4") and 1 <= float(average[:3]) < 4
+
+
+def test_experts_are_counted_on_a_device(model: Model) -> None:
+    everywhere = Placement.everywhere(model.config, "cuda:0")
+    chat = greedy(model)
+    chat.model.place(everywhere, stand_in={"cuda:0": StrictSeat("cuda:0")})
+    run_command(chat, "/set rule=RelativeThreshold(0.95,k_max=4)")
+    average = ask(chat, "one").experts
     assert average.endswith("experts on average, trained with 4") and 1 <= float(average[:3]) < 4
 
 

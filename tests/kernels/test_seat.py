@@ -33,6 +33,15 @@ def test_pieces_give_the_whole(
     assert here.here_bytes == {"weights": there.nbytes}
 
 
+def test_pieces_load_in_inference_mode_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which holds in the thread of who asks, not in those that write."""
+    monkeypatch.setattr(seat, "LOADED_AT_ONCE", 7 * COLS)
+    stored = tensor("q4_k")
+    with torch.inference_mode():
+        there = TorchSeat("cuda:0", "cpu", "f32").load(stored)
+    assert torch.equal(there, torch.from_numpy(stored.dequantize()))
+
+
 def test_a_piece_that_fails_is_told_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seat, "LOADED_AT_ONCE", 7 * COLS)
     calls = []

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,3 +149,16 @@ def test_a_gpus_rates_on_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_rates.link_rate(device, 1 << 20) > 1e6
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_rates.measured_gpus() == ((), {})
+
+
+def test_a_gpus_cache_is_no_slower_than_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that takes less than its launch tells the rate of launches."""
+    size = SimpleNamespace(name="a GPU", total_memory=1 << 30, multi_processor_count=8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: size)
+    monkeypatch.setattr(gpu_rates, "product_rate", lambda *_: 1e12)
+    monkeypatch.setattr(gpu_rates, "link_rate", lambda _: 1e10)
+    rates = {gpu_rates.LARGE_BYTES: 2e12, gpu_rates.SMALL_BYTES: 1e12}
+    monkeypatch.setattr(gpu_rates, "copy_rate", lambda _, nbytes: rates[nbytes])
+    (gpu,), _ = gpu_rates.measured_gpus()
+    assert gpu.bandwidth == gpu.cache_bandwidth == 2e12

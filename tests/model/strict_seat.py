@@ -18,7 +18,7 @@ class There(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if name in ("numpy", "tolist", "item"):
+        if name in ("numpy", "tolist", "item", "__int__"):
             raise RuntimeError(f"{name}() of a tensor on a device")
         flat, _ = tree_flatten((args, kwargs or {}))
         # Masks and indices that were made with device=x.device are of the host here; a 0-dim

@@ -224,5 +224,5 @@ def test_what_cannot_be_deferred_is_refused() -> None:
         assert model.settings.deferred
     with pytest.raises(AssertionError):
         later = Later()
-        later.leave(lambda: torch.zeros(1))
-        later.leave(lambda: torch.zeros(1))
+        later.leave(lambda _: torch.zeros(1))
+        later.leave(lambda _: torch.zeros(1))

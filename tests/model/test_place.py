@@ -1,5 +1,8 @@
 """A model on several devices: the same code on a stand-in that is strict about what is where."""
 
+import gc
+import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,13 +10,17 @@ import pytest
 import torch
 
 import ktlab
-from ktlab.errors import PlacementError, SettingError
-from ktlab.experts.placed_bank import PlacedBank
+from ktlab.errors import ContextError, PlacementError, SettingError
+from ktlab.experts.placed_bank import Overlap, PlacedBank, Running
 from ktlab.kernels.device_linear import DeviceLinear
 from ktlab.kernels.int4 import dense
+from ktlab.kernels.seat import HOST, TorchSeat
+from ktlab.model import placed_block
+from ktlab.model.interrupt import interruptible
 from ktlab.model.model import Model
 from ktlab.model.place_room import needed_bytes
 from ktlab.placement import Placement
+from ktlab.probe import Recorder
 from tests.model.strict_seat import StrictSeat
 
 IDS = torch.arange(3, 40)
@@ -203,6 +210,54 @@ def test_two_devices_and_a_router_apart(model: Model, cpu: Placement) -> None:
             assert error(a, b) < 1e-5
 
 
+def test_shared_experts_elsewhere_get_their_input_before_routed_ones_start(
+    model: Model, cpu: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind them it would come when they are done."""
+    said: list[str] = []
+
+    class Telling(StrictSeat):
+        def take(self, values: torch.Tensor) -> torch.Tensor:
+            said.append(self.word)
+            return super().take(values)
+
+    def start(*args: Any, **words: Any) -> Running:
+        said.append("experts")
+        return start_experts(*args, **words)
+
+    start_experts = placed_block.start_experts
+    monkeypatch.setattr(placed_block, "start_experts", start)
+    placed = cpu.put("attention", "cuda:0").put("router", "cuda:0").put("shared", "cuda:1")
+    model.place(placed, stand_in={"cuda:0": "cpu", "cuda:1": Telling("cuda:1")})
+    model.forward(IDS)
+    assert said == ["cuda:1", "experts"] * len(model.moe_blocks)
+
+
+def test_only_what_is_wanted_comes_back(model: Model, usual: Placement) -> None:
+    seat = StrictSeat("cuda:0")
+    model.place(usual, stand_in={"cuda:0": seat})
+
+    def given(one: Model, **words: Any) -> int:
+        before = seat.given_bytes
+        one.forward(IDS, **words)
+        return seat.given_bytes - before
+
+    alone = given(model)
+    assert given(interruptible(model, threading.Event())) == alone
+    ids = Recorder(("layers.2.router.ids",))
+    assert given(model, probe=ids) == alone + ids.joined()["layers.2.router.ids"].nbytes
+    assert "layers.3.attention.output" in ids.seen
+
+
+def test_positions_keep_no_device(model: Model, usual: Placement, cpu: Placement) -> None:
+    model.place(usual, stand_in={"cuda:0": "cpu"})
+    model.forward(IDS)
+    seat = weakref.ref(model.seats["cuda:0"])
+    model.place(cpu)
+    gc.collect()
+    assert seat() is None
+
+
 def test_disk_and_a_node(model: Model, cpu: Placement) -> None:
     placed = cpu.put("experts", "disk", experts=range(10)).put(
         "experts", "numa:0", experts=range(10, 40)
@@ -249,6 +304,18 @@ def test_out_of_memory_leaves_the_model_whole(
     assert model.layers[2].shared is shared and model.placement is small
 
 
+def test_an_error_that_is_kept_keeps_nothing_on_another_device(
+    model: Model, cpu: Placement
+) -> None:
+    """A frame of where it was raised holds the first device's experts of the layer."""
+    roomy, full = StrictSeat("cuda:0"), StrictSeat("cuda:1", room=0)
+    placed = cpu.put("experts", "cuda:0", experts=[0]).put("experts", "cuda:1", experts=[1, 2])
+    with pytest.raises(PlacementError, match="ran out of memory") as kept:
+        model.place(placed, stand_in={"cuda:0": roomy, "cuda:1": full})
+    gc.collect()
+    assert not roomy.here_bytes and kept.value.__cause__ is not None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_no_gpu_and_no_stand_in(model: Model, usual: Placement) -> None:
     with pytest.raises(PlacementError) as error:
@@ -281,15 +348,33 @@ def test_a_matrix_and_back(loaded: Model) -> None:
     assert not hasattr(back, "seat") or back is not there
 
 
-def test_overlap_is_measured(model: Model, usual: Placement) -> None:
+def test_overlap_is_measured(
+    model: Model, usual: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model.place(usual, stand_in={"cuda:0": "cpu"})
     with model.watch_overlap() as found:
         model.forward(IDS)
     assert found.calls == len(model.moe_blocks) and found.host_s > 0 and found.device_s > 0
     assert found.share is not None and 0 <= found.share <= 1
     calls = found.calls
-    model.forward(IDS)
+    with monkeypatch.context() as patch:  # marks cost time
+        patch.delattr(TorchSeat, "mark")
+        model.forward(IDS)
     assert found.calls == calls, "only inside of the with"
+    with model.override(deferred=2), model.watch_overlap() as found:
+        model.forward(IDS)
+    assert found.calls == calls, "deferred experts run beside the next layer, too"
+
+
+def test_devices_overlap_each_other() -> None:
+    overlap = Overlap(on=True)
+    running = Running(like=torch.zeros(1), here=HOST, begun=0.0, overlap=overlap)
+    for word, seconds in (("cuda:0", [1.0, 2.0]), ("cuda:1", [2.5])):
+        seat = TorchSeat(word, "cpu")
+        running.marks += [(seat, 0.0, length) for length in seconds]
+    running.on_host.append(lambda: (torch.zeros(1), 2.0))
+    running.finish()
+    assert overlap.calls == 1 and overlap.device_s == 3.0
 
 
 def test_explain_says_who_computes(model: Model, usual: Placement) -> None:
@@ -313,6 +398,25 @@ def test_too_little_room_is_said_before_anything_is_moved(model: Model, usual: P
     moved = model.place(usual, stand_in={"cuda:0": roomy})
     assert moved.loaded_bytes["cuda:0"] == pytest.approx(counted, rel=0.01)
     assert needed_bytes(model, usual, {"cuda:0": roomy})["cuda:0"] == 0
+
+
+def test_routers_need_room(model: Model, cpu: Placement) -> None:
+    routers, seat = cpu.put("router", "cuda:0"), StrictSeat("cuda:0", "bf16")
+    counted = needed_bytes(model, routers, {"cuda:0": seat})["cuda:0"]
+    moved = model.place(routers, stand_in={"cuda:0": seat})
+    assert moved.loaded_bytes["cuda:0"] == pytest.approx(counted, rel=0.01)
+    assert needed_bytes(model, routers, {"cuda:0": seat})["cuda:0"] == 0
+
+
+def test_a_cache_needs_room_on_each_device(
+    model: Model, cpu: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.place(
+        cpu.put("attention", "cuda:0", layers=[1]), stand_in={"cuda:0": StrictSeat("cuda:0")}
+    )
+    monkeypatch.setattr(StrictSeat, "free_bytes", 1000)
+    with pytest.raises(ContextError, match="needs .* 1000 B of cuda:0 are available; ask for a sh"):
+        model.new_cache(context=64)
 
 
 def test_undoing_an_older_switch_leaves_stages_where_they_fit(
@@ -402,8 +506,11 @@ def test_on_a_gpu(model: Model, usual: Placement) -> None:
         assert error(a, b) < 0.03
     there = model.ledger()["cuda:0"]
     assert there.total is not None and 0.99 * there.known < there.total < there.known + 2**28
+    long = torch.arange(3, 500)
+    model.forward(long)  # what is made at first use, memory and kernels, is no overlap
     with model.watch_overlap() as found:
-        model.forward(torch.arange(3, 500))
+        for _ in range(5):
+            model.forward(long)
     assert found.share is not None and found.share > 0.8
     model.place(usual, dtype="int4")
     for a, b in zip(run(model), expected, strict=True):

@@ -275,9 +275,12 @@ def test_this_machine_has_the_gpus_that_torch_sees(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: ((i + 1) * GB, 9 * GB))
+    # Of the first GPU's memory torch keeps half a GB that came back.
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda i: (1 - i) * 3 * GB // 2)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda i: (1 - i) * GB)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
     there = {d.name: (d.capacity, d.about) for d in this_machine().devices[1:]}
-    assert there == {"cuda:0": (GB, "GPU 0"), "cuda:1": (2 * GB, "GPU 1")}
+    assert there == {"cuda:0": (3 * GB // 2, "GPU 0"), "cuda:1": (2 * GB, "GPU 1")}
 
 
 def test_a_machine_of_ones_own() -> None:
