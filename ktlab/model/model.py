@@ -149,7 +149,8 @@ class Model:
         """An empty cache in the layers' present forms; `context` defaults to the model's."""
         forms = [block.attention.form for block in self.layers]
         seats = [block.attention.seat for block in self.layers]
-        cache = Cache(self.config, forms, batch, context or self.config.context_length, seats)
+        length = self.config.context_length if context is None else context
+        cache = Cache(self.config, forms, batch, length, seats)
         self.caches.add(cache)
         return cache
 
