@@ -53,7 +53,7 @@ class GGUFCheckpoint(CheckpointView):
         }
         self._maps = [_Mapped(header.path, header.size) for header in self._headers]
         self.metadata: Mapping[str, object] = GGUFMetadata(
-            self._where, self._headers[0], self._maps[0].data
+            self._where, self._headers[0], self._maps[0]
         )
 
     @cached_property
@@ -103,7 +103,7 @@ class GGUFCheckpoint(CheckpointView):
     def _stored(self, name: str) -> QTensor:
         number, entry = self._entries[name]
         format = get_format(gguf.GGMLQuantizationType(entry.type_number))
-        raw = self._maps[number].data[entry.offset : entry.offset + entry.nbytes]
+        raw = self._maps[number].checked()[entry.offset : entry.offset + entry.nbytes]
         return QTensor(
             name=name,
             format=format,
@@ -125,8 +125,8 @@ class GGUFCheckpoint(CheckpointView):
         What is mapped would no longer be what was checked, and a file that became shorter would
         end the process at the next look at what is gone.
         """
-        for path, mapped in zip(self.files, self._maps, strict=True):
-            mapped.check_unchanged(path)
+        for mapped in self._maps:
+            mapped.checked()
 
 
 class _Mapped:
@@ -134,7 +134,7 @@ class _Mapped:
 
     def __init__(self, path: Path, size: int) -> None:
         # Kept open: a file that is replaced keeps its bytes for us, and only writing to it matters.
-        self._file = path.open("rb")
+        self._path, self._file = path, path.open("rb")
         self._then = _state(self._file.fileno())
         if self._then[0] != size:
             raise CheckpointError(
@@ -142,15 +142,17 @@ class _Mapped:
                 "open it when nobody is writing to it any more"
             )
         mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.data: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8)
+        self._data: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8)
 
-    def check_unchanged(self, path: Path) -> None:
+    def checked(self) -> NDArray[np.uint8]:
+        """The bytes; `CheckpointError` if the file is not as it was."""
         now = _state(self._file.fileno())
         if now != self._then:
             raise CheckpointError(
-                f"{path.name} was written to since it was opened ({self._then[0]:,} bytes then, "
+                f"{self._path.name} was written to since it was opened ({self._then[0]:,} bytes then, "
                 f"{now[0]:,} now); its weights are not those that were checked: load it again"
             )
+        return self._data
 
 
 def _state(descriptor: int) -> tuple[int, int]:
@@ -233,13 +235,13 @@ def _unusable(entries: Sequence[TensorEntry]) -> list[str]:
 class GGUFMetadata(Mapping[str, object]):
     """A GGUF's metadata as plain Python values; long arrays are read when asked for."""
 
-    def __init__(self, where: str, header: Header, data: NDArray[np.uint8]) -> None:
-        self._where, self._header, self._data = where, header, data
+    def __init__(self, where: str, header: Header, mapped: _Mapped) -> None:
+        self._where, self._header, self._mapped = where, header, mapped
 
     def __getitem__(self, key: str) -> object:
         long = self._header.long_arrays.get(key)
         if long is not None:
-            return long.read(self._data, f"{self._where}: {key}")
+            return long.read(self._mapped.checked(), f"{self._where}: {key}")
         return self._header.fields[key]
 
     def __contains__(self, key: object) -> bool:
