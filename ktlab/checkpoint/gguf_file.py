@@ -58,10 +58,11 @@ class GGUFCheckpoint(CheckpointView):
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer in the file; None where the file has none."""
+        """The tokenizer in the file, a token for every row of the embedding; None where there is
+        none."""
         if "tokenizer.ggml.model" not in self.metadata:
             return None
-        return Tokenizer.from_gguf(self.metadata, self._where)
+        return Tokenizer.from_gguf(self.metadata, self._where).padded(self.config.vocab_size)
 
     def names(self) -> list[str]:
         """Canonical names of all tensors."""

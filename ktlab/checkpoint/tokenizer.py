@@ -5,6 +5,7 @@ does not contain (how a text is cut before merging) and the care for partial and
 """
 
 import codecs
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -142,6 +143,16 @@ class Tokenizer:
         from ktlab.checkpoint.tokenizer_json import read_tokenizer_json
 
         return cls(**read_tokenizer_json(Path(path), bos=bos, eos=eos))
+
+    def padded(self, size: int) -> "Tokenizer":
+        """With unused tokens up to `size`, as convert_hf_to_gguf.py adds them: an embedding may
+        have more rows than its tokenizer has tokens, and a model may choose any of them."""
+        if size <= self.vocab_size:
+            return self
+        padded = copy.copy(self)
+        padded.tokens = self.tokens + [f"[PAD{i}]" for i in range(self.vocab_size, size)]
+        padded.types = self.types + [UNUSED] * (size - self.vocab_size)
+        return padded
 
     @property
     def vocab_size(self) -> int:

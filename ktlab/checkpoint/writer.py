@@ -17,7 +17,7 @@ from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.metadata import Field, metadata_from_config
 from ktlab.checkpoint.names import Shape, expected_tensors
 from ktlab.checkpoint.pretokenizers import PRE_TOKENIZERS
-from ktlab.checkpoint.tokenizer import UNUSED, Tokenizer
+from ktlab.checkpoint.tokenizer import Tokenizer
 from ktlab.errors import CheckpointError
 from ktlab.quantization import Format, QTensor
 
@@ -153,8 +153,7 @@ def _general(config: ModelConfig, tensors: Sequence[TensorSpec]) -> dict[str, Fi
 
 
 def _tokenizer_fields(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Field]:
-    missing = config.vocab_size - tokenizer.vocab_size
-    if missing < 0:
+    if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{config.name}: the tokenizer has {tokenizer.vocab_size} tokens, "
             f"the embedding only {config.vocab_size} rows"
@@ -164,13 +163,13 @@ def _tokenizer_fields(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Fi
             f"{config.name}: its {tokenizer.pre} cuts texts in a way that GGUF has no name for; "
             f"there are {', '.join(PRE_TOKENIZERS)}"
         )
-    padding = [f"[PAD{tokenizer.vocab_size + i}]" for i in range(missing)]
+    tokenizer = tokenizer.padded(config.vocab_size)
     array, string, u32 = GGUFValueType.ARRAY, GGUFValueType.STRING, GGUFValueType.UINT32
     fields: dict[str, Field] = {
         "tokenizer.ggml.model": ("gpt2", string),
         "tokenizer.ggml.pre": (tokenizer.pre, string),
-        "tokenizer.ggml.tokens": (tokenizer.tokens + padding, array),
-        "tokenizer.ggml.token_type": (tokenizer.types + [UNUSED] * missing, array),
+        "tokenizer.ggml.tokens": (tokenizer.tokens, array),
+        "tokenizer.ggml.token_type": (tokenizer.types, array),
         "tokenizer.ggml.add_bos_token": (tokenizer.add_bos, GGUFValueType.BOOL),
     }
     if tokenizer.merges:  # a GGUF array cannot be empty

@@ -22,6 +22,7 @@ from ktlab.checkpoint.synthesis import (
     TINY_V2_CONFIG,
     synthesize,
 )
+from ktlab.checkpoint.tokenizer import byte_tokenizer
 from ktlab.errors import CheckpointError
 from ktlab.model.model import Model
 from tests.checkpoint.conftest import save
@@ -193,6 +194,23 @@ def test_a_vocabulary_larger_than_the_embedding(split: MemoryCheckpoint, tmp_pat
     path = write_raw(tmp_path / "words.gguf", fields, arrays(split))
     with pytest.raises(CheckpointError, match="has 273 tokens, the embedding only 272 rows"):
         open_checkpoint(path)
+
+
+def test_a_vocabulary_smaller_than_the_embedding(split: MemoryCheckpoint, tmp_path: Path) -> None:
+    """It is padded, as a converter does it: the model may choose any row."""
+    fields = metadata_from_config(split.config)
+    own, array = byte_tokenizer(260), gguf.GGUFValueType.ARRAY
+    fields["tokenizer.ggml.model"] = ("gpt2", gguf.GGUFValueType.STRING)
+    fields["tokenizer.ggml.pre"] = ("gpt-2", gguf.GGUFValueType.STRING)
+    fields["tokenizer.ggml.tokens"] = (own.tokens, array)
+    fields["tokenizer.ggml.token_type"] = (own.types, array)
+    tokenizer = open_checkpoint(write_raw(tmp_path / "few.gguf", fields, arrays(split))).tokenizer
+    assert tokenizer is not None and tokenizer.vocab_size == 272
+    assert tokenizer.decode([*own.encode("text", bos=False), *range(260, 272)]) == "text"
+    assert tokenizer.pieces([260, 271]) == ["[PAD260]", "[PAD271]"]
+    assert tokenizer.encode("[PAD260]", special=True, bos=False) == own.encode(
+        "[PAD260]", bos=False
+    )
 
 
 @pytest.mark.parametrize("value", [None, 0, 1])
