@@ -178,11 +178,14 @@ def _sampling(folder: Path | None) -> dict[str, Any]:
     config = read_json_object(path)
     if config.get("do_sample") is False:
         return {"temperature": 0.0}
-    found = {n: value for n in ("temperature", "top_p") if (value := config.get(n)) is not None}
-    for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
+    found = {}
+    for name in ("temperature", "top_p"):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise SettingError(f"{path}: {name} is {short(value)}, expected a number")
-    return {name: float(value) for name, value in found.items()}
+        if value is not None:
+            found[name] = float(value)
+    return found
 
 
 if __name__ == "__main__":

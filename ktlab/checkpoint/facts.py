@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
-from ktlab.checkpoint.gguf_file import read_config
+from ktlab.checkpoint.gguf_file import read_config, unused_tensors
 from ktlab.checkpoint.header import type_name
 from ktlab.checkpoint.hugging_face import SafetensorsCheckpoint
 from ktlab.checkpoint.mixtures import mixture
@@ -48,6 +48,8 @@ class ModelFacts:
     """Where this was read: files, or a published configuration and a file type."""
     files: tuple[Path, ...] = ()
     """Empty for a shape without files."""
+    unused: tuple[TensorFacts, ...] = ()
+    """Tensors in the files that the model has no use for; `tensors` is without them."""
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +96,8 @@ def _from_gguf(path: Path, name: str) -> ModelFacts:
     where = headers[0].path.name
     entries = {entry.name: entry for header in headers for entry in header.entries}
     config = read_config(where, headers)
-    tensors = tuple(
+    unused = set(unused_tensors(config, entries))
+    found = [
         TensorFacts(
             name=entry.name,
             format=type_name(entry.type_number).lower(),
@@ -102,16 +105,17 @@ def _from_gguf(path: Path, name: str) -> ModelFacts:
             nbytes=entry.nbytes,
         )
         for entry in entries.values()
-    )
+    ]
     size = sum(header.size for header in headers)
     files = tuple(header.path for header in headers)
     shards = f" and {len(files) - 1} more shards" if len(files) > 1 else ""
     return ModelFacts(
         name=SHARD.sub(".gguf", name),
         config=config,
-        tensors=tensors,
+        tensors=tuple(tensor for tensor in found if tensor.name not in unused),
         source=f"{where}{shards}, {size:,} bytes",
         files=files,
+        unused=tuple(tensor for tensor in found if tensor.name in unused),
     )
 
 

@@ -3,7 +3,7 @@
 import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,8 @@ from ktlab.quantization import FORMATS, QTensor, get_format
 
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.")
 _PARTS = re.compile(r"\.attn_(k_b|v_b|kv_b)\.weight$")
+_ANGLES = re.compile(r"\b(attn_rot_embd|rope_\w+)\.weight$")
+"""Tables that llama.cpp skips or computes for itself (gguf-py MODEL_TENSOR_SKIP)."""
 
 
 class GGUFCheckpoint(CheckpointView):
@@ -71,16 +73,17 @@ class GGUFCheckpoint(CheckpointView):
     @cached_property
     def nextn(self) -> list[str]:
         """Tensors of the layers for next-token prediction, which are not run."""
-        layers = self.config.num_layers
-        return [n for n in self._entries if (found := _BLOCK.match(n)) and int(found[1]) >= layers]
+        return [name for name in self._entries if is_nextn(self.config, name)]
 
     @cached_property
     def unused(self) -> list[str]:
         """Tensors in the file that the model does not use, `nextn` aside."""
-        known = set(self.names()) | set(self.nextn)
-        fused = {n for n in self._entries if n.endswith(".attn_kv_b.weight")}
-        used_fused = {n for n in fused if n.replace("kv_b", "k_b") not in self._entries}
-        return [name for name in self._entries if name not in known | used_fused]
+        return unused_tensors(self.config, self._entries)
+
+    @property
+    def ignored(self) -> list[str]:
+        """`unused`: what the model would be wrong without has been refused."""
+        return self.unused
 
     def tensor(self, name: str) -> QTensor:
         """The tensor of that canonical name; its bytes are a read-only view of the file."""
@@ -150,8 +153,8 @@ class _Mapped:
         now = _state(self._file.fileno())
         if now != self._then:
             raise CheckpointError(
-                f"{self._path.name} was written to since it was opened ({self._then[0]:,} bytes then, "
-                f"{now[0]:,} now); its weights are not those that were checked: load it again"
+                f"{self._path.name} was written to since it was opened ({self._then[0]:,} bytes "
+                f"then, {now[0]:,} now); its weights are not those that were checked: load it again"
             )
         return self._data
 
@@ -180,10 +183,42 @@ def read_config(where: str, headers: Sequence[Header]) -> ModelConfig:
             f"the vocabulary has {tokens.count} tokens, the embedding only {config.vocab_size} rows"
         )
     expected = expected_tensors(config)
+    problems += _without_place(config, shapes)
     shapes = {name: by_head(shape, expected.get(name)) for name, shape in shapes.items()}
     problems += _unusable([e for e in entries if e.name in expected or _PARTS.search(e.name)])
     check_tensors(where, config, _with_parts(config, shapes, expected, problems), problems)
     return config
+
+
+def is_nextn(config: ModelConfig, name: str) -> bool:
+    """Whether a tensor is of a layer for next-token prediction."""
+    found = _BLOCK.match(name)
+    return found is not None and int(found[1]) >= config.num_layers
+
+
+def unused_tensors(config: ModelConfig, names: Collection[str]) -> list[str]:
+    """Those of a file's tensors that the model has no use for, next-token prediction aside."""
+    known = set(expected_tensors(config))
+    if isinstance(config.attention, MLASizes):
+        fused = (name for name in names if name.endswith(".attn_kv_b.weight"))
+        known |= {name for name in fused if name.replace("kv_b", "k_b") not in names}
+    return [name for name in names if name not in known and not is_nextn(config, name)]
+
+
+def _without_place(config: ModelConfig, names: Collection[str]) -> list[str]:
+    """Unused tensors that say of a model that it is another one: without them it would answer, and
+    wrongly. A bias, a scale, a matrix of a layer; not angles, nor `attn_kv_b` beside its parts."""
+    alike: dict[str, list[str]] = {}
+    for name in unused_tensors(config, names):
+        of_mla = isinstance(config.attention, MLASizes) and _PARTS.search(name)
+        weighs = _BLOCK.match(name) or name.endswith((".bias", ".scale"))
+        if weighs and not of_mla and not _ANGLES.search(name):
+            alike.setdefault(_BLOCK.sub("", name), []).append(name)
+    return [
+        f"{first}{f' and {len(more)} more like it have' if more else ' has'} no place in a model "
+        "of this kind"
+        for first, *more in alike.values()
+    ]
 
 
 def by_head(shape: Shape, expected: Shape | None) -> Shape:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ktlab.checkpoint.checkpoint import together
+from ktlab.checkpoint.checkpoint import some, together
 from ktlab.checkpoint.header import Header, read_header
 from ktlab.errors import CheckpointError
 
@@ -56,7 +56,7 @@ def _the_one_model(folder: Path) -> Path:
         raise CheckpointError(f"{folder} holds no .gguf file; expected one model in it")
     if len(models) > 1:
         raise CheckpointError(
-            f"{folder} holds {len(models)} models ({_some(models)}); name a file of the one meant"
+            f"{folder} holds {len(models)} models ({some(models)}); name a file of the one meant"
         )
     return next(iter(models.values()))
 
@@ -90,9 +90,3 @@ def read_headers(paths: Iterable[Path]) -> list[Header]:
         advice = "these files are not one model's: rename or download them again"
         raise CheckpointError(together(first.path.name, problems, advice))
     return headers
-
-
-def _some(names: Iterable[str], limit: int = 4) -> str:
-    listed = list(names)
-    more = ", ..." if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more

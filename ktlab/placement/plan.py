@@ -397,6 +397,11 @@ def _notes(
     if nextn:
         count = facts.config.num_nextn_layers
         notes.append(f"{count} layers for next-token prediction stay on disk: they are not run")
+    if facts.unused:
+        size = decimal_bytes(sum(tensor.nbytes for tensor in facts.unused))
+        first, more = facts.unused[0].name, len(facts.unused) - 1
+        also = f" and {more} more" if more else ""
+        notes.append(f"tensors that the model does not use, {size}, are not read: {first}{also}")
     floats = sum(
         row.converted
         for row in rows

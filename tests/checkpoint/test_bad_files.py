@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import ktlab
 from ktlab.checkpoint import open_checkpoint
 from ktlab.checkpoint.header import read_header
 from ktlab.errors import CheckpointError
@@ -52,6 +53,7 @@ def test_not_a_gguf(tmp_path: Path) -> None:
 
 def test_versions_and_byte_order(damaged: Damage) -> None:
     refused(damaged(poke("I", 4, 1)), "GGUF version 1, expected one of (2, 3)")
+    refused(damaged(poke("I", 4, 4)), "GGUF version 4", "it was made for a later reader")
     refused(damaged(poke("I", 4, 3 << 24)), "big-endian")
 
 
@@ -216,6 +218,7 @@ def test_fuzzed_headers(gguf_path: Path, tmp_path: Path) -> None:
         try:
             checkpoint = open_checkpoint(path)
             repr(checkpoint), Model(checkpoint), checkpoint.tokenizer
+            ktlab.plan(path)
             opened += 1
         except CheckpointError as error:
             assert path.name in str(error), f"seed {seed}"
@@ -226,6 +229,14 @@ def test_fuzzed_headers(gguf_path: Path, tmp_path: Path) -> None:
     tracemalloc.stop()
     assert peak < 32 << 20
     assert opened, "some faults are harmless"
+
+
+def test_a_lost_key_whose_tensors_are_there(damaged: Damage) -> None:
+    path = damaged(lambda content: content.replace(b"expert_shared_count", b"expert_shared_c0unt"))
+    expected = "blk.1.ffn_gate_shexp.weight and 1 more like it have no place"
+    refused(path, expected)
+    with pytest.raises(CheckpointError, match=expected):
+        ktlab.plan(path)
 
 
 # ------------------------------------------------------------- while it is open
