@@ -24,10 +24,13 @@ def shard_paths(path: Path) -> list[Path]:
     found = SHARD.search(path.name)
     if found is None:
         return [path]
-    stem, count = path.name[: found.start()], int(found["count"])
-    paths = [
-        path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)
-    ]
+    stem, number, count = path.name[: found.start()], int(found["number"]), int(found["count"])
+    if not 1 <= number <= count:
+        raise CheckpointError(
+            f"{path.name}: its name says shard {number} of {count}, expected one from 1 to the "
+            "number of shards; rename it as it was, or to a name without -of-"
+        )
+    paths = [path.with_name(f"{stem}-{each:05}-of-{count:05}.gguf") for each in range(1, count + 1)]
     missing = [p.name for p in paths if not p.exists()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

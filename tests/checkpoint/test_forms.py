@@ -324,6 +324,17 @@ def test_missing_shards_are_named(shards: list[Path], tmp_path: Path) -> None:
             open_checkpoint(named)
 
 
+@pytest.mark.parametrize("name", ["00000-of-00000", "00001-of-00000", "00004-of-00003"])
+def test_a_number_that_no_shard_has(shards: list[Path], tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"model-{name}.gguf"
+    shutil.copy(shards[0], path)
+    for named in (path, tmp_path):
+        with pytest.raises(CheckpointError, match=f"{path.name}: its name says shard {name[4]} of"):
+            open_checkpoint(named)
+        with pytest.raises(CheckpointError, match="its name says shard"):
+            ktlab.plan(named)
+
+
 def test_shards_of_different_models(shards: list[Path], tmp_path: Path) -> None:
     first, second, _ = copied(shards, tmp_path)
     other = synthesize(TINY_V2_CONFIG)
