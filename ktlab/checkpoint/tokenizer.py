@@ -242,7 +242,8 @@ def _lists(
     fields: Mapping[str, Any], source: str
 ) -> tuple[list[str], list[str] | None, list[int] | None]:
     """Tokens, merges and token types; what is none of its kind is refused, all together."""
-    found, problems = [], []
+    found: list[Any] = []
+    problems = []
     text, number = (str, "texts"), (int, "whole numbers")
     for name, (kind, what) in {"tokens": text, "merges": text, "token_type": number}.items():
         key = f"tokenizer.ggml.{name}"
