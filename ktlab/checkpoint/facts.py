@@ -17,7 +17,7 @@ from ktlab.checkpoint.mixtures import mixture
 from ktlab.checkpoint.names import Shape, expected_tensors
 from ktlab.checkpoint.published import published_model, published_models
 from ktlab.checkpoint.safetensors_folder import safetensors_folder
-from ktlab.checkpoint.shards import SHARD, read_headers, shard_paths
+from ktlab.checkpoint.shards import SHARD, no_file, read_headers, shard_paths
 from ktlab.errors import CheckpointError, nearest
 from ktlab.quantization import get_format
 
@@ -78,8 +78,8 @@ def read_facts(path_or_name: str | Path, *, format: str | None = None) -> ModelF
         facts = _from_folder(SafetensorsCheckpoint(folder), path)
     elif path.exists():
         facts = _from_gguf(path, path.name)
-    elif path.suffix or len(path.parts) > 1:
-        raise CheckpointError(f"no file {path}{_guess(path)}")
+    elif path.suffix or len(path.parts) > 1 or path.is_symlink():
+        raise CheckpointError(no_file(path))
     else:
         return _from_shape(name, format or "bf16")
     return facts if format is None else _as_format(facts, format)
@@ -171,8 +171,3 @@ def _in_format(config: ModelConfig, format: str) -> tuple[TensorFacts, ...]:
         )
         for name, shape in shapes.items()
     )
-
-
-def _guess(path: Path) -> str:
-    siblings = (p.name for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else ()
-    return nearest(path.name, siblings)

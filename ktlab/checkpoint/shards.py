@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ktlab.checkpoint.checkpoint import some, together
 from ktlab.checkpoint.header import Header, read_header
-from ktlab.errors import CheckpointError
+from ktlab.errors import CheckpointError, nearest
 
 SHARD = re.compile(r"-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 """How the name of a shard ends."""
@@ -45,6 +45,15 @@ def siblings_of(path: Path) -> list[Path]:
     """The shards that are there of the model that `path`, there or not, is a shard of."""
     found = SHARD.search(path.name)
     return sorted(path.parent.glob(f"{path.name[: found.start()]}-*-of-*.gguf")) if found else []
+
+
+def no_file(path: Path, known: Iterable[str] = ()) -> str:
+    """What to say of a path where nothing is: the nearest name there or of `known`, or where a link
+    points that leads nowhere."""
+    if path.is_symlink():
+        return f"no file {path}: it is a link to {path.readlink()}, which is not there"
+    siblings = (p.name for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else ()
+    return f"no file {path}{nearest(path.name, [*known, *siblings])}"
 
 
 def _the_one_model(folder: Path) -> Path:

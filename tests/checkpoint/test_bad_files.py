@@ -371,3 +371,11 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "empty")
     with pytest.raises(CheckpointError, match='did you mean "tiny"'):
         open_checkpoint("tinny")
+
+
+def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "l.gguf").symlink_to("gone.gguf")
+    for read in (open_checkpoint, ktlab.plan):
+        with pytest.raises(CheckpointError, match=r"l.gguf: it is a link to gone.gguf, which") as e:
+            read(tmp_path / "l.gguf")
+        assert "did you mean" not in str(e.value)
