@@ -20,7 +20,7 @@ from ktlab.checkpoint.metadata import config_from_metadata
 from ktlab.checkpoint.names import Shape, expected_tensors, fused_kv_b
 from ktlab.checkpoint.shards import SHARD, read_headers, shard_paths
 from ktlab.checkpoint.tokenizer import Tokenizer
-from ktlab.errors import CheckpointError
+from ktlab.errors import CheckpointError, short
 from ktlab.quantization import FORMATS, QTensor, get_format
 
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.")
@@ -176,18 +176,34 @@ def read_config(where: str, headers: Sequence[Header]) -> ModelConfig:
             f"{where}: {key} is {config.num_layers}, but the file has only "
             f"{len(entries)} tensors; the file is damaged: download or convert it again"
         )
-    tokens = headers[0].long_arrays.get("tokenizer.ggml.tokens")
-    problems = []
-    if tokens is not None and tokens.count > config.vocab_size:
-        problems.append(
-            f"the vocabulary has {tokens.count} tokens, the embedding only {config.vocab_size} rows"
-        )
+    problems = _tokenizer_faults(headers[0], config.vocab_size)
     expected = expected_tensors(config)
     problems += _without_place(config, shapes)
     shapes = {name: by_head(shape, expected.get(name)) for name, shape in shapes.items()}
     problems += _unusable([e for e in entries if e.name in expected or _PARTS.search(e.name)])
     check_tensors(where, config, _with_parts(config, shapes, expected, problems), problems)
     return config
+
+
+def _tokenizer_faults(header: Header, rows: int) -> list[str]:
+    """What counts and ids tell of a tokenizer that cannot be right; its texts are not read."""
+    tokens = header.long_arrays.get("tokenizer.ggml.tokens")
+    if tokens is None:
+        return []
+    problems = []
+    if tokens.count > rows:
+        problems.append(f"the vocabulary has {tokens.count} tokens, the embedding only {rows} rows")
+    key = "tokenizer.ggml.token_type"
+    types, short_types = header.long_arrays.get(key), header.fields.get(key)
+    count = types.count if types is not None else tokens.count
+    count = len(short_types) if isinstance(short_types, list) else count
+    if count != tokens.count:
+        problems.append(f"{key} has {count} items for {tokens.count} tokens")
+    for name in ("bos", "eos", "eot", "eom"):
+        token = header.fields.get(key := f"tokenizer.ggml.{name}_token_id")
+        if token is not None and not (type(token) is int and 0 <= token < tokens.count):
+            problems.append(f"{key} is {short(token)}, expected 0 to {tokens.count - 1}")
+    return problems
 
 
 def is_nextn(config: ModelConfig, name: str) -> bool:

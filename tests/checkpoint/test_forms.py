@@ -232,6 +232,18 @@ def test_a_vocabulary_larger_than_the_embedding(split: MemoryCheckpoint, tmp_pat
         open_checkpoint(path)
 
 
+def test_a_tokenizer_that_cannot_be_right(split: MemoryCheckpoint, tmp_path: Path) -> None:
+    """Told when the file is opened, all of it, and not at the first text."""
+    fields, array = metadata_from_config(split.config), gguf.GGUFValueType.ARRAY
+    fields["tokenizer.ggml.tokens"] = ([f"token{i}" for i in range(272)], array)
+    fields["tokenizer.ggml.token_type"] = ([1] * 9, array)
+    fields["tokenizer.ggml.eos_token_id"] = (272, gguf.GGUFValueType.UINT32)
+    path = write_raw(tmp_path / "words.gguf", fields, arrays(split))
+    expected = "token_type has 9 items for 272 tokens\n.*eos_token_id is 272, expected 0 to 271"
+    with pytest.raises(CheckpointError, match=expected):
+        open_checkpoint(path)
+
+
 def test_a_vocabulary_smaller_than_the_embedding(split: MemoryCheckpoint, tmp_path: Path) -> None:
     """It is padded, as a converter does it: the model may choose any row."""
     fields = metadata_from_config(split.config)
