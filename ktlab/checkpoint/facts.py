@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
-from ktlab.checkpoint.gguf_file import read_config, unused_tensors
+from ktlab.checkpoint.gguf_config import read_config, unused_tensors
 from ktlab.checkpoint.header import type_name
 from ktlab.checkpoint.hugging_face import SafetensorsCheckpoint
 from ktlab.checkpoint.mixtures import mixture
