@@ -5,8 +5,8 @@ it has and this does not is refused by name, never passed over.
 """
 
 import argparse
-import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Any
 
 import ktlab
 from ktlab.checkpoint.chat_template import ChatTemplate
+from ktlab.checkpoint.safetensors_folder import read_json_object
 from ktlab.checkpoint.tokenizer import Tokenizer
-from ktlab.errors import KtlabError, RuleError, SettingError
+from ktlab.errors import KtlabError, RuleError, SettingError, short
 
 QUESTION = "Please write a piece of quicksort code in C++."
 """What KTransformers asks on an empty line without --prompt_file."""
@@ -92,7 +93,12 @@ def _check(options: argparse.Namespace) -> "ktlab.RuleSet | None":
         path = getattr(options, name)
         known = name == "gguf_path" and path == "tiny"
         if path and not known and not Path(path).expanduser().exists():
-            problems.append(f"--{name} {path}: there is no such file or folder")
+            problem = f"--{name} {path}: there is no such file or folder"
+            if name == "model_path" and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+                problem += "; nothing is downloaded here: name the folder that holds a copy of it"
+            problems.append(problem)
+    if options.cache_lens is not None and options.cache_lens < 1:
+        problems.append(f"--cache_lens {options.cache_lens}: expected 1 token or more")
     if problems:
         raise SettingError("\n  ".join(problems))
     return rules
@@ -100,8 +106,12 @@ def _check(options: argparse.Namespace) -> "ktlab.RuleSet | None":
 
 def _chat(options: argparse.Namespace, rules: "ktlab.RuleSet | None") -> int:
     from ktlab.chat import ChatSession
+    from ktlab.chat.session import CHUNK
     from ktlab.chat.terminal import inject, talk
 
+    if options.chunk_prefill_size not in (None, CHUNK):
+        asked = f"--chunk_prefill_size {options.chunk_prefill_size} changes nothing"
+        print(f"{asked}: prefill goes in pieces of {CHUNK} tokens here", file=sys.stderr)
     model = ktlab.load(options.gguf_path or options.model_path)
     if options.cpu_infer is not None:
         model.set(threads=options.cpu_infer)
@@ -118,18 +128,26 @@ def _chat(options: argparse.Namespace, rules: "ktlab.RuleSet | None") -> int:
     )
     fallback = QUESTION
     if options.prompt_file:
-        fallback = Path(options.prompt_file).expanduser().read_text(encoding="utf-8")
+        file = Path(options.prompt_file).expanduser()
+        fallback = file.read_text(encoding="utf-8", errors="replace")
 
     def expand(text: str) -> str:
         """As KTransformers: nothing asks the prompt file, the name of a file asks what it says."""
         if not text.strip():
             return fallback
         named = Path(text.strip())
-        is_file = len(text) < 1024 and "\n" not in text and named.is_file()
-        return named.read_text(encoding="utf-8", errors="replace") if is_file else text
+        return named.read_text(encoding="utf-8", errors="replace") if _is_file(named) else text
 
     talk(chat, prompt="Chat: ", expand=expand, unasked=fallback if options.prompt_file else None)
     return 0
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a question, which may be too long for a name, names none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, a folder that nobody may look into; a zero byte
+        return False
 
 
 def _template(folder: Path | None, model: "ktlab.Model") -> ChatTemplate | None:
@@ -157,14 +175,17 @@ def _sampling(folder: Path | None) -> dict[str, Any]:
     path = folder / "generation_config.json" if folder else None
     if path is None or not path.exists():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SettingError(f"{path}: not JSON: {error}") from error
+    config = read_json_object(path)
     if config.get("do_sample") is False:
         return {"temperature": 0.0}
-    found = {name: config.get(name) for name in ("temperature", "top_p")}
-    return {name: float(value) for name, value in found.items() if value is not None}
+    found = {}
+    for name in ("temperature", "top_p"):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise SettingError(f"{path}: {name} is {short(value)}, expected a number")
+        if value is not None:
+            found[name] = float(value)
+    return found
 
 
 if __name__ == "__main__":

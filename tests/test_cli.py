@@ -53,7 +53,7 @@ def text(tmp_path: Path) -> str:
 def test_info(gguf, capsys):
     assert cli.main(["info", gguf]) == 0
     out = capsys.readouterr().out
-    assert "16 experts" in out and "Cost of 1 token at" in out and "kv_lora_rank=32" in out
+    assert "52 tensors, f32 " in out and "Cost of 1 token at" in out and "kv_lora_rank=32" in out
 
 
 @pytest.mark.parametrize(

@@ -56,10 +56,10 @@ def talk(
             _remark("\n/quit or Ctrl-D leaves")
             continue
         unasked = None
-        question = expand(text) if expand is not None else text
-        if not question or not question.strip():
-            continue
         try:
+            question = expand(text) if expand is not None else text
+            if not question or not question.strip():
+                continue
             if question.startswith("/") and "\n" not in question:
                 try:
                     _remark(run_command(chat, question))
@@ -69,7 +69,9 @@ def talk(
             answer(chat, question)
         except Leave:
             return
-        except KtlabError as error:
+        except BrokenPipeError:
+            raise  # nobody reads the answers any more
+        except (KtlabError, OSError) as error:  # OSError: a file that the line names
             _remark(f"ktlab: {error}")
 
 

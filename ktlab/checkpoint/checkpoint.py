@@ -1,7 +1,7 @@
 """What a checkpoint is: a configuration, named tensors, maybe a tokenizer; wherever they lie."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -58,6 +58,11 @@ class CheckpointView:
     """What the weights are read from; none in memory."""
     config: ModelConfig
 
+    @property
+    def ignored(self) -> Sequence[str]:
+        """Tensors in the files that the model has no use for and is right without."""
+        return ()
+
     def names(self) -> list[str]:
         raise NotImplementedError
 
@@ -108,10 +113,11 @@ class CheckpointView:
     def __repr__(self) -> str:
         config = self.config
         formats = ", ".join(f"{n} {byte_size(b)}" for n, b in self.formats.items())
+        ignored = f"; not used: {some(self.ignored)}" if self.ignored else ""
         return (
             f"{type(self).__name__}({self.name}: {config.architecture}, "
             f"{config.num_layers} layers, {config.num_experts} experts, "
-            f"top {config.top_k}; {len(self.names())} tensors, {formats})"
+            f"top {config.top_k}; {len(self.names())} tensors, {formats}{ignored})"
         )
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
@@ -131,6 +137,8 @@ class CheckpointView:
             "attention": str(config.attention),
             "formats": ", ".join(f"{n} {byte_size(b)}" for n, b in self.formats.items()),
         }
+        if self.ignored:
+            facts["not used"] = some(self.ignored)
         rows = self.listing()
         headers = ("name", "format", "shape", "bytes")
         shown = [(n, f, "×".join(map(str, s)), b) for n, f, s, b in rows[:SHOWN]]
@@ -192,6 +200,12 @@ def together(where: str, problems: list[str], advice: str, limit: int = 20) -> s
     if len(problems) > limit:
         lines.append(f"... and {len(problems) - limit} more")
     return f"{where}: {len(problems)} problems; {advice}:\n  " + "\n  ".join(lines)
+
+
+def some(names: Iterable[str], limit: int = 4) -> str:
+    """The first `limit` of them, for a message."""
+    listed = list(names)
+    return ", ".join(listed[:limit]) + (", ..." if len(listed) > limit else "")
 
 
 def unknown_tensor(where: str, name: str, known: Iterable[str]) -> CheckpointError:

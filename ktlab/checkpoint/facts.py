@@ -10,14 +10,14 @@ from pathlib import Path
 
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
-from ktlab.checkpoint.gguf_file import read_config
+from ktlab.checkpoint.gguf_config import read_config, unused_tensors
 from ktlab.checkpoint.header import type_name
 from ktlab.checkpoint.hugging_face import SafetensorsCheckpoint
 from ktlab.checkpoint.mixtures import mixture
 from ktlab.checkpoint.names import Shape, expected_tensors
 from ktlab.checkpoint.published import published_model, published_models
 from ktlab.checkpoint.safetensors_folder import safetensors_folder
-from ktlab.checkpoint.shards import SHARD, read_headers, shard_paths
+from ktlab.checkpoint.shards import SHARD, no_file, read_headers, shard_paths
 from ktlab.errors import CheckpointError, nearest
 from ktlab.quantization import get_format
 
@@ -48,6 +48,8 @@ class ModelFacts:
     """Where this was read: files, or a published configuration and a file type."""
     files: tuple[Path, ...] = ()
     """Empty for a shape without files."""
+    unused: tuple[TensorFacts, ...] = ()
+    """Tensors in the files that the model has no use for; `tensors` is without them."""
 
     @property
     def nbytes(self) -> int:
@@ -76,8 +78,8 @@ def read_facts(path_or_name: str | Path, *, format: str | None = None) -> ModelF
         facts = _from_folder(SafetensorsCheckpoint(folder), path)
     elif path.exists():
         facts = _from_gguf(path, path.name)
-    elif path.suffix or len(path.parts) > 1:
-        raise CheckpointError(f"no file {path}{_guess(path)}")
+    elif path.suffix or len(path.parts) > 1 or path.is_symlink():
+        raise CheckpointError(no_file(path))
     else:
         return _from_shape(name, format or "bf16")
     return facts if format is None else _as_format(facts, format)
@@ -94,7 +96,8 @@ def _from_gguf(path: Path, name: str) -> ModelFacts:
     where = headers[0].path.name
     entries = {entry.name: entry for header in headers for entry in header.entries}
     config = read_config(where, headers)
-    tensors = tuple(
+    unused = set(unused_tensors(config, entries))
+    found = [
         TensorFacts(
             name=entry.name,
             format=type_name(entry.type_number).lower(),
@@ -102,16 +105,17 @@ def _from_gguf(path: Path, name: str) -> ModelFacts:
             nbytes=entry.nbytes,
         )
         for entry in entries.values()
-    )
+    ]
     size = sum(header.size for header in headers)
     files = tuple(header.path for header in headers)
     shards = f" and {len(files) - 1} more shards" if len(files) > 1 else ""
     return ModelFacts(
         name=SHARD.sub(".gguf", name),
         config=config,
-        tensors=tensors,
+        tensors=tuple(tensor for tensor in found if tensor.name not in unused),
         source=f"{where}{shards}, {size:,} bytes",
         files=files,
+        unused=tuple(tensor for tensor in found if tensor.name in unused),
     )
 
 
@@ -167,8 +171,3 @@ def _in_format(config: ModelConfig, format: str) -> tuple[TensorFacts, ...]:
         )
         for name, shape in shapes.items()
     )
-
-
-def _guess(path: Path) -> str:
-    siblings = (p.name for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else ()
-    return nearest(path.name, siblings)

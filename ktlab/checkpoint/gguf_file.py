@@ -2,8 +2,7 @@
 
 import mmap
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,18 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktlab.checkpoint import kv_b
-from ktlab.checkpoint.checkpoint import CheckpointView, check_tensors, unknown_tensor
-from ktlab.checkpoint.config import MLASizes, ModelConfig
-from ktlab.checkpoint.header import Header, TensorEntry, type_name
-from ktlab.checkpoint.metadata import config_from_metadata
-from ktlab.checkpoint.names import Shape, expected_tensors, fused_kv_b
+from ktlab.checkpoint.checkpoint import CheckpointView, unknown_tensor
+from ktlab.checkpoint.config import MLASizes
+from ktlab.checkpoint.gguf_config import (
+    PARTS_OF_KV_B,
+    by_head,
+    is_nextn,
+    read_config,
+    unused_tensors,
+)
+from ktlab.checkpoint.header import Header, type_name
+from ktlab.checkpoint.names import Shape, expected_tensors
 from ktlab.checkpoint.shards import SHARD, read_headers, shard_paths
 from ktlab.checkpoint.tokenizer import Tokenizer
 from ktlab.errors import CheckpointError
-from ktlab.quantization import FORMATS, QTensor, get_format
-
-_BLOCK = re.compile(r"blk\.(\d{1,6})\.")
-_PARTS = re.compile(r"\.attn_(k_b|v_b|kv_b)\.weight$")
+from ktlab.quantization import QTensor, get_format
 
 
 class GGUFCheckpoint(CheckpointView):
@@ -53,15 +55,16 @@ class GGUFCheckpoint(CheckpointView):
         }
         self._maps = [_Mapped(header.path, header.size) for header in self._headers]
         self.metadata: Mapping[str, object] = GGUFMetadata(
-            self._where, self._headers[0], self._maps[0].data
+            self._where, self._headers[0], self._maps[0]
         )
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer in the file; None where the file has none."""
+        """The tokenizer in the file, a token for every row of the embedding; None where there is
+        none."""
         if "tokenizer.ggml.model" not in self.metadata:
             return None
-        return Tokenizer.from_gguf(self.metadata, self._where)
+        return Tokenizer.from_gguf(self.metadata, self._where).padded(self.config.vocab_size)
 
     def names(self) -> list[str]:
         """Canonical names of all tensors."""
@@ -70,22 +73,23 @@ class GGUFCheckpoint(CheckpointView):
     @cached_property
     def nextn(self) -> list[str]:
         """Tensors of the layers for next-token prediction, which are not run."""
-        layers = self.config.num_layers
-        return [n for n in self._entries if (found := _BLOCK.match(n)) and int(found[1]) >= layers]
+        return [name for name in self._entries if is_nextn(self.config, name)]
 
     @cached_property
     def unused(self) -> list[str]:
         """Tensors in the file that the model does not use, `nextn` aside."""
-        known = set(self.names()) | set(self.nextn)
-        fused = {n for n in self._entries if n.endswith(".attn_kv_b.weight")}
-        used_fused = {n for n in fused if n.replace("kv_b", "k_b") not in self._entries}
-        return [name for name in self._entries if name not in known | used_fused]
+        return unused_tensors(self.config, self._entries)
+
+    @property
+    def ignored(self) -> list[str]:
+        """`unused`: what the model would be wrong without has been refused."""
+        return self.unused
 
     def tensor(self, name: str) -> QTensor:
         """The tensor of that canonical name; its bytes are a read-only view of the file."""
         if name in self._entries:
             return self._stored(name)
-        part = _PARTS.search(name)
+        part = PARTS_OF_KV_B.search(name)
         if part is not None and isinstance(self.config.attention, MLASizes):
             sizes, layer = self.config.attention, name[: part.start()]
             keys, values, fused = (f"{layer}.attn_{kind}.weight" for kind in ("k_b", "v_b", "kv_b"))
@@ -103,7 +107,7 @@ class GGUFCheckpoint(CheckpointView):
     def _stored(self, name: str) -> QTensor:
         number, entry = self._entries[name]
         format = get_format(gguf.GGMLQuantizationType(entry.type_number))
-        raw = self._maps[number].data[entry.offset : entry.offset + entry.nbytes]
+        raw = self._maps[number].checked()[entry.offset : entry.offset + entry.nbytes]
         return QTensor(
             name=name,
             format=format,
@@ -125,8 +129,8 @@ class GGUFCheckpoint(CheckpointView):
         What is mapped would no longer be what was checked, and a file that became shorter would
         end the process at the next look at what is gone.
         """
-        for path, mapped in zip(self.files, self._maps, strict=True):
-            mapped.check_unchanged(path)
+        for mapped in self._maps:
+            mapped.checked()
 
 
 class _Mapped:
@@ -134,7 +138,7 @@ class _Mapped:
 
     def __init__(self, path: Path, size: int) -> None:
         # Kept open: a file that is replaced keeps its bytes for us, and only writing to it matters.
-        self._file = path.open("rb")
+        self._path, self._file = path, path.open("rb")
         self._then = _state(self._file.fileno())
         if self._then[0] != size:
             raise CheckpointError(
@@ -142,15 +146,17 @@ class _Mapped:
                 "open it when nobody is writing to it any more"
             )
         mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.data: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8)
+        self._data: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8)
 
-    def check_unchanged(self, path: Path) -> None:
+    def checked(self) -> NDArray[np.uint8]:
+        """The bytes; `CheckpointError` if the file is not as it was."""
         now = _state(self._file.fileno())
         if now != self._then:
             raise CheckpointError(
-                f"{path.name} was written to since it was opened ({self._then[0]:,} bytes then, "
-                f"{now[0]:,} now); its weights are not those that were checked: load it again"
+                f"{self._path.name} was written to since it was opened ({self._then[0]:,} bytes "
+                f"then, {now[0]:,} now); its weights are not those that were checked: load it again"
             )
+        return self._data
 
 
 def _state(descriptor: int) -> tuple[int, int]:
@@ -159,87 +165,16 @@ def _state(descriptor: int) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def read_config(where: str, headers: Sequence[Header]) -> ModelConfig:
-    """The configuration that a model's headers state, every tensor checked against it."""
-    fields, entries = headers[0].fields, [e for header in headers for e in header.entries]
-    shapes = {entry.name: entry.shape for entry in entries}
-    config = config_from_metadata(where, fields, shapes)
-    if config.num_layers > len(entries):
-        key = f"{config.architecture}.block_count"
-        raise CheckpointError(
-            f"{where}: {key} is {config.num_layers}, but the file has only "
-            f"{len(entries)} tensors; the file is damaged: download or convert it again"
-        )
-    tokens = headers[0].long_arrays.get("tokenizer.ggml.tokens")
-    problems = []
-    if tokens is not None and tokens.count > config.vocab_size:
-        problems.append(
-            f"the vocabulary has {tokens.count} tokens, the embedding only {config.vocab_size} rows"
-        )
-    expected = expected_tensors(config)
-    shapes = {name: by_head(shape, expected.get(name)) for name, shape in shapes.items()}
-    problems += _unusable([e for e in entries if e.name in expected or _PARTS.search(e.name)])
-    check_tensors(where, config, _with_parts(config, shapes, expected, problems), problems)
-    return config
-
-
-def by_head(shape: Shape, expected: Shape | None) -> Shape:
-    """(H, rows, columns) for (H * rows, columns): some early files keep the heads in one matrix."""
-    if expected is not None and len(expected) == 3 and len(shape) == 2:
-        heads, rows, columns = expected
-        if shape == (heads * rows, columns):
-            return expected
-    return shape
-
-
-def _with_parts(
-    config: ModelConfig,
-    stored: Mapping[str, Shape],
-    expected: Mapping[str, Shape],
-    problems: list[str],
-) -> dict[str, Shape]:
-    """The shapes of a file, where a fused tensor counts for its two parts."""
-    shapes = dict(stored)
-    if isinstance(config.attention, MLASizes):
-        wanted = fused_kv_b(config.attention)
-        for layer in range(config.num_layers):
-            fused = f"blk.{layer}.attn_kv_b.weight"
-            if fused not in shapes or f"blk.{layer}.attn_k_b.weight" in shapes:
-                continue
-            if shapes[fused] != wanted:
-                problems.append(f"{fused} has shape {shapes[fused]}, expected {wanted}")
-            for part in ("k", "v"):
-                split = f"blk.{layer}.attn_{part}_b.weight"
-                shapes[split] = expected[split]
-    return shapes
-
-
-def _unusable(entries: Sequence[TensorEntry]) -> list[str]:
-    """Tensors that the model needs, in types that gguf knows and nobody computes with."""
-    unusable: dict[str, list[str]] = {}
-    for entry in entries:
-        kind = type_name(entry.type_number)
-        if kind.lower() not in FORMATS:
-            unusable.setdefault(kind, []).append(entry.name)
-    usable = ", ".join(name.upper() for name, f in FORMATS.items() if f.ggml_type is not None)
-    return [
-        f"{names[0]}"
-        + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
-        + f": {kind}, which no kernel here computes; usable: {usable}"
-        for kind, names in unusable.items()
-    ]
-
-
 class GGUFMetadata(Mapping[str, object]):
     """A GGUF's metadata as plain Python values; long arrays are read when asked for."""
 
-    def __init__(self, where: str, header: Header, data: NDArray[np.uint8]) -> None:
-        self._where, self._header, self._data = where, header, data
+    def __init__(self, where: str, header: Header, mapped: _Mapped) -> None:
+        self._where, self._header, self._mapped = where, header, mapped
 
     def __getitem__(self, key: str) -> object:
         long = self._header.long_arrays.get(key)
         if long is not None:
-            return long.read(self._data, f"{self._where}: {key}")
+            return long.read(self._mapped.checked(), f"{self._where}: {key}")
         return self._header.fields[key]
 
     def __contains__(self, key: object) -> bool:

@@ -178,7 +178,7 @@ class SafetensorsCheckpoint(CheckpointView):
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """From tokenizer.json; None where there is none."""
+        """From tokenizer.json, a token for every row of the embedding; None where there is none."""
         file = self.folder / "tokenizer.json"
         if not file.exists():
             return None
@@ -188,9 +188,14 @@ class SafetensorsCheckpoint(CheckpointView):
                 f"{file}: the tokenizer has {tokenizer.vocab_size} tokens, "
                 f"the embedding only {self.config.vocab_size} rows"
             )
-        return tokenizer
+        return tokenizer.padded(self.config.vocab_size)
 
     # Tensors ---------------------------------------------------------------------------------
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if a file that is in use was written to since it was opened."""
+        for file in self._files.values():
+            file.check_unchanged()
 
     def names(self) -> list[str]:
         """Canonical names of all tensors."""

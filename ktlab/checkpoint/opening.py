@@ -7,8 +7,8 @@ from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
 from ktlab.checkpoint.gguf_file import GGUFCheckpoint
 from ktlab.checkpoint.hugging_face import SafetensorsCheckpoint
 from ktlab.checkpoint.safetensors_folder import safetensors_folder
-from ktlab.checkpoint.shards import siblings_of
-from ktlab.errors import CheckpointError, nearest
+from ktlab.checkpoint.shards import no_file, siblings_of
+from ktlab.errors import CheckpointError
 
 
 def open_checkpoint(path_or_name: str | Path) -> Checkpoint:
@@ -28,9 +28,8 @@ def open_checkpoint(path_or_name: str | Path) -> Checkpoint:
             f"expected one with either, a .gguf file or one of: {known}"
         )
     if not path.exists() and not siblings_of(path):
-        siblings = (p.name for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else ()
-        guess = nearest(path.name, [*EMBEDDED_MODELS, *siblings])
-        raise CheckpointError(f"no file {path}{guess}; expected a .gguf file or one of: {known}")
+        said = no_file(path, EMBEDDED_MODELS)
+        raise CheckpointError(f"{said}; expected a .gguf file or one of: {known}")
     try:
         return GGUFCheckpoint(path)
     except OSError as error:

@@ -59,14 +59,20 @@ def write_in_pieces(
         raise CheckpointError(f"{path} is there already; remove it or choose another name")
     if not path.parent.is_dir():
         raise CheckpointError(f"{path.parent} is no folder; make it first or choose another")
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
+    there = part.exists()
     handle = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
     with os.fdopen(handle, "r+b") as file:
         _lock(file, part)
         first = _first_missing(file, header, pieces)
         done = pieces[first].offset if first < len(pieces) else total
         file.truncate(min(done, max(len(header), pieces[first - 1].end if first else 0)))
-        _check_room(path, total - os.fstat(handle).st_size, total)
+        try:
+            check_room(path, total - os.fstat(handle).st_size, total)
+        except CheckpointError:
+            if not there:
+                part.unlink()
+            raise
         try:
             file.seek(0)
             file.write(header)
@@ -86,6 +92,11 @@ def write_in_pieces(
     if progress is not None:
         progress(total, total)
     return path
+
+
+def part_of(path: Path) -> Path:
+    """The file that `path` grows in."""
+    return path.with_name(path.name + ".part")
 
 
 def _lock(file: BinaryIO, part: Path) -> None:
@@ -108,13 +119,14 @@ def _first_missing(file: BinaryIO, header: bytes, pieces: Sequence[Piece]) -> in
     return max(0, bisect_right([piece.end for piece in pieces], size) - 1)
 
 
-def _check_room(path: Path, needed: int, total: int) -> None:
+def check_room(path: Path, needed: int, total: int) -> None:
+    """`CheckpointError` unless `needed` bytes of `total` can still be written beside `path`."""
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise CheckpointError(
             f"{path} needs {byte_size(total)}, {byte_size(needed)} of them still to be written, "
             f"but {path.parent} has {byte_size(free)} free; make room, choose another folder, or "
-            "ask for fewer layers or experts"
+            "write fewer layers or experts"
         )
 
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -296,15 +296,29 @@ class MappedFile:
         return status.st_size, status.st_mtime_ns
 
     @cached_property
+    def _file(self) -> BinaryIO:
+        # Kept open: a file that is replaced keeps the bytes that are mapped.
+        return self.path.open("rb")
+
+    @cached_property
     def _data(self) -> NDArray[np.uint8]:
-        with self.path.open("rb") as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapping = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         return np.frombuffer(mapping, np.uint8)
 
     def bytes_of(self, entry: StoredTensor) -> NDArray[np.uint8]:
         """The tensor's bytes, read-only; `CheckpointError` if the file is not as it was opened."""
         if self._now() != self._stamp:
-            raise CheckpointError(
-                f"{self.path} is not as it was when it was opened; load the model again"
-            )
+            raise self._changed()
         return self._data[entry.offset : entry.offset + entry.nbytes]
+
+    def check_unchanged(self) -> None:
+        """`CheckpointError` if what is mapped was written to since the file was opened."""
+        if "_data" in vars(self):
+            status = os.fstat(self._file.fileno())
+            if (status.st_size, status.st_mtime_ns) != self._stamp:
+                raise self._changed()
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} is not as it was when it was opened; load the model again"
+        )

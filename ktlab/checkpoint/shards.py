@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ktlab.checkpoint.checkpoint import together
+from ktlab.checkpoint.checkpoint import some, together
 from ktlab.checkpoint.header import Header, read_header
-from ktlab.errors import CheckpointError
+from ktlab.errors import CheckpointError, nearest
 
 SHARD = re.compile(r"-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 """How the name of a shard ends."""
@@ -24,10 +24,13 @@ def shard_paths(path: Path) -> list[Path]:
     found = SHARD.search(path.name)
     if found is None:
         return [path]
-    stem, count = path.name[: found.start()], int(found["count"])
-    paths = [
-        path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)
-    ]
+    stem, number, count = path.name[: found.start()], int(found["number"]), int(found["count"])
+    if not 1 <= number <= count:
+        raise CheckpointError(
+            f"{path.name}: its name says shard {number} of {count}, expected one from 1 to the "
+            "number of shards; rename it as it was, or to a name without -of-"
+        )
+    paths = [path.with_name(f"{stem}-{each:05}-of-{count:05}.gguf") for each in range(1, count + 1)]
     missing = [p.name for p in paths if not p.exists()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -44,6 +47,15 @@ def siblings_of(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.name[: found.start()]}-*-of-*.gguf")) if found else []
 
 
+def no_file(path: Path, known: Iterable[str] = ()) -> str:
+    """What to say of a path where nothing is: the nearest name there or of `known`, or where a link
+    points that leads nowhere."""
+    if path.is_symlink():
+        return f"no file {path}: it is a link to {path.readlink()}, which is not there"
+    siblings = (p.name for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else ()
+    return f"no file {path}{nearest(path.name, [*known, *siblings])}"
+
+
 def _the_one_model(folder: Path) -> Path:
     """The GGUF file in a folder, or the first shard; several models are refused by name."""
     files = sorted(folder.glob("*.gguf"))
@@ -56,7 +68,7 @@ def _the_one_model(folder: Path) -> Path:
         raise CheckpointError(f"{folder} holds no .gguf file; expected one model in it")
     if len(models) > 1:
         raise CheckpointError(
-            f"{folder} holds {len(models)} models ({_some(models)}); name a file of the one meant"
+            f"{folder} holds {len(models)} models ({some(models)}); name a file of the one meant"
         )
     return next(iter(models.values()))
 
@@ -90,9 +102,3 @@ def read_headers(paths: Iterable[Path]) -> list[Header]:
         advice = "these files are not one model's: rename or download them again"
         raise CheckpointError(together(first.path.name, problems, advice))
     return headers
-
-
-def _some(names: Iterable[str], limit: int = 4) -> str:
-    listed = list(names)
-    more = ", ..." if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more

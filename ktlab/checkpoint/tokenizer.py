@@ -5,6 +5,7 @@ does not contain (how a text is cut before merging) and the care for partial and
 """
 
 import codecs
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import tokenizers
 
 from ktlab.checkpoint.pretokenizers import BYTE_CHARACTERS, CHARACTER_BYTES, PRE_TOKENIZERS
-from ktlab.errors import CheckpointError, nearest
+from ktlab.errors import CheckpointError, nearest, short
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of a GGUF (gguf-py `TokenType`)."""
@@ -75,7 +76,7 @@ class Tokenizer:
         named = [("bos", self.bos_id), ("eos", self.eos_id), *(("stop", i) for i in stop_ids)]
         for label, token in named:
             valid = range(len(self.tokens))
-            if token is not None and not (isinstance(token, int) and token in valid):
+            if token is not None and not (type(token) is int and token in valid):
                 problems.append(f"{label} token {token!r} is outside 0..{len(self.tokens) - 1}")
         if problems:
             raise CheckpointError(f"{source}: unusable tokenizer: " + "; ".join(problems))
@@ -109,17 +110,15 @@ class Tokenizer:
                 f"{source}: tokenizer model {model!r} is not known here; usable: 'gpt2' "
                 "(byte-level BPE), which DeepSeek, Kimi, Qwen and OLMo models use"
             )
-        tokens = fields.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-            raise CheckpointError(f"{source}: tokenizer.ggml.tokens is missing or not text")
+        tokens, merges, types = _lists(fields, source)
         pre = str(fields.get("tokenizer.ggml.pre", "default"))
         template = fields.get("tokenizer.chat_template")
         ends = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))
         return cls(
             tokens,
-            fields.get("tokenizer.ggml.merges") or [],
+            merges or [],
             pre=pre,
-            types=fields.get("tokenizer.ggml.token_type"),
+            types=types,
             bos_id=fields.get("tokenizer.ggml.bos_token_id"),
             eos_id=fields.get("tokenizer.ggml.eos_token_id"),
             # Where a file is silent, llama.cpp adds one for Llama 3's vocabulary only.
@@ -142,6 +141,16 @@ class Tokenizer:
         from ktlab.checkpoint.tokenizer_json import read_tokenizer_json
 
         return cls(**read_tokenizer_json(Path(path), bos=bos, eos=eos))
+
+    def padded(self, size: int) -> "Tokenizer":
+        """With unused tokens up to `size`, as convert_hf_to_gguf.py adds them: an embedding may
+        have more rows than its tokenizer has tokens, and a model may choose any of them."""
+        if size <= self.vocab_size:
+            return self
+        padded = copy.copy(self)
+        padded.tokens = self.tokens + [f"[PAD{i}]" for i in range(self.vocab_size, size)]
+        padded.types = self.types + [UNUSED] * (size - self.vocab_size)
+        return padded
 
     @property
     def vocab_size(self) -> int:
@@ -227,6 +236,28 @@ def valid_text(text: str | bytes) -> str:
         return text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
     except UnicodeEncodeError:  # surrogates that stand for no byte; pairs become one character
         return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
+
+
+def _lists(
+    fields: Mapping[str, Any], source: str
+) -> tuple[list[str], list[str] | None, list[int] | None]:
+    """Tokens, merges and token types; what is none of its kind is refused, all together."""
+    found: list[Any] = []
+    problems = []
+    text, number = (str, "texts"), (int, "whole numbers")
+    for name, (kind, what) in {"tokens": text, "merges": text, "token_type": number}.items():
+        key = f"tokenizer.ggml.{name}"
+        values = fields.get(key)
+        found.append(values)
+        if values is None and name != "tokens":
+            continue
+        if not isinstance(values, list) or not {kind}.issuperset(map(type, values)):
+            held = "is missing" if values is None else f"is {short(values)}"
+            problems.append(f"{key} {held}, expected a list of {what}")
+    if problems:
+        raise CheckpointError(f"{source}: unusable tokenizer: " + "; ".join(problems))
+    tokens, merges, types = found
+    return tokens, merges, types
 
 
 def _token_bytes(token: str, kind: int) -> bytes:

@@ -34,9 +34,11 @@ def read_tokenizer_json(path: Path, *, bos: str | None, eos: str | None) -> dict
         vocabulary = dict(content["model"]["vocab"]) | {t["content"]: t["id"] for t in added}
         kinds = {t["id"]: CONTROL if t["special"] else USER_DEFINED for t in added}
         merges = content["model"].get("merges", [])
+        cut, normalizer = content.get("pre_tokenizer"), content.get("normalizer")
+        to_bytes, pre = byte_level(cut), pre_tokenizer_name(cut, normalizer)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path.name}: not a tokenizer.json: {error!r}") from error
-    if kind != "BPE" or not byte_level(content.get("pre_tokenizer")):
+    if kind != "BPE" or not to_bytes:
         raise CheckpointError(
             f"{path.name}: tokenizer model {kind}"
             f"{' without a ByteLevel step' if kind == 'BPE' else ''}, expected byte-level BPE"
@@ -76,7 +78,7 @@ def read_tokenizer_json(path: Path, *, bos: str | None, eos: str | None) -> dict
     return dict(
         tokens=[by_id.get(i, f"[UNUSED{i}]") for i in range(size)],
         merges=[tuple(m) if isinstance(m, list) else m for m in merges],
-        pre=pre_tokenizer_name(content.get("pre_tokenizer"), content.get("normalizer")) or UNNAMED,
+        pre=pre or UNNAMED,
         types=[kinds.get(i, NORMAL if i in by_id else UNUSED) for i in range(size)],
         bos_id=bos_id,
         eos_id=special(eos, "eos", _EOS),
@@ -93,7 +95,7 @@ def _read(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.name}: a JSON {type(content).__name__}, expected an object")
@@ -126,7 +128,10 @@ def _template(path: Path, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else the one in tokenizer_config.json; of several the "default"."""
     beside = path.with_name("chat_template.jinja")
     if beside.exists():
-        return beside.read_text(encoding="utf-8")
+        try:
+            return beside.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{beside}: {error}; expected text in UTF-8") from error
     template = config.get("chat_template")
     if isinstance(template, list):
         several = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}

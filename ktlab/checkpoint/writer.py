@@ -16,8 +16,9 @@ from ktlab.checkpoint.checkpoint import check_tensors, together
 from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.metadata import Field, metadata_from_config
 from ktlab.checkpoint.names import Shape, expected_tensors
+from ktlab.checkpoint.part_file import FULL, check_room
 from ktlab.checkpoint.pretokenizers import PRE_TOKENIZERS
-from ktlab.checkpoint.tokenizer import UNUSED, Tokenizer
+from ktlab.checkpoint.tokenizer import Tokenizer
 from ktlab.errors import CheckpointError
 from ktlab.quantization import Format, QTensor
 
@@ -64,13 +65,16 @@ def write_gguf(
     """Write a checkpoint; the file appears complete or not at all.
 
     `tensors` must be exactly those of `expected_tensors(config)`. `metadata` adds fields
-    ("general.license": "..."): text, numbers, booleans or lists of one of these.
+    ("general.license": "..."): text, numbers, booleans or lists of one of these. Raises
+    `CheckpointError` for what cannot be written, also where the disk has too little room.
     """
     path = Path(path)
     check_tensors(path.name, config, {name: tensor.shape for name, tensor in tensors.items()})
     chosen = [tensors[name] for name in expected_tensors(config)]
     specs = [TensorSpec(name=t.name, format=t.format, shape=t.shape) for t in chosen]
     header = gguf_header(path.name, config, specs, tokenizer, metadata)
+    total = len(header) + sum(spec.padded_bytes for spec in specs)
+    check_room(path, total, total)
 
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
@@ -81,8 +85,13 @@ def write_gguf(
                 file.write(bytes(spec.padded_bytes - spec.nbytes))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise CheckpointError(
+                f"{path}: the disk became full ({error.strerror}), nothing was written; make room "
+                "or choose another folder"
+            ) from error
         raise
     return path
 
@@ -126,10 +135,14 @@ def gguf_header(
 
 def _check_formats(where: str, tensors: Sequence[TensorSpec]) -> None:
     """Refuse what GGUF has no type for, all tensors together."""
+    unknown: dict[str, list[str]] = {}
+    for tensor in tensors:
+        if tensor.format.ggml_type is None:
+            unknown.setdefault(tensor.format.name, []).append(tensor.name)
     problems = [
-        f"{tensor.name} is {tensor.format.name}, which exists in memory only"
-        for tensor in tensors
-        if tensor.format.ggml_type is None
+        f"{first}{f' and {len(more)} more tensors are' if more else ' is'} {format}, which exists "
+        "in memory only"
+        for format, (first, *more) in unknown.items()
     ]
     if problems:
         advice = "GGUF has no such type: requantize() to one that it has, e.g. q8_0"
@@ -153,8 +166,7 @@ def _general(config: ModelConfig, tensors: Sequence[TensorSpec]) -> dict[str, Fi
 
 
 def _tokenizer_fields(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Field]:
-    missing = config.vocab_size - tokenizer.vocab_size
-    if missing < 0:
+    if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{config.name}: the tokenizer has {tokenizer.vocab_size} tokens, "
             f"the embedding only {config.vocab_size} rows"
@@ -164,13 +176,13 @@ def _tokenizer_fields(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Fi
             f"{config.name}: its {tokenizer.pre} cuts texts in a way that GGUF has no name for; "
             f"there are {', '.join(PRE_TOKENIZERS)}"
         )
-    padding = [f"[PAD{tokenizer.vocab_size + i}]" for i in range(missing)]
+    tokenizer = tokenizer.padded(config.vocab_size)
     array, string, u32 = GGUFValueType.ARRAY, GGUFValueType.STRING, GGUFValueType.UINT32
     fields: dict[str, Field] = {
         "tokenizer.ggml.model": ("gpt2", string),
         "tokenizer.ggml.pre": (tokenizer.pre, string),
-        "tokenizer.ggml.tokens": (tokenizer.tokens + padding, array),
-        "tokenizer.ggml.token_type": (tokenizer.types + [UNUSED] * missing, array),
+        "tokenizer.ggml.tokens": (tokenizer.tokens, array),
+        "tokenizer.ggml.token_type": (tokenizer.types, array),
         "tokenizer.ggml.add_bos_token": (tokenizer.add_bos, GGUFValueType.BOOL),
     }
     if tokenizer.merges:  # a GGUF array cannot be empty

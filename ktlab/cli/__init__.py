@@ -121,6 +121,7 @@ def _info(options: argparse.Namespace) -> int:
     model = loaded(options)
     context = min(512, model.config.context_length)
     print(model)
+    print(model.checkpoint)
     print(model.config)
     print(model.cost(1, context))
     print(model.cost(context, context))

@@ -16,12 +16,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ktlab.checkpoint.full_size import sliced, synthesize_file
+    from ktlab.checkpoint.part_file import part_of
     from ktlab.checkpoint.published import published_model
     from ktlab.progress import ProgressBar
 
     config = published_model(options.model).config
     config = sliced(config, layers=options.layers, experts=options.experts)
     bar = ProgressBar(options.out.name, sys.stderr)
-    path = synthesize_file(options.out, config, options.format, seed=options.seed, progress=bar)
+    try:
+        path = synthesize_file(options.out, config, options.format, seed=options.seed, progress=bar)
+    except KeyboardInterrupt:
+        if (part := part_of(options.out.expanduser())).exists():
+            print(f"\n{part} stays: the same command goes on from there", file=sys.stderr)
+        raise
     print(path)
     return 0

@@ -150,6 +150,7 @@ def check_use(
     model: "Model", banks: Sequence[ExpertBank], words: Mapping[str, Any]
 ) -> Callable[[], None]:
     """`ExpertBanks.use` asks before it changes anything, and what this returns once it has."""
+    model.checkpoint.check_unchanged()
     if (format := words.get("format")) is not None:
         check_formats(model, [("experts", list(banks), get_format(format).name)])
     before = prepared_bytes(banks)

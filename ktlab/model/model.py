@@ -149,7 +149,8 @@ class Model:
         """An empty cache in the layers' present forms; `context` defaults to the model's."""
         forms = [block.attention.form for block in self.layers]
         seats = [block.attention.seat for block in self.layers]
-        cache = Cache(self.config, forms, batch, context or self.config.context_length, seats)
+        length = self.config.context_length if context is None else context
+        cache = Cache(self.config, forms, batch, length, seats)
         self.caches.add(cache)
         return cache
 
@@ -325,6 +326,7 @@ class Model:
                 f"unknown switches {unknown}; expected some of {', '.join(SWITCHES)}"
                 f"{nearest(unknown[0], SWITCHES)}"
             )
+        self.checkpoint.check_unchanged()
         change = Change()
         try:
             apply(self, change, **changes)
@@ -352,6 +354,7 @@ class Model:
         "interleave", "split", "copy" (`ktlab.experts.nodes`) or "none"; None leaves it.
         Raises `PlacementError`. `override(placement=...)` does the same for the length of a `with`.
         """
+        self.checkpoint.check_unchanged()
         return place(self, placement, stand_in=stand_in, dtype=dtype, nodes=nodes)
 
     @contextmanager
@@ -371,6 +374,7 @@ class Model:
 
     def requantized(self, stage: Any, format: str) -> Any:
         """One stage in another format: computed once for all clones, with the stage's switches."""
+        self.checkpoint.check_unchanged()  # each stage: all of them may take minutes
         with self._watched_by(NO_PROBE).stage("requantize"):
             return stage.quantized(format)
 
@@ -383,6 +387,7 @@ class Model:
         once; `override(layout="ggml_blocks")` brings them back. With `cache`, a folder for this
         model, packed tensors are kept in files and mapped again at the next start.
         """
+        self.checkpoint.check_unchanged()
         return pack_model(self, cache=cache, threads=threads)
 
     def clone(self) -> "Model":

@@ -58,13 +58,12 @@ class Part(Record):
 
 
 def component_of(tensor: str, config: ModelConfig) -> tuple[int | None, str]:
-    """(layer, component) of a tensor by its name in a GGUF."""
+    """(layer, component) of a tensor that the model uses, by its name in a GGUF."""
     found = _LAYER.match(tensor)
     layer = int(found[1]) if found else None
     if layer is not None and layer >= config.num_layers:
         return layer, "nextn"
-    kind = next((name for rule, name in _RULES if rule.match(tensor)), None)
-    return layer, kind or "nextn"
+    return layer, next(name for rule, name in _RULES if rule.match(tensor))
 
 
 def grouped(facts: ModelFacts) -> dict[tuple[int | None, str], list[TensorFacts]]:

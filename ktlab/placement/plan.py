@@ -282,9 +282,11 @@ def _cached(config: ModelConfig, placement: Placement, form: str, context: int) 
 def _context(config: ModelConfig, context: int | None) -> int:
     if context is None:
         return min(CONTEXT, config.context_length)
-    if not 1 <= context <= config.context_length:
+    whole = isinstance(context, int) and not isinstance(context, bool)
+    if not whole or not 1 <= context <= config.context_length:
         raise SettingError(
-            f"context={context}: {config.name} has 1 to {config.context_length} positions"
+            f"context={context!r}: expected a whole number of tokens, {config.name} has 1 to "
+            f"{config.context_length} positions"
         )
     return context
 
@@ -397,6 +399,11 @@ def _notes(
     if nextn:
         count = facts.config.num_nextn_layers
         notes.append(f"{count} layers for next-token prediction stay on disk: they are not run")
+    if facts.unused:
+        size = decimal_bytes(sum(tensor.nbytes for tensor in facts.unused))
+        first, more = facts.unused[0].name, len(facts.unused) - 1
+        also = f" and {more} more" if more else ""
+        notes.append(f"tensors that the model does not use, {size}, are not read: {first}{also}")
     floats = sum(
         row.converted
         for row in rows

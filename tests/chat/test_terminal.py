@@ -211,6 +211,70 @@ def test_local_chat_refuses_together_what_it_has_not(tmp_path, capsys):
     assert "--gguf_path /no/such/folder: there is no such" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("question", ["word" * 100, "zero\0byte"])
+def test_local_chat_asks_a_line_that_cannot_be_a_files_name(question, gguf, typed, capsys):
+    typed(f"{question}\n")
+    assert local_chat.main(["--gguf_path", gguf, "--max_new_tokens", "2"]) == 0
+    assert f"prefill {len(f'<[u]{question}[a]')} tokens" in capsys.readouterr().err
+
+
+def test_local_chat_goes_on_after_a_file_that_cannot_be_read(
+    gguf, tmp_path, typed, capsys, monkeypatch
+):
+    named = tmp_path / "secret.txt"
+    named.write_text("secret")
+
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    typed(f"{named}\nHi\n")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert local_chat.main(["--gguf_path", gguf, "--max_new_tokens", "2"]) == 0
+    said = capsys.readouterr().err
+    assert "Permission denied" in said and said.count("[prefill") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"temperature": "hot"}', "temperature is 'hot', expected a number"),
+        ("[1]", "holds a list, expected a JSON object"),
+        ("{", "generation_config.json is no JSON"),
+    ],
+)
+def test_local_chat_refuses_odd_sampling(content, expected, gguf, tmp_path, typed, capsys):
+    (tmp_path / "generation_config.json").write_text(content)
+    assert local_chat.main(["--gguf_path", gguf, "--model_path", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert expected in said and "generation_config.json" in said
+
+
+def test_local_chat_reads_a_prompt_file_of_any_bytes_and_says_what_it_ignores(
+    gguf, tmp_path, typed, capsys
+):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_bytes(b"caf\xe9")
+    names = ["--gguf_path", gguf, "--max_new_tokens", "2", "--prompt_file", str(prompt)]
+    typed("")
+    assert local_chat.main([*names, "--chunk_prefill_size", "2048"]) == 0
+    said = capsys.readouterr().err
+    assert f"prefill {len('<[u]caf???[a]')} tokens" in said
+    assert said.count("--chunk_prefill_size 2048 changes nothing: prefill goes in pieces") == 1
+
+
+def test_local_chat_downloads_nothing_and_says_so(capsys):
+    names = ["--model_path", "deepseek-ai/DeepSeek-V2-Lite-Chat", "--cache_lens", "0"]
+    assert local_chat.main(names) == 2
+    said = capsys.readouterr().err
+    assert "nothing is downloaded here: name the folder that holds a copy" in said
+    assert "--cache_lens 0: expected 1 token or more" in said
+
+
+def test_a_context_of_nothing_is_refused(gguf, typed, capsys):
+    assert cli.main(["chat", gguf, "-c", "0"]) == 2
+    assert "context 0: expected at least 1" in capsys.readouterr().err
+
+
 def test_talk_in_a_thread_needs_no_signals(model):
     import threading
 

@@ -1,6 +1,8 @@
 """Files that are not what they say are refused: always CheckpointError, never anything else."""
 
 import struct
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import ktlab
 from ktlab.checkpoint import open_checkpoint
 from ktlab.checkpoint.header import read_header
 from ktlab.errors import CheckpointError
@@ -50,6 +53,7 @@ def test_not_a_gguf(tmp_path: Path) -> None:
 
 def test_versions_and_byte_order(damaged: Damage) -> None:
     refused(damaged(poke("I", 4, 1)), "GGUF version 1, expected one of (2, 3)")
+    refused(damaged(poke("I", 4, 4)), "GGUF version 4", "it was made for a later reader")
     refused(damaged(poke("I", 4, 3 << 24)), "big-endian")
 
 
@@ -214,6 +218,7 @@ def test_fuzzed_headers(gguf_path: Path, tmp_path: Path) -> None:
         try:
             checkpoint = open_checkpoint(path)
             repr(checkpoint), Model(checkpoint), checkpoint.tokenizer
+            ktlab.plan(path)
             opened += 1
         except CheckpointError as error:
             assert path.name in str(error), f"seed {seed}"
@@ -226,19 +231,60 @@ def test_fuzzed_headers(gguf_path: Path, tmp_path: Path) -> None:
     assert opened, "some faults are harmless"
 
 
+def test_a_lost_key_whose_tensors_are_there(damaged: Damage) -> None:
+    path = damaged(lambda content: content.replace(b"expert_shared_count", b"expert_shared_c0unt"))
+    expected = "blk.1.ffn_gate_shexp.weight and 1 more like it have no place"
+    refused(path, expected)
+    with pytest.raises(CheckpointError, match=expected):
+        ktlab.plan(path)
+
+
 # ------------------------------------------------------------- while it is open
-def test_a_file_that_is_written_to_while_it_is_mapped(gguf_path: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(gguf_path.read_bytes())
+CUT = """
+import os, sys, torch
+torch.set_num_threads(1)
+from ktlab.checkpoint import open_checkpoint
+from ktlab.errors import CheckpointError
+from ktlab.model.model import Model
+for number, use in enumerate(sys.argv[2:]):
+    path = f"{sys.argv[1]}/{number}-model.gguf"
+    with open(path, "wb") as file, open(f"{sys.argv[1]}/whole", "rb") as whole:
+        file.write(whole.read())
     model = Model(open_checkpoint(path))
-    model.forward([1, 2, 3])
-    with path.open("r+b") as file:
-        file.truncate(1000)
-    expected = "model.gguf was written to since it was opened .* 1,000 now"
-    with pytest.raises(CheckpointError, match=expected):
-        model.forward([1, 2, 3])
-    with pytest.raises(CheckpointError, match=expected):
-        next(iter(model.stream([1, 2, 3])))
+    os.truncate(path, 1000)
+    try:
+        exec(use)
+        print("NOTHING")
+    except CheckpointError as error:
+        print(error)
+"""
+USES = (
+    "model.forward([1, 2, 3])",
+    "next(iter(model.stream([1, 2, 3])))",
+    "model.generate('text')",
+    "model.trace('text')",
+    "model.tokenizer",
+    "model.checkpoint.metadata['tokenizer.ggml.tokens']",
+    "model.checkpoint.fingerprint",
+    "model.checkpoint.tensor('blk.1.ffn_up_exps.weight').dequantize()",
+    "model.set(quantize='q4_0')",
+    "model.requantized(model.layers[1].experts, 'q4_0')",
+    "model.set(layout='packed')",
+    "model.experts.use(format='q4_0')",
+    "model.pack()",
+)
+
+
+def test_a_file_that_is_written_to_while_it_is_mapped(gguf_path: Path, tmp_path: Path) -> None:
+    """Refused whatever is asked of it, in a process of its own: a look at what is gone ends it."""
+    (tmp_path / "whole").write_bytes(gguf_path.read_bytes())
+    command = [sys.executable, "-c", CUT, str(tmp_path), *USES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    for number, line in enumerate(done.stdout.splitlines()):
+        expected = f"{number}-model.gguf was written to since it was opened"
+        assert line.startswith(expected) and " 1,000 now" in line, USES[number]
+    answered = len(done.stdout.splitlines())
+    assert answered == len(USES), f"{USES[answered]}: {done.returncode} {done.stderr[-500:]}"
 
 
 def test_a_file_that_is_replaced_stays_as_it_was(gguf_path: Path, tmp_path: Path) -> None:
@@ -325,3 +371,11 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "empty")
     with pytest.raises(CheckpointError, match='did you mean "tiny"'):
         open_checkpoint("tinny")
+
+
+def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "l.gguf").symlink_to("gone.gguf")
+    for read in (open_checkpoint, ktlab.plan):
+        with pytest.raises(CheckpointError, match=r"l.gguf: it is a link to gone.gguf, which") as e:
+            read(tmp_path / "l.gguf")
+        assert "did you mean" not in str(e.value)

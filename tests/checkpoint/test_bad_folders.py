@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from ktlab.checkpoint import open_checkpoint
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.errors import CheckpointError
+from ktlab.model.model import Model
 from tests.model.peer import transformers_model
 
 Config = dict[str, Any]
@@ -189,3 +190,15 @@ def test_any_configuration_is_refused_or_read(
         assert open_checkpoint(tmp_path).names()
     except CheckpointError:
         pass
+
+
+def test_a_file_that_is_written_to_while_it_is_mapped(folder: Path, tmp_path: Path) -> None:
+    model = Model(open_checkpoint(folder))
+    model.forward([1, 2, 3])
+    (tmp_path / "model").rename(tmp_path / "moved")  # what is mapped stays
+    model.forward([1, 2, 3])
+    with (tmp_path / "moved" / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    for use in (lambda: model.forward([1]), model.pack, lambda: model.set(quantize="q4_0")):
+        with pytest.raises(CheckpointError, match="model.safetensors is not as it was when it was"):
+            use()

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ktlab.checkpoint import Checkpoint, MemoryCheckpoint, open_checkpoint
+import ktlab
+from ktlab.checkpoint import Checkpoint, MemoryCheckpoint, ModelConfig, open_checkpoint
 from ktlab.checkpoint.gathered import GatheredTensor
 from ktlab.checkpoint.gguf_file import GGUFCheckpoint
 from ktlab.checkpoint.metadata import Field, metadata_from_config
@@ -22,6 +23,7 @@ from ktlab.checkpoint.synthesis import (
     TINY_V2_CONFIG,
     synthesize,
 )
+from ktlab.checkpoint.tokenizer import byte_tokenizer
 from ktlab.errors import CheckpointError
 from ktlab.model.model import Model
 from tests.checkpoint.conftest import save
@@ -35,9 +37,10 @@ def write_raw(
     tensors: Mapping[str, np.ndarray],
     *,
     shard_size: int = 0,
+    family: ModelConfig = TINY_TEST_CONFIG,
 ) -> Path:
     """A file, or shards of so many tensors, as another program would write them; uint8 is Q8_0."""
-    writer = gguf.GGUFWriter(path, "deepseek2", split_max_tensors=shard_size)
+    writer = gguf.GGUFWriter(path, family.architecture, split_max_tensors=shard_size)
     for key, (value, kind) in fields.items():
         writer.add_key_value(key, value, kind)
     for name, values in tensors.items():
@@ -170,6 +173,40 @@ def test_shared_embedding_and_unused_tensors(tmp_path: Path) -> None:
     embedding = model.tensor("token_embd.weight").dequantize()
     np.testing.assert_array_equal(Model(read).output.weight.dequantize(), embedding)
     assert read.unused == ["rope_order.weight"]  # type: ignore[attr-defined]
+    assert "not used: rope_order.weight" in repr(read)
+    assert "rope_order" in read._repr_mimebundle_()["text/html"]  # type: ignore[attr-defined]
+    plan = ktlab.plan(tmp_path / "old.gguf")
+    said = "tensors that the model does not use, 32 B, are not read: rope_order.weight"
+    assert plan.stored_bytes == read.nbytes - 32 and said in plan.notes
+    assert not any("next-token" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("config", [TINY_V2_CONFIG, TINY_QWEN3MOE_CONFIG], ids=lambda c: c.name)
+def test_tensors_without_which_the_answers_are_wrong(config: Any, tmp_path: Path) -> None:
+    model = synthesize(config)
+    extra: Arrays = {f"blk.{layer}.attn_output.bias": np.ones(64, np.float32) for layer in range(3)}
+    extra |= {"output.scale": np.ones(1, np.float32), "blk.1.ffn_up.weight": np.ones((64, 64))}
+    extra["blk.1.attn_rot_embd.weight"] = np.ones(8, np.float32)
+    fields = metadata_from_config(config)
+    path = write_raw(tmp_path / "more.gguf", fields, arrays(model) | extra, family=config)
+    expected = (
+        "3 problems; .*\n  blk.0.attn_output.bias and 2 more like it have no place in a model of "
+        "this kind\n  output.scale has no place .*\n  blk.1.ffn_up.weight has no place"
+    )
+    for read in (open_checkpoint, ktlab.plan):
+        with pytest.raises(CheckpointError, match=expected):
+            read(path)
+
+
+def test_both_forms_of_keys_and_values(split: MemoryCheckpoint, tmp_path: Path) -> None:
+    """Some files keep the fused matrix beside its parts."""
+    path = write_raw(
+        tmp_path / "both.gguf", metadata_from_config(split.config), arrays(split) | fused(split)
+    )
+    read = open_checkpoint(path)
+    same_logits(read, split)
+    assert len(read.unused) == 3  # type: ignore[attr-defined]
+    assert "and 2 more" in "".join(ktlab.plan(path).notes)
 
 
 def test_a_needed_tensor_of_a_type_that_nothing_computes(
@@ -193,6 +230,35 @@ def test_a_vocabulary_larger_than_the_embedding(split: MemoryCheckpoint, tmp_pat
     path = write_raw(tmp_path / "words.gguf", fields, arrays(split))
     with pytest.raises(CheckpointError, match="has 273 tokens, the embedding only 272 rows"):
         open_checkpoint(path)
+
+
+def test_a_tokenizer_that_cannot_be_right(split: MemoryCheckpoint, tmp_path: Path) -> None:
+    """Told when the file is opened, all of it, and not at the first text."""
+    fields, array = metadata_from_config(split.config), gguf.GGUFValueType.ARRAY
+    fields["tokenizer.ggml.tokens"] = ([f"token{i}" for i in range(272)], array)
+    fields["tokenizer.ggml.token_type"] = ([1] * 9, array)
+    fields["tokenizer.ggml.eos_token_id"] = (272, gguf.GGUFValueType.UINT32)
+    path = write_raw(tmp_path / "words.gguf", fields, arrays(split))
+    expected = "token_type has 9 items for 272 tokens\n.*eos_token_id is 272, expected 0 to 271"
+    with pytest.raises(CheckpointError, match=expected):
+        open_checkpoint(path)
+
+
+def test_a_vocabulary_smaller_than_the_embedding(split: MemoryCheckpoint, tmp_path: Path) -> None:
+    """It is padded, as a converter does it: the model may choose any row."""
+    fields = metadata_from_config(split.config)
+    own, array = byte_tokenizer(260), gguf.GGUFValueType.ARRAY
+    fields["tokenizer.ggml.model"] = ("gpt2", gguf.GGUFValueType.STRING)
+    fields["tokenizer.ggml.pre"] = ("gpt-2", gguf.GGUFValueType.STRING)
+    fields["tokenizer.ggml.tokens"] = (own.tokens, array)
+    fields["tokenizer.ggml.token_type"] = (own.types, array)
+    tokenizer = open_checkpoint(write_raw(tmp_path / "few.gguf", fields, arrays(split))).tokenizer
+    assert tokenizer is not None and tokenizer.vocab_size == 272
+    assert tokenizer.decode([*own.encode("text", bos=False), *range(260, 272)]) == "text"
+    assert tokenizer.pieces([260, 271]) == ["[PAD260]", "[PAD271]"]
+    assert tokenizer.encode("[PAD260]", special=True, bos=False) == own.encode(
+        "[PAD260]", bos=False
+    )
 
 
 @pytest.mark.parametrize("value", [None, 0, 1])
@@ -268,6 +334,17 @@ def test_missing_shards_are_named(shards: list[Path], tmp_path: Path) -> None:
     for named in (first, second, third, tmp_path):
         with pytest.raises(CheckpointError, match=f"3 shards, of which {second.name} is not in"):
             open_checkpoint(named)
+
+
+@pytest.mark.parametrize("name", ["00000-of-00000", "00001-of-00000", "00004-of-00003"])
+def test_a_number_that_no_shard_has(shards: list[Path], tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"model-{name}.gguf"
+    shutil.copy(shards[0], path)
+    for named in (path, tmp_path):
+        with pytest.raises(CheckpointError, match=f"{path.name}: its name says shard {name[4]} of"):
+            open_checkpoint(named)
+        with pytest.raises(CheckpointError, match="its name says shard"):
+            ktlab.plan(named)
 
 
 def test_shards_of_different_models(shards: list[Path], tmp_path: Path) -> None:

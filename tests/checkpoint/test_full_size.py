@@ -112,7 +112,11 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 50_000))
     with pytest.raises(CheckpointError, match=r"needs .* free; make room, choose another"):
         synthesize_file(tmp_path / "big.gguf", CONFIG, "q4_k_m")
-    assert not (tmp_path / "big.gguf").exists()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "big.gguf.part").write_bytes(b"begun before")
+    with pytest.raises(CheckpointError, match=r"needs .* free"):
+        synthesize_file(tmp_path / "big.gguf", CONFIG, "q4_k_m")
+    assert (tmp_path / "big.gguf.part").exists()
 
 
 def test_a_disk_that_fills_up_keeps_what_is_there_and_never_the_final_name(tmp_path: Path) -> None:
@@ -166,6 +170,25 @@ def test_the_command_writes_a_file_that_loads(
     assert ktlab.load(out).config.num_layers == 2
     assert cli.main([*command, "--out", str(out)]) == 2
     assert "there already" in capsys.readouterr().err
+    command[3] = "int8_channel"
+    assert cli.main([*command, "--out", str(tmp_path / "no.gguf")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("int8_channel") == 1 and "more tensors are int8_channel, which exists" in said
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = replace(published_model("deepseek-v2-lite"), config=CONFIG)
+    monkeypatch.setattr("ktlab.checkpoint.published.published_model", lambda name: small)
+
+    def interrupt(*_: object) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(full_size, "_rows", interrupt)
+    out = tmp_path / "cut.gguf"
+    assert cli.main(["synthesize", "deepseek-v2-lite", "--out", str(out)]) == 130
+    assert f"{out}.part stays: the same command goes on from there" in capsys.readouterr().err
 
 
 def test_the_progress_bar_judges_the_time_left_by_what_this_run_did() -> None:

@@ -1,5 +1,8 @@
 """What was written is read back, bit for bit; older forms of the same model too."""
 
+import errno
+import shutil
+from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +134,22 @@ def test_failed_write_leaves_the_old_file(
         save(checkpoint, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_without_room(
+    checkpoint: MemoryCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: str, mode: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.chmod", full)
+    with pytest.raises(CheckpointError, match="m.gguf: the disk became full .No space left on"):
+        save(checkpoint, tmp_path / "m.gguf")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 50_000))
+    with pytest.raises(CheckpointError, match=r"m.gguf needs .* KiB free; make room"):
+        save(checkpoint, tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------- configuration

@@ -224,6 +224,14 @@ def test_added_tokens_of_the_user_are_found_in_text() -> None:
         ({"tokenizer.ggml.eos_token_id": "x"}, "eos token 'x' is outside"),
         ({"tokenizer.ggml.merges": ["a b c"]}, "is no pair"),
         ({"tokenizer.ggml.merges": ["漢 字"]}, "unusable tokenizer"),
+        ({"tokenizer.ggml.merges": [1, 2]}, r"merges is \[1, 2\], expected a list of texts"),
+        ({"tokenizer.ggml.token_type": ["a"] * 272}, "expected a list of whole numbers"),
+        ({"tokenizer.ggml.tokens": [b"a"]}, "tokens is .*, expected a list of texts"),
+        (
+            {"tokenizer.ggml.token_type": 3, "tokenizer.ggml.merges": 7},
+            "merges is 7, expected a list of texts; .*token_type is 3, expected a list of whole",
+        ),
+        ({"tokenizer.ggml.bos_token_id": True}, "bos token True is outside"),
     ],
 )
 def test_bad_metadata(changes: dict[str, object], expected: str) -> None:
@@ -257,6 +265,13 @@ def _far_id(content: dict) -> None:
         (_metaspace, "without a ByteLevel step"),
         (_far_id, "largest token id is 1000000000"),
         (lambda content: content.pop("model"), "not a tokenizer.json"),
+        (lambda content: content.update(pre_tokenizer=5), "tokenizer.json: not a tokenizer.json"),
+        (lambda content: content["pre_tokenizer"].update(pretokenizers=[5]), "not a tokenizer.js"),
+        (lambda content: content["pre_tokenizer"].update(pretokenizers=7), "not a tokenizer.json"),
+        (lambda content: content.update(normalizer=[5]), "not a tokenizer.json"),
+        (lambda content: content.update(added_tokens=[5]), "not a tokenizer.json"),
+        (lambda content: content["model"].update(merges=5), "unusable tokenizer"),
+        (lambda content: content["model"].update(vocab={"a": "b"}), "unusable tokenizer"),
     ],
 )
 def test_bad_files(change: Callable[[dict], object], expected: str, tmp_path: Path) -> None:
@@ -303,6 +318,9 @@ def test_what_lies_beside(tmp_path: Path) -> None:
     assert full.stop_ids == {1, 7}
     (tmp_path / "chat_template.jinja").write_text("j")
     assert Tokenizer.from_file(path).chat_template == "j"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="chat_template.jinja: .* expected text in UTF-8"):
+        Tokenizer.from_file(path)
     beside.write_text("{")
     with pytest.raises(CheckpointError, match="tokenizer_config.json: not JSON"):
         Tokenizer.from_file(path)
