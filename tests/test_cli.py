@@ -149,6 +149,10 @@ def test_doctor(capsys):
         (["compare", "GGUF", "--text", __file__, "--window", "4096"], "window = 4096"),
         (["trace", "GGUF", "--text", __file__, "--out", "/nowhere/x.npz"], "/nowhere"),
         (["trace", "GGUF", "--text", __file__, "--out", "x.npz", "--names", "nope"], "nope"),
+        (["trace", "nope", "--out", "/nowhere/x.npz"], "there is no folder /nowhere"),
+        (["trace", "nope", "--out", "x.bin"], "expected a name that ends in .npz, found .bin"),
+        (["trace", "nope", "--out", "x.npz", "--max-tokens", "-5"], "--max-tokens -5: expected 1"),
+        (["synthesize", "deepseek-v2-lite", "--out", "x.bin"], "ends in .gguf, found .bin"),
     ],
 )
 def test_errors_are_one_line_and_code_2(gguf, arguments, says, capsys, tmp_path, monkeypatch):
@@ -162,7 +166,7 @@ def test_errors_are_one_line_and_code_2(gguf, arguments, says, capsys, tmp_path,
 
 
 def test_binary_and_empty_texts(gguf, tmp_path, capsys):
-    for content, says in ((b"\xff\xfe\x00", "not UTF-8"), (b"", "empty")):
+    for content, says in ((b"\xff\xfe\x00", "expected text in UTF-8"), (b"", "empty")):
         path = tmp_path / "t.txt"
         path.write_bytes(content)
         assert cli.main(["compare", gguf, "--text", str(path), "--no-speed"]) == 2

@@ -15,8 +15,8 @@ from typing import Any
 
 import ktlab
 from ktlab.cli import bench, chat, eval, machine, plan, predict, rules, synthesize
-from ktlab.cli.arguments import add_model, add_text, loaded, texts_of
-from ktlab.errors import KtlabError
+from ktlab.cli.arguments import add_model, add_text, check_output, loaded, texts_of
+from ktlab.errors import KtlabError, SettingError
 from ktlab.model.words import EXAMPLES, settings
 
 
@@ -167,8 +167,11 @@ def _trace(options: argparse.Namespace) -> int:
     from ktlab.measurement.provenance import Provenance
     from ktlab.measurement.windows import encoded
 
-    model = loaded(options)
+    if options.max_tokens < 1:
+        raise SettingError(f"--max-tokens {options.max_tokens}: expected 1 or more")
+    check_output(options.out, ".npz")
     texts = texts_of(options)
+    model = loaded(options)
     each, traces = max(1, options.max_tokens // len(texts)), []
     for name, text in texts.items():
         ids_T = encoded(model, text, name, limit=each)

@@ -52,7 +52,7 @@ def texts_of(options: argparse.Namespace) -> Mapping[str, str]:
     if options.text == "-":
         return {"standard input": sys.stdin.read()}
     if options.text:
-        return {Path(options.text).stem: Path(options.text).read_text(encoding="utf-8")}
+        return {Path(options.text).stem: _read(Path(options.text))}
     texts = ktlab.domain_texts()
     if not options.domain:
         return texts
@@ -62,3 +62,27 @@ def texts_of(options: argparse.Namespace) -> Mapping[str, str]:
             f"{nearest(options.domain, texts)}"
         )
     return {options.domain: texts[options.domain]}
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingError(
+            f"{path}: expected text in UTF-8, found something else at byte {error.start}"
+        ) from error
+    if not text:
+        raise SettingError(f"{path}: expected a text, found an empty file")
+    return text
+
+
+def check_output(path: Path, suffix: str) -> None:
+    """Before anything long is done: a name that ends in `suffix`, in a folder that is there."""
+    problems = []
+    if path.suffix != suffix:
+        found = path.suffix or "no suffix"
+        problems.append(f"expected a name that ends in {suffix}, found {found}")
+    if not path.parent.is_dir():
+        problems.append(f"there is no folder {path.parent}")
+    if problems:
+        raise SettingError(f"{path}: {'; '.join(problems)}")

@@ -4,6 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from ktlab.cli.arguments import check_output
+from ktlab.html import decimal_bytes
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a published shape, such as deepseek-v2-lite")
@@ -20,11 +23,22 @@ def run(options: argparse.Namespace) -> int:
     from ktlab.checkpoint.published import published_model
     from ktlab.progress import ProgressBar
 
+    check_output(options.out, ".gguf")
     config = published_model(options.model).config
     config = sliced(config, layers=options.layers, experts=options.experts)
-    bar = ProgressBar(options.out.name, sys.stderr)
+    bar, said = ProgressBar(options.out.name, sys.stderr), False
+
+    def progress(done: float, total: float) -> None:
+        nonlocal said
+        if not said:
+            print(f"{options.out}: {decimal_bytes(total)}", file=sys.stderr)
+        said = True
+        bar(done, total)
+
     try:
-        path = synthesize_file(options.out, config, options.format, seed=options.seed, progress=bar)
+        path = synthesize_file(
+            options.out, config, options.format, seed=options.seed, progress=progress
+        )
     except KeyboardInterrupt:
         if (part := part_of(options.out.expanduser())).exists():
             print(f"\n{part} stays: the same command goes on from there", file=sys.stderr)

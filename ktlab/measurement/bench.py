@@ -30,7 +30,7 @@ from ktlab.kernels.threads import default_threads
 from ktlab.measurement.contenders import Contender, OwnKernel, PeerKernel
 from ktlab.measurement.peers import client
 from ktlab.measurement.provenance import Provenance
-from ktlab.measurement.rounds import LOADING, MOST_REPEATS, Progress, Rates, take_turns
+from ktlab.measurement.rounds import LOADING, MOST_REPEATS, Progress, Rates, scatter, take_turns
 from ktlab.measurement.synthetic import (
     Inputs,
     MoeShape,
@@ -88,6 +88,11 @@ class KernelCase(Record):
         """The best round."""
         return min(self.samples_s, default=self.median_s)
 
+    @property
+    def scatter(self) -> str:
+        """How far apart the rounds lie, or how few they are."""
+        return scatter(self.spread, len(self.samples_s))
+
     def row(self) -> tuple[str, ...]:
         """For printing."""
         return (
@@ -95,7 +100,7 @@ class KernelCase(Record):
             self.backend,
             self.isa,
             f"{self.format}, {self.layout}",
-            f"{1e3 * self.median_s:,.4g} ms ± {100 * self.spread / 2:.0f} %",
+            f"{1e3 * self.median_s:,.4g} ms {self.scatter}",
             f"{self.gflops:.4g}",
             f"{self.gb_s:.3g}",
             f"{100 * self.ceiling_share:.0f} % of {self.ceiling}",

@@ -152,7 +152,8 @@ def _text(
     if saved is None:
         if text is None:
             raise ContextError("no text and no baseline: expected something to read")
-        scheme = Scheme(window=window or (HALF_WINDOW if half else WINDOW), half=half)
+        usual = HALF_WINDOW if half else WINDOW
+        scheme = Scheme(window=usual if window is None else window, half=half)
         check_window(model, scheme.window)
         ids_T = encoded(model, text, limit=None if max_tokens is None else max_tokens + 1)
         if not scheme.scored(len(ids_T)):

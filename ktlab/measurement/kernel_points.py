@@ -106,7 +106,7 @@ class KernelRoofline(Record):
             (
                 str(c.tokens),
                 _name(c),
-                f"{1e3 * c.median_s:,.4g} ms ± {50 * c.spread:.0f} %",
+                f"{1e3 * c.median_s:,.4g} ms {c.scatter}",
                 f"{c.gflops:,.0f}",
                 f"{c.gb_s:.3g}",
                 f"{100 * c.ceiling_share:.0f} % of {c.ceiling}",

@@ -25,7 +25,7 @@ from ktlab.measurement.peers import client
 from ktlab.measurement.peers.client import Generated
 from ktlab.measurement.placed_run import PlacedRun, logits_of, placed_run
 from ktlab.measurement.provenance import Provenance
-from ktlab.measurement.rounds import CACHES, LARGEST_BUFFER, LEAST_BUFFER, Progress
+from ktlab.measurement.rounds import CACHES, LARGEST_BUFFER, LEAST_BUFFER, Progress, scatter
 from ktlab.measurement.synthetic import check_seed
 from ktlab.probe import Recorder
 from ktlab.record import Record
@@ -105,8 +105,9 @@ class ModelBench(Record):
         before = f" after {self.context:,} cached positions" if self.context else ""
         lines = [f"{self.model}: {self.prompt} tokens of prompt{before}, then {self.generate}"]
         for case in self.cases:
-            prefill = f"{case.prefill_tokens_per_s:.4g} ± {50 * case.prefill_spread:.0f} %"
-            decode = f"{case.decode_tokens_per_s:.4g} ± {50 * case.decode_spread:.0f} %"
+            rounds = len(case.prefill_samples)
+            prefill = f"{case.prefill_tokens_per_s:.4g} {scatter(case.prefill_spread, rounds)}"
+            decode = f"{case.decode_tokens_per_s:.4g} {scatter(case.decode_spread, rounds)}"
             lines.append(f"  {case.who:18} prefill {prefill:14} decode {decode:14} tokens/s")
         lines += [
             f"  prefill at {100 * self.prefill_ceiling_share:.0f} % of {self.prefill_ceiling}, "

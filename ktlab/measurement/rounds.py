@@ -21,6 +21,8 @@ HOPELESS = 1.5
 CACHES = 4
 """Reading is measured on a buffer of so many times the last-level cache."""
 LEAST_BUFFER, LARGEST_BUFFER = 256 << 20, 1 << 30
+LEAST_ROUNDS = 3
+"""With fewer, quartiles say nothing."""
 LOADING = ", tile loads included"
 """Of a rate's name: what AMX can give at most in any product of matrices."""
 
@@ -93,6 +95,15 @@ class Rates:
         times = (nbytes / rates["read"], "read"), (operations / rates[name], name)
         least_s, bounding = max(times, key=lambda time: time[0])
         return least_s, bounding, rates[bounding]
+
+
+def scatter(spread: float, rounds: int) -> str:
+    """How far apart rounds lie, for printing: half the distance of their quartiles over the median
+    (`spread` is the whole), or how few they are. `rounds` 0: not known, as of a case read from a
+    file."""
+    if 0 < rounds < LEAST_ROUNDS:
+        return "(one round)" if rounds == 1 else f"({rounds} rounds)"
+    return f"± {50 * spread:.0f} %"
 
 
 def take_turns(

@@ -107,7 +107,7 @@ class Twin(Record):
                     (
                         f"{phase}, {case.tokens} token{'s' * (case.tokens > 1)}",
                         label,
-                        f"{1e3 * case.median_s:.3g} ms ± {50 * case.spread:.0f} %",
+                        f"{1e3 * case.median_s:.3g} ms {case.scatter}",
                         "baseline" if cases is self.a else f"×{ratio}",
                         f"{case.gflops:,.0f} GFLOP/s, {case.gb_s:.3g} GB/s",
                         f"{100 * case.ceiling_share:.0f} % of {case.ceiling}",

@@ -11,6 +11,7 @@ from ktlab.notebook.control_room_choice import Choice
 from ktlab.notebook.control_room_html import EMPTY, number, panel_title, tile
 from ktlab.notebook.control_room_kernels import OFF
 from ktlab.notebook.control_room_results import Results
+from ktlab.placement import prediction_view
 from ktlab.placement.listed import machine_names
 from ktlab.placement.machine import THIS
 from ktlab.placement.predict import PHASES, Prediction, predict
@@ -35,10 +36,23 @@ def subject(model: Model, shape: str) -> str:
     return str(model.checkpoint.path)
 
 
-def prediction(model: Model, choice: Choice, machine: str, shape: str) -> Prediction:
-    """What the panel shows; the experts a token takes are the setting's, as far as a rule has
-    them. Raises as `ktlab.predict` does."""
-    return _predicted(subject(model, shape), machine, choice.top_k, choice.placement)
+def prediction(
+    model: Model, choice: Choice, machine: str, shape: str, results: Results | None = None
+) -> Prediction:
+    """What the panel shows; a token takes the setting's experts, or where a rule decides as many
+    as it took in `results`, rounded. Raises as `ktlab.predict` does."""
+    mean = taken(choice, results)
+    top_k = choice.top_k if mean is None else max(1, round(mean))
+    return _predicted(subject(model, shape), machine, top_k, choice.placement)
+
+
+def taken(choice: Choice, results: Results | None) -> float | None:
+    """Experts a token took under a rule, over all layers; None where k is fixed, or as long as
+    nothing is measured."""
+    found = results.histogram if results and choice.rule != "fixed k" else None
+    if found is None or not found.tokens:
+        return None
+    return float(found.after_LE.sum()) / (found.tokens * len(found.layers))
 
 
 @lru_cache(maxsize=64)
@@ -63,15 +77,20 @@ def elsewhere(
     if machine == OFF:
         return f'<div class="cr-twin cr-grey">{WHY}</div>'
     try:
-        found = prediction(model, choice, machine, shape)
+        found = prediction(model, choice, machine, shape, results)
     except KtlabError as error:
         return f'<div class="cr-twin cr-error" role="alert">no prediction: {text(error)}</div>'
+    experts, mean = f"{found.top_k} experts a token", taken(choice, results)
+    if mean is not None:
+        experts += f" (the rule took {mean:.1f} here)"
+    elif choice.rule != "fixed k":
+        experts += " (the most that the rule may take)"
     return (
         f'<div class="cr-twin" data-machine="{text(machine)}">'
         f'<div class="cr-grey"><b>measured here</b>, {text(model.name)}, '
         f"{text(choice.label)}</div>{_here(results)}"
         f'<div class="cr-grey"><b>predicted there</b>, {text(found.model)}'
-        f" in {text(found.format)}, {found.top_k} experts a token, {text(machine)}, engine "
+        f" in {text(found.format)}, {experts}, {text(machine)}, engine "
         f"{text(found.engine)}</div>{_there(found)}{_notes(found)}</div>"
     )
 
@@ -96,17 +115,13 @@ def _there(found: Prediction) -> str:
         value = getattr(found, f"{phase}_tokens_per_s")
         tokens = f"{PROMPT} tokens" if phase == "prefill" else f"after {PROMPT} tokens"
         body = Raw(
-            f'<span class="cr-value">{_speed(value)}</span> '
+            f'<span class="cr-value">{prediction_view.about(value)}</span> '
             f'<span class="cr-spread">tokens/s</span><div class="cr-grey">waits for '
             f"{text(_once(found.bound(phase)))}</div>"
         )
         title = f"A model of the machine, {tokens}. Here: room.prediction.times[{phase!r}]"
         rows.append(tile(f"there_{phase}", f"{phase}, predicted", body, title))
     return f'<div class="cr-tiles">{"".join(rows)}</div>'
-
-
-def _speed(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _once(bound: str) -> str:

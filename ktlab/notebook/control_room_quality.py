@@ -70,12 +70,14 @@ def verdict(results: Results) -> str:
         return f"{name} is the baseline: no change"
     if not isfinite(found.kl_mean.high):
         return f"{name} against {base}: too few tokens yet for a verdict"
-    if not found.significant("kl_mean"):
-        return f"no change: {name} and {base} differ by rounding at most"
     ratio = found.perplexity_ratio
-    if not ratio.changed:
-        return f"{name} predicts differently, but not measurably worse than {base}"
-    return f"{name} is {'worse' if ratio.value > 1 else 'better'} than {base}"
+    if not found.significant("kl_mean"):
+        said = f"no change: {name} and {base} differ by rounding at most"
+    elif not ratio.changed:
+        said = f"{name} predicts differently, but not measurably worse than {base}"
+    else:
+        said = f"{name} is {'worse' if ratio.value > 1 else 'better'} than {base}"
+    return said if found.tokens >= found.total_tokens else f"so far: {said}"
 
 
 def _figure(

@@ -4,7 +4,7 @@ L layers with a router, E experts, U pieces of text.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log2
 from typing import Any
@@ -236,21 +236,22 @@ class Point:
     current: bool
 
 
-def points(tried: Iterable[Results], current: Choice, phase: str) -> tuple[Point, ...]:
+def points(
+    tried: Iterable[Results], current: Choice, phase: str, baseline: Choice
+) -> tuple[Point, ...]:
     """The settings whose quality and speed are measured; the front among them marked.
 
-    The baseline is there with the first of them: against itself it has nothing to measure.
+    The baseline is there from the beginning: against itself it has nothing to measure.
     """
     from ktlab.figures import pareto_front
 
-    found: dict[Choice, tuple[Interval, Interval]] = {}
+    itself = Interval(
+        value=0, low=0, high=0, method="the baseline against itself: nothing to measure"
+    )
+    found = {baseline: (replace(itself, value=1, low=1, high=1), itself)}
     for r in tried:
         ratio = r.speed_ratio(phase)
-        if r.quality is not None and ratio is not None:
-            found.setdefault(
-                r.baseline,
-                (intervals.exactly(ratio, 1.0), intervals.exactly(r.quality.kl_mean, 0.0)),
-            )
+        if r.quality is not None and ratio is not None and not r.is_baseline:
             found[r.choice] = (ratio, r.quality.kl_mean)
     pairs = list(found.values())
     front = pareto_front([speed.value for speed, _ in pairs], [kl.value for _, kl in pairs])

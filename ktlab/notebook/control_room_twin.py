@@ -62,7 +62,7 @@ def _tile(found: Twin, phase: str, doing: str) -> str:
         (
             label,
             f"{1e3 * case.median_s:.3g} ms",
-            f"± {50 * case.spread:.0f} %",
+            case.scatter,
             f"{100 * case.ceiling_share:.0f} % of {case.ceiling}",
             f"error {100 * case.relative_error:.2g} %",
         )

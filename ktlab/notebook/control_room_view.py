@@ -113,7 +113,7 @@ class ControlRoom:
     @property
     def points(self) -> tuple[Point, ...]:
         """The tried settings in the plane of speed (over the baseline's) and KL divergence."""
-        return points(self.tried, self.state.choice, self.state.phase)
+        return points(self.tried, self.state.choice, self.state.phase, self.state.baseline)
 
     @property
     def front(self) -> tuple[Point, ...]:
@@ -132,7 +132,7 @@ class ControlRoom:
         state = self.state
         if state.machine == OFF:
             return None
-        return prediction(self.model, state.choice, state.machine, state.twin)
+        return prediction(self.model, state.choice, state.machine, state.twin, self.results)
 
     @property
     def kernels(self) -> Explanation:

@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,7 @@ class GenerationView(Instrument):
         self.prompt, self.written, self.bound = prompt, list(written), bound
         k, trained = int(self.experts.value), self.model.config.top_k
         remark = "as trained" if k == trained else f"trained with {trained}"
-        self.note = f"{len(written)} tokens with {k} experts a token ({remark})"
+        self.note = f"{len(written)} tokens with {k} expert{'s' * (k > 1)} a token ({remark})"
         self.summary.value = numbers(self.figures())
         self.output.value = written_html(prompt, self.written)
 
@@ -121,9 +122,9 @@ class GenerationView(Instrument):
         if self.bound is not None:
             found["of this machine's ceiling"] = self.bound
         logprob_T = np.array([token.logprob for token in self.written])
-        found["mean probability (geometric)"] = intervals.mean(
-            logprob_T, Blocks.cut([len(logprob_T)]), scale="exp"
-        )
+        mean = intervals.mean(logprob_T, Blocks.cut([len(logprob_T)]), scale="exp")
+        high = min(1.0, mean.high) if math.isfinite(mean.high) else mean.high
+        found["mean probability (geometric)"] = replace(mean, high=high)
         return found
 
     def to_html(self) -> str:

@@ -21,7 +21,7 @@ from ktlab.measurement.tokens import divergence
 from ktlab.measurement.windows import piece_count
 from ktlab.memory import trim
 from ktlab.model.components import every_product
-from ktlab.model.copies import room
+from ktlab.model.copies import passing, room
 from ktlab.probe import Recorder
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ CACHE_BYTES, CACHE_SHARE = 10**9, 16
 """What the caches of a context may take, or this part of the room, if that is more."""
 EXACT = ("torch", "numpy")
 """Backends that multiply in float32."""
+EXACT_WEIGHTS = 1e8
+"""Of a model whose float32 copies may lie in memory for a moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,15 @@ def agreement(model: "Model", ids: Sequence[int]) -> Agreement:
         kl=intervals.mean(kl_T, blocks, scale="log", unit="nats"),
         rounded=any(p.kernel.backend not in EXACT for p in every_product(model)),
     )
+
+
+def exact_agreement(model: "Model", ids: Sequence[int]) -> Agreement | None:
+    """The same where every product is exact in float32; None where the floats would be large."""
+    weights = sum(stack.size for product in every_product(model) for stack in product.stacks)
+    if weights > EXACT_WEIGHTS:
+        return None
+    with passing(model), model.override(backend="torch"):
+        return agreement(model, ids)
 
 
 def _twins(model: "Model") -> "dict[Form, Model]":

@@ -25,6 +25,7 @@ from ktlab.notebook.mla_timing import (
     agreement,
     cache_bytes,
     default_contexts,
+    exact_agreement,
     in_memory,
     measure,
     times_faster,
@@ -53,6 +54,8 @@ class MLAView(Instrument):
         check_latent(model)
         super().__init__(model)
         self.agreement: Agreement | None = None
+        self.exact: Agreement | None = None
+        """The same with exact products, where the kernels here round."""
         self.points: list[dict[Any, AttentionTime]] = []
         self.contexts = default_contexts(min(4096, model.config.context_length))
         self.source = TextSource(texts, self.refresh)
@@ -93,9 +96,14 @@ class MLAView(Instrument):
         tokens = int(self.calls.value)
         quick = pace(self.model)
         ids = self.model.tokenizer.encode(self.source.text)
-        found = agreement(self.model, ids[: quick.read(READ_S, MOST_TOKENS, least=64)])
-        if not self.publish(cancel, lambda: self._show_agreement(found)):
+        ids = ids[: quick.read(READ_S, MOST_TOKENS, least=64)]
+        found = agreement(self.model, ids)
+        if not self.publish(cancel, lambda: self._show_agreement(found, None)):
             return
+        if found.rounded and not found.equal:
+            exact = exact_agreement(self.model, ids)
+            if not self.publish(cancel, lambda: self._show_agreement(found, exact)):
+                return
         ceilings = measure_machine()
         fitting = in_memory(self.model, [n for n in self.contexts if n >= tokens])
         contexts, repeats = affordable(quick.seconds(tokens), fitting, MEASURE_S)
@@ -113,8 +121,8 @@ class MLAView(Instrument):
 
     # Showing ---------------------------------------------------------------------------------
 
-    def _show_agreement(self, found: Agreement) -> None:
-        self.agreement = found
+    def _show_agreement(self, found: Agreement, exact: Agreement | None) -> None:
+        self.agreement, self.exact = found, exact
         self.summary.value = numbers(self.figures())
 
     def _show_point(self, point: dict[Any, AttentionTime]) -> None:
@@ -133,10 +141,13 @@ class MLAView(Instrument):
         if self.agreement is not None:
             a = self.agreement
             if a.rounded and not a.equal:
-                verdict = "apart by rounding"  # of the activations, in the kernels that run here
+                if self.exact is not None:
+                    found["logits, exact products"] = _verdict(self.exact)
+                found["logits, the kernels here (activations in 8 or 16 bits)"] = (
+                    f"apart by up to {a.max_difference:.2g}, where a router's near tie tips"
+                )
             else:
-                verdict = "equal" if a.equal else "DIFFERENT"
-            found["logits"] = f"{verdict}, by {a.max_difference:.2g} at most"
+                found["logits"] = _verdict(a)
             found["KL divergence"] = a.kl
             found[f"same top-1 of {a.tokens:,} tokens"] = a.same_top1
         per_token = {form: cache_bytes(self.model, form, 1) for form in FORMS}
@@ -215,6 +226,12 @@ class MLAView(Instrument):
         self.wait()
         plots = [go.Figure(self.charts[name].to_dict()) for name in self.charts]
         return Snapshot(self.to_html(), *plots, plain=repr(self))
+
+
+def _verdict(found: Agreement) -> str:
+    if found.equal:
+        return f"equal within {found.max_difference:.2g}"
+    return f"DIFFERENT, by {found.max_difference:.2g} at most"
 
 
 def _lines(title: str, unit: str, *, measured: bool) -> "Figure":

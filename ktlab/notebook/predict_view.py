@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
@@ -41,6 +42,7 @@ STAGES: Mapping[str, tuple[str, str]] = {
 PROMPTS = (2, 32, 128, 500, 969, 1930, 3846, 7678, 16000, 32000)
 MOST_GPU_LAYERS = 8
 GENERATED = 300
+"""Tokens of the answer, where nothing was published to compare with."""
 
 
 class PredictView(Instrument):
@@ -132,29 +134,37 @@ class PredictView(Instrument):
 
     def _predict(self, cancel: threading.Event) -> None:
         machine = with_sockets(self._machine(self.machine_choice.value), int(self.sockets.value))
-        wanted: dict[str, Any] = {
-            "machine": machine,
-            "engine": self.engine_choice.value,
-            "top_k": int(self.experts.value),
-            "prompt": int(self.prompt.value),
-            "generate": GENERATED,
-        }
         name, count = str(self.model_choice.value), int(self.gpu_layers.value)
-        found = predict(name, **wanted)
-        if count and GPU in found.memory:
-            layers = list(published_models()[name].config.moe_layers)[:count]
-            placement = found.plan.placement.put("experts", GPU, layers=layers)
-            found = predict(name, **wanted, placement=placement)
+        engine, k = str(self.engine_choice.value), int(self.experts.value)
+        prompt = int(self.prompt.value)
         if self._table is None:
             self._table = published()
         known = (*self._table.fitted, *self._table.held_out, *self._table.left_out)
-        same = () if count else tuple(one for one in known if _is(one, found, name))
-        self.publish(cancel, lambda: self._keep(found, same))
+        setting = (name, machine.name, _line(engine), k, prompt)
+        same = () if count else tuple(one for one in known if _setting(one) == setting)
+        wanted: dict[str, Any] = {
+            "machine": machine,
+            "engine": engine,
+            "top_k": k,
+            "prompt": prompt,
+            # What was published is of an answer as long as theirs.
+            "generate": next((one.generate for one in same), GENERATED),
+        }
+        found = predict(name, **wanted)
+        on_gpu = GPU in found.memory
+        if count and on_gpu:
+            layers = list(published_models()[name].config.moe_layers)[:count]
+            placement = found.plan.placement.put("experts", GPU, layers=layers)
+            found = predict(name, **wanted, placement=placement)
+        self.publish(cancel, lambda: self._keep(found, same, on_gpu))
 
-    def _keep(self, found: Prediction, same: tuple[Speed, ...]) -> None:
+    def _keep(self, found: Prediction, same: tuple[Speed, ...], on_gpu: bool) -> None:
         self.prediction, self.published = found, same
-        said = f"predicted for {found.engine} on {found.machine}; nothing here was measured"
-        self.note = "; ".join([said, *found.notes])
+        said = [f"predicted for {found.engine} on {found.machine}; nothing here was measured"]
+        self.gpu_layers.disabled = not on_gpu
+        if self.gpu_layers.value and not on_gpu:
+            said.append(f"GPU layers change nothing: {found.engine} uses no GPU here")
+        self.note = "; ".join([*said, *found.notes])
         self.summary.value = numbers(self.figures())
         self.beside.value = beside_html(same)
         _redraw(self.bars, stage_bars(found))
@@ -171,24 +181,30 @@ class PredictView(Instrument):
             "waits for": found.bound("prefill"),
             "decode, predicted": f"{prediction_view.about(found.decode_tokens_per_s)} tokens/s",
             "waits for ": found.bound("decode"),
-            **self._error(),
+            **self._error(found),
             **{
                 f"memory of {name}": html.decimal_bytes(size) for name, size in found.memory.items()
             },
         }
 
-    def _error(self) -> dict[str, str]:
-        """How far off such predictions were where nothing had been fitted."""
+    def _error(self, found: Prediction) -> dict[str, str]:
+        """How far off predictions for this engine were where nothing had been fitted."""
         if self._table is None:
             return {}
-        error = self._table.errors["held_out"]
-        return {
-            f"error on {error['count']} published speeds, held out": f"median "
-            f"{100 * error['median']:.0f} %, worst {100 * error['worst']:.0f} %",
-            **{
-                f"left out of them: {one.model}": f"{100 * one.error:+.0f} %"
-                for one in self._table.left_out
-            },
+
+        def of_engine(speeds: tuple[Speed, ...]) -> list[Speed]:
+            return [one for one in speeds if _line(one.engine) == _line(found.engine)]
+
+        errors = [abs(one.error) for one in of_engine(self._table.held_out)]
+        if errors:
+            name = f"error on {len(errors)} published speeds of this engine, held out"
+            middle, worst = 100 * median(errors), 100 * max(errors)
+            said = {name: f"median {middle:.0f} %, worst {worst:.0f} %"}
+        else:
+            said = {"error": "unknown: no published speed of this engine was held out"}
+        return said | {
+            f"left out of them: {one.model}": f"{100 * one.error:+.0f} %"
+            for one in of_engine(self._table.left_out)
         }
 
     def to_html(self) -> str:
@@ -283,14 +299,9 @@ def _redraw(chart: Any, fig: "Figure") -> None:
                 setattr(old, name, getattr(new, name))
 
 
-def _is(one: Speed, found: Prediction, model: str) -> bool:
-    return (
-        one.model == model
-        and one.machine == found.machine
-        and one.top_k == found.top_k
-        and one.prompt == found.prompt
-        and _line(one.engine) == _line(found.engine)
-    )
+def _setting(one: Speed) -> tuple[str, str, str, int, int]:
+    """What a speed must share with the controls to stand beside their prediction."""
+    return one.model, one.machine, _line(one.engine), one.top_k, one.prompt
 
 
 def _line(engine: str) -> str:
@@ -306,7 +317,8 @@ def beside_html(same: tuple[Speed, ...]) -> str:
     for phase in PHASES:
         found = [f"{one.published:.4g}" for one in same if one.phase == phase]
         said += [f"{phase} {' and '.join(found)} tokens/s"] if found else []
-    return f'<div class="s">published for this setting: {html.text("; ".join(said))}</div>'
+    setting = f"this setting, {same[0].generate:,} tokens of answer"
+    return f'<div class="s">published for {setting}: {html.text("; ".join(said))}</div>'
 
 
 def tables_html(found: Prediction) -> str:

@@ -31,6 +31,8 @@ LARGE_TOKENS, LARGE_S = 6, 45.0
 """Of a large model: tokens that each setting runs, and seconds after which none begins any more."""
 COMPARED_WEIGHTS = 6e8
 """Of experts, which the slowest kernels compute within seconds."""
+FORMAT_WORDS = ("quantize", "format")
+"""Switches that change the weights' values, and not only how they are multiplied."""
 SLOTS = 32
 """Curves that the live figure has room for: it keeps its traces."""
 
@@ -202,8 +204,8 @@ def kernel_frame(
 ) -> "pd.DataFrame":
     """Each setting's kernel and its error: relative distance of a token's output of the experts of
     the first layer that has some (of tokens that went to the same ones), and of its logits, from
-    float32 products of the stored weights. Medians over the tokens, with 95 % intervals between
-    order statistics (of fewer than 6 tokens: the smallest and the largest).
+    float32 products of the same weights in the same format. Medians over the tokens, with 95 %
+    intervals between order statistics (of fewer than 6 tokens: the smallest and the largest).
 
     A setting that cannot compute this model says why. Of a large model only the first layers run,
     with the settings on the experts alone; the column says how many layers. Copies are let go
@@ -232,8 +234,16 @@ def kernel_frame(
         found = recorder.joined()
         return found[name].numpy(), np.sort(found[chosen].numpy()), logits, kernel
 
-    # NumPy holds one expert's floats at a time, torch all of them.
-    exact, exact_ids_TK, exact_logits, _ = outputs({"backend": "numpy"})
+    references: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, str]] = {}
+
+    def reference(words: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+        """What another format loses is not the kernel's: each is held against itself."""
+        formats = {word: words[word] for word in FORMAT_WORDS if word in words}
+        if repr(formats) not in references:
+            # NumPy holds one expert's floats at a time, torch all of them.
+            references[repr(formats)] = outputs({"backend": "numpy", **formats})
+        return references[repr(formats)]
+
     rows, stopped = [], ""
     for number, (label, words) in enumerate(settings.items(), 1):
         if large and not stopped and monotonic() - start > LARGE_S:
@@ -241,6 +251,7 @@ def kernel_frame(
         why = stopped
         try:
             if not why:
+                exact, exact_ids_TK, exact_logits, _ = reference(words)
                 found, ids_TK, logits, kernel = outputs(words)
         except SettingError as error:
             why = str(error).split(";")[0]

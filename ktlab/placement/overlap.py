@@ -202,8 +202,9 @@ class DeferralGain(Record):
         return pd.DataFrame(rows).set_index("deferred")
 
     def plot(self, deferred: int | None = None) -> "Figure":
-        """The timeline without deferral over the one with `deferred` (default: the best), of
-        medians where it was measured; the gain, with its interval, is said beside it."""
+        """The timeline without deferral over the one with `deferred` (default: the best), of the
+        token nearest the median where it was measured; the gain, with its interval, is said beside
+        it."""
         count = self.best if deferred is None else deferred
         if not 0 <= count < len(self.timelines):
             raise SettingError(f"deferred = {count}: expected 0 to {len(self.timelines) - 1}")
@@ -233,7 +234,7 @@ class DeferralGain(Record):
             return self.method
         how = (
             f"time and gain: medians over {len(self.seconds_by_token)} tokens, "
-            f"{100 * self.seconds[0].level:.0f} % intervals; drawn: medians of the stages"
+            f"{100 * self.seconds[0].level:.0f} % intervals; drawn: the token nearest the median"
         )
         return f"{self.method}; {how}" if self.method else how
 
@@ -271,11 +272,15 @@ def deferral_gain(
             for count in range(most + 1)
         )
 
+    drawn, by_token = lines(times), [lines(token) for token in times.tokens]
+    if by_token:
+        # Medians of the stages add up to less than the median of tokens: a token has outliers,
+        # each in another stage. So a whole token is drawn, the one in the middle.
+        middle = statistics.median(none.seconds for none, *_ in by_token)
+        drawn = min(by_token, key=lambda found: abs(found[0].seconds - middle))
     return DeferralGain(
-        timelines=lines(times),
-        seconds_by_token=tuple(
-            tuple(line.seconds for line in lines(token)) for token in times.tokens
-        ),
+        timelines=drawn,
+        seconds_by_token=tuple(tuple(line.seconds for line in found) for found in by_token),
         method=method,
     )
 

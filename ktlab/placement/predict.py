@@ -12,6 +12,7 @@ from functools import lru_cache
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
+from ktlab.checkpoint.config import ModelConfig
 from ktlab.checkpoint.embedded import EMBEDDED_MODELS, data_path
 from ktlab.errors import SettingError
 from ktlab.placement import prediction_view
@@ -193,20 +194,20 @@ def prepare(
 ) -> tuple[Case, Plan]:
     """What `predict` computes on: checked, planned. Its arguments and errors."""
     how = engine_of(engine)
-    where = Machine.measure() if machine == THIS else get_machine(machine)
-    given = () if placement is None else placement.placement.devices
-    _check(how, where, prompt, generate, given)
-    planned = engine_plan(fspath(model), how, where, format, prompt + generate, placement)
+    shares = efficiencies(changes)
     config = config_of(fspath(model))
     k = config.top_k if top_k is None else top_k
-    if not 1 <= k <= config.selectable_experts:
-        raise SettingError(f"top_k={k}: {config.name} has 1 to {config.selectable_experts}")
+    _check_numbers(config, k, prompt, generate)  # before a machine is measured, which takes a while
+    where = Machine.measure() if machine == THIS else get_machine(machine)
+    given = () if placement is None else placement.placement.devices
+    _check(how, where, given)
+    planned = engine_plan(fspath(model), how, where, format, prompt + generate, placement)
     case = Case(
         config=config,
         rows=planned.rows,
         machine=where,
         engine=how,
-        shares=efficiencies(changes),
+        shares=shares,
         top_k=k,
         loads=_loads(loads, str(model)),
     )
@@ -225,14 +226,22 @@ def timeline(stages: Iterable[StageTime], *, title: str = "", method: str = "") 
     return schedule(_tasks(stages), title=title, method=method)
 
 
-def _check(how: Engine, where: Machine, prompt: int, generate: int, devices: Iterable[str]) -> None:
-    """All of what cannot be, together."""
+def _check_numbers(config: ModelConfig, top_k: int, prompt: int, generate: int) -> None:
+    """All of what cannot be on any machine, together."""
     problems = [
         f"{word}={value!r}, expected a whole number from 1"
         for word, value in (("prompt", prompt), ("generate", generate))
         if isinstance(value, bool) or not isinstance(value, int) or value < 1
     ]
-    problems += how.problems(where)
+    if not 1 <= top_k <= config.selectable_experts:
+        problems.append(f"top_k={top_k}: {config.name} has 1 to {config.selectable_experts}")
+    if problems:
+        raise SettingError("predict: " + "; ".join(problems))
+
+
+def _check(how: Engine, where: Machine, devices: Iterable[str]) -> None:
+    """All of what cannot be there, together."""
+    problems = how.problems(where)
     there = [device.name for device in where.devices]
     asked = [name for name in devices if kind_of(name) == "cuda"]
     for name in asked:

@@ -16,6 +16,7 @@ from ktlab.measurement import rounds
 from ktlab.measurement.bench import KernelCase, bench_experts
 from ktlab.measurement.peers import client
 from ktlab.measurement.peers.kt_kernel import NOT_BUILT
+from ktlab.measurement.rounds import scatter
 from ktlab.measurement.synthetic import (
     ROUTINGS,
     MoeShape,
@@ -416,6 +417,11 @@ def test_what_a_row_has_instead_of_the_format_is_said() -> None:
     assert "is q" not in measured("q8_0").reason
 
 
+def test_few_rounds_have_no_spread() -> None:
+    assert [scatter(0.04, rounds) for rounds in (0, 3)] == ["± 2 %"] * 2
+    assert [scatter(0.0, rounds) for rounds in (1, 2)] == ["(one round)", "(2 rounds)"]
+
+
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     words = f"bench experts --shape {SMALL} --format q8_0 --backend numpy --tokens 1,3 --rounds 1"
     assert cli.main([*words.split(), "--json"]) == 0
@@ -424,5 +430,6 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words.split()) == 0
     text = capsys.readouterr().out
     assert "GFLOP/s" in text and "ceiling" in text and "numpy" in text
+    assert text.count("ms (one round)") == 2 and "±" not in text
     assert cli.main([*words.split(), "--tokens", "many"]) == 2
     assert "expected whole numbers" in capsys.readouterr().err

@@ -183,6 +183,8 @@ def test_baselines_of_something_else(model: Model, ids: Tensor, tmp_path: Path) 
         run(model, None, baseline=path, window=8, half=True, max_tokens=5)
     with pytest.raises(ContextError, match="no text and no baseline"):
         run(model, None)
+    with pytest.raises(ContextError, match="window = 0 tokens: expected 1 to"):
+        run(model, ids, window=0)
     with pytest.raises(ContextError, match="too few for one window of 512"):
         run(model, ids[:100], half=True)
     with pytest.raises(OSError):

@@ -17,10 +17,11 @@ from ktlab.model.model import Model
 from ktlab.notebook import control_room, control_room_controls, control_room_engine
 from ktlab.notebook import control_room_plane as plane
 from ktlab.notebook.control_room_choice import ALL, OWN, Choice, Library
-from ktlab.notebook.control_room_elsewhere import elsewhere, prediction
+from ktlab.notebook.control_room_elsewhere import elsewhere, prediction, taken
 from ktlab.notebook.control_room_quality import verdict
-from ktlab.notebook.control_room_results import Point
+from ktlab.notebook.control_room_results import Point, points
 from ktlab.notebook.control_room_text import generated
+from ktlab.placement.prediction_view import about
 
 TEXTS = {
     "prose": "The cat sat on the mat, and the dog looked on. " * 20,
@@ -319,6 +320,26 @@ def test_the_plane_as_a_picture_has_axes_and_intervals():
     assert "no setting" in plane.plane([], "decode")
 
 
+def test_the_baseline_is_in_the_plane_before_anything_is_measured():
+    base = Choice(top_k=8)
+    (point,) = points([], base, "decode", base)
+    assert (point.speed.value, point.kl.value, point.label) == (1, 0, "k=8")
+    assert point.current and point.on_front
+    assert ">k=8<" in plane.plane([point], "decode")
+
+
+def test_a_rule_is_predicted_with_the_experts_it_took(room, model):
+    room.set(rule="top-p")
+    room.wait(WAIT_S)
+    choice, results = room.state.choice, room.results
+    mean = taken(choice, results)
+    assert 1 <= mean < choice.top_k
+    shown = elsewhere(model, results, choice, "2x6454s+4090d", "deepseek-v3")
+    assert f"{round(mean)} experts a token (the rule took {mean:.1f} here)" in shown
+    waiting = elsewhere(model, None, choice, "2x6454s+4090d", "deepseek-v3")
+    assert "the most that the rule may take" in waiting
+
+
 def test_the_first_few_tokens_give_no_verdict(room):
     room.set(top_k=2)
     room.wait(WAIT_S)
@@ -326,7 +347,9 @@ def test_the_first_few_tokens_give_no_verdict(room):
     wide = replace(sure.quality.kl_mean, low=0.0, high=inf)
     few = replace(sure, quality=replace(sure.quality, kl_mean=wide))
     assert "no change" not in verdict(few) and "too few tokens" in verdict(few)
-    assert "too few tokens" not in verdict(sure)
+    assert "too few tokens" not in verdict(sure) and "so far" not in verdict(sure)
+    half = replace(sure, quality=replace(sure.quality, tokens=64, total_tokens=4096))
+    assert verdict(half) == f"so far: {verdict(sure)}"
 
 
 def test_numbers_say_how_they_were_measured(room):
@@ -372,7 +395,7 @@ def test_placement_and_another_machine(room, model):
     shown = elsewhere(model, room.results, room.state.choice, "2x6454s+4090d", "deepseek-v3")
     assert "predicted there" in shown and "measured here" in shown and "waits for" in shown
     found = prediction(model, room.state.choice, "2x6454s+4090d", "deepseek-v3")
-    assert f"{found.decode_tokens_per_s:.3g}" in shown and found.top_k == 4
+    assert f">{about(found.decode_tokens_per_s)}<" in shown and found.top_k == 4
     assert found.engine == "ktransformers-0.2.1" and found.memory["cuda:0"] > 1e9
     none = elsewhere(model, None, room.state.choice, "epyc-9654", "deepseek-v3")
     assert "no prediction: " in none, "there is no such machine"

@@ -1,5 +1,7 @@
 """The live views without a browser: they answer, survive bad input, and leave the model alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
@@ -11,7 +13,14 @@ from ktlab.notebook import mla_tables, offload_tables, quantization_tables, rout
 from ktlab.notebook.excerpts import beginning, excerpt
 from ktlab.notebook.generation_view import GenerationView
 from ktlab.notebook.instrument import OWN, TextSource, numbers, whole
-from ktlab.notebook.mla_timing import agreement, cache_bytes, measure, times_faster, work
+from ktlab.notebook.mla_timing import (
+    agreement,
+    cache_bytes,
+    exact_agreement,
+    measure,
+    times_faster,
+    work,
+)
 from ktlab.notebook.mla_view import MLAView
 from ktlab.notebook.offload_view import OffloadView
 from ktlab.notebook.passages import experts_touched, passages, trace_passages
@@ -112,7 +121,9 @@ def test_quantization_view_keeps_every_point(view, model):
 
 def test_both_forms_agree_and_are_timed(model):
     found = agreement(model, list(range(40)))
-    assert found.equal and found.same_top1.low < found.same_top1.value <= found.same_top1.high
+    assert (
+        found.equal or found.rounded
+    ) and found.same_top1.low < found.same_top1.value <= found.same_top1.high
     assert found.kl.high >= found.kl.value >= 0
     naive, absorbed = (cache_bytes(model, form, 100) for form in ("naive", "absorbed"))
     assert naive > absorbed
@@ -123,6 +134,32 @@ def test_both_forms_agree_and_are_timed(model):
     assert (point["absorbed"].flop, point["absorbed"].bytes) == work(model, "absorbed", 2, 64)
     with pytest.raises(KtlabError, match="does not end at"):
         list(measure(model, tokens=8, contexts=[4]))
+
+
+def test_a_probability_is_one_at_most(model):
+    view = GenerationView(model, TEXTS)
+    assert view.wait(60).error == ""
+    sure = [replace(token, logprob=-3.0 * (i % 20 == 0)) for i, token in enumerate(view.written)]
+    view._show("", sure)
+    mean = view.figures()["mean probability (geometric)"]
+    assert 0 <= mean.low <= mean.value <= mean.high <= 1
+    view.close()
+
+
+def test_rounding_kernels_are_told_from_the_forms(model):
+    view = MLAView(model, TEXTS)
+    assert view.wait(60).error == ""
+    exact = exact_agreement(model, list(range(40)))
+    assert exact is not None and exact.equal and not exact.rounded
+    apart = replace(exact, rounded=True, relative=0.02, max_difference=0.4)
+    view._show_agreement(apart, exact)
+    said = view.figures()
+    assert said["logits, exact products"].startswith("equal within")
+    (here,) = (words for name, words in said.items() if name.startswith("logits, the kernels here"))
+    assert "apart by up to 0.4" in here
+    view._show_agreement(exact, None)
+    assert view.figures()["logits"].startswith("equal within")
+    view.close()
 
 
 def test_sizes_and_errors_of_formats(model):

@@ -191,10 +191,11 @@ def test_the_switch_is_drawn_with_the_border_in_force():
 
 
 def test_errors_of_settings_against_float32(model):
-    settings = {"exact": {"backend": "torch"}, "coarse": {"quantize": "q4_0"}}
+    coarse = {"quantize": "q4_0", "backend": "torch"}  # exact products of coarse weights
+    settings = {"exact": {"backend": "torch"}, "coarse": coarse, "rounded": {"quantize": "q4_0"}}
     before = model.settings
     frame = kernel_frame(model, settings, list(range(2, 20)))
-    assert list(frame.index) == ["exact", "coarse"] and model.settings == before
+    assert list(frame.index) == list(settings) and model.settings == before
     assert all(re.fullmatch(r"\S+ \[\S+, \S+\]", said) for said in frame.to_numpy()[:, 1:].flat)
-    exact, coarse = (float(said.split()[0]) for said in frame["experts' output, %"])
-    assert exact < 0.01 < 1 < coarse
+    errors = [float(said.split()[0]) for said in frame["experts' output, %"]]
+    assert max(errors[:2]) < 0.01 < errors[2] < 3  # the format's own loss is in none of them

@@ -36,10 +36,7 @@ def test_an_answer_at_once_beside_what_was_published(view: PredictView) -> None:
     assert "nothing here was measured" in view.note
     assert "prefill 82.94 and 74.36" in view.beside.value
     assert f"{found.decode_tokens_per_s:.2g} tokens/s" in view.summary.value
-    error = published().errors["held_out"]
-    assert f"worst {100 * error['worst']:.0f} %" in view.summary.value
-    assert f"error on {error['count']} published speeds" in view.summary.value
-    assert "left out of them: qwen3-235b-a22b" in view.summary.value
+    assert found.generate == 1000 and "1,000 tokens of answer" in view.beside.value
     assert sum(trace.x[1] for trace in view.bars.data) == pytest.approx(1)
     assert {lane for trace in view.line.data for lane in trace.y} == {"CPU", "GPU", "link"}
     assert set(found.times["decode"]) <= set(STAGES)
@@ -77,6 +74,32 @@ def test_every_control_turns_it(view: PredictView) -> None:
     view.set(machine="laptop", engine="ktransformers-0.3")
     view.wait(60)
     assert "amx_int8" in view.error
+
+
+def test_an_error_is_that_of_its_own_engine(view: PredictView) -> None:
+    def held_out(engine: str) -> list[float]:
+        return [abs(one.error) for one in published().held_out if one.engine == engine]
+
+    for engine in ("ktransformers-0.2", "ktransformers-0.2.1"):
+        view.set(engine=engine, machine="2x6454s+4090d")
+        view.wait(60)
+        errors = held_out(engine)
+        assert f"error on {len(errors)} published speeds of this engine" in view.summary.value
+        assert f"worst {100 * max(errors):.0f} %" in view.summary.value
+        assert "left out" not in view.summary.value
+    view.set(engine="ktlab")
+    view.wait(60)
+    assert "unknown" in view.figures()["error"] and "worst" not in view.summary.value
+
+
+def test_gpu_layers_are_no_control_where_nothing_runs_on_a_gpu(view: PredictView) -> None:
+    assert not view.gpu_layers.disabled
+    view.set(gpu_layers=3, engine="ktlab")
+    view.wait(60)
+    assert view.gpu_layers.disabled and "GPU layers change nothing" in view.note
+    view.set(engine="ktransformers-0.2")
+    view.wait(60)
+    assert not view.gpu_layers.disabled and "change nothing" not in view.note
 
 
 def test_sockets_bring_their_memory() -> None:

@@ -103,6 +103,7 @@ def test_a_measured_gain_has_its_interval() -> None:
     each = [line[0] / line[2] for line in gain.seconds_by_token]
     assert (two.value, two.low, two.high) == (sorted(each)[3], min(each), max(each))
     assert two.low < two.value < two.high and 0.95 <= two.level < 1
+    assert gain.timelines[0].seconds == gain.seconds[0].value, "drawn is a token, not its stages"
     frame = gain.to_frame()
     assert frame.loc[2, "gain_low"] == two.low and frame.loc[2, "seconds_high"] == 37
     drawn = {name for trace in gain.plot(2).data for name in trace.y[0]}

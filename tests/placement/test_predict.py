@@ -243,6 +243,17 @@ def test_what_cannot_be_says_so(
         ktlab.predict("deepseek-v3", **{**V3, **changes})
 
 
+@pytest.mark.parametrize("changes", [{"top_k": 300}, {"prompt": 0}, {"changes": {"gem_share": 1}}])
+def test_arguments_are_checked_before_this_machine_is_measured(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Machine, "measure", lambda: pytest.fail("measured"))
+    with pytest.raises(SettingError):
+        ktlab.predict("olmoe-1b-7b", **changes)
+    with pytest.raises(CheckpointError):
+        ktlab.predict("olmo-1b-7b")
+
+
 def test_a_machine_without_a_gpu_and_an_unknown_model() -> None:
     bare = get_machine("2x6454s+4090d")
     bare = Machine.from_dict(
