@@ -32,11 +32,12 @@ CSRC = Path("ktlab_ext/csrc")
 C_SOURCES = sorted(str(path) for path in CSRC.glob("*.c"))
 C_HEADERS = sorted(str(path) for path in CSRC.glob("*") if path.suffix in (".h", ".inc"))
 # No -march: each C file names its own target, so one build runs on every x86-64. No contraction:
-# a result must not depend on where the compiler finds a multiply beside an add. No trapping: a comparison
-# may be made where it was not asked for, without which GCC takes e^x number by number under AVX2.
+# a result must not depend on where the compiler finds a multiply beside an add. No trapping: a
+# comparison may be made where it was not asked for, without which GCC takes e^x number by number
+# under AVX2.
 C_FLAGS = [
-    "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
-    "-pthread",
+    "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+    "-fvisibility=hidden", "-pthread",
 ]  # fmt: skip
 
 REQUIRED = os.environ.get("KTLAB_REQUIRE_NATIVE", "0") not in ("", "0")

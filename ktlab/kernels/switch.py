@@ -34,8 +34,8 @@ PAIRS = {
 
 
 WORDS = {"avx2": ("q8_0", "iq4_nl", "iq4_xs", "int8_channel")}
-"""Formats with codes of 8 bits, which many tokens take in words of 16 bits where a product of two such
-codes fits nothing smaller (csrc/words_avx2.inc.h)."""
+"""Formats with codes of 8 bits, which many tokens take in words of 16 bits where a product of two
+such codes fits nothing smaller (csrc/words_avx2.inc.h)."""
 
 
 def in_words(isa: str, formats: Sequence[str]) -> bool:
