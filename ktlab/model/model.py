@@ -385,7 +385,8 @@ class Model:
 
         Each tensor's blocks are let go once it is packed, so two copies of the model never exist at
         once; `override(layout="ggml_blocks")` brings them back. With `cache`, a folder for this
-        model, packed tensors are kept in files and mapped again at the next start.
+        model, packed tensors are kept in files and mapped again at the next start. `SettingError`
+        on threads that cannot be, `CheckpointError` on a folder that cannot be written to.
         """
         self.checkpoint.check_unchanged()
         return pack_model(self, cache=cache, threads=threads)

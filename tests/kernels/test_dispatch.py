@@ -205,6 +205,7 @@ def test_explain_lists_every_combination_once_with_one_chosen(cpu) -> None:
     )
     many = dispatch.explain(Request(few=2), Q8, tokens=3)
     assert "3 tokens take the path for many" in many.chosen.reason
+    assert not any("BLAS" in v.reason for v in found if v.backend == "numba"), "its own tile"
     lacking = {v.isa: v.reason for v in found if v.status == "rejected"}
     assert lacking["amx_int8"] == "the CPU lacks it"
     assert found._repr_mimebundle_()["text/plain"] == repr(found)
