@@ -160,7 +160,8 @@ def test_rules_place_where_the_devices_are(model: Model) -> None:
     assert cpu.status == "as it is"
     with rules.applied(model, stand_in=STAND_IN, strict=True):
         assert model.placement == rules.placement(model)
-        assert torch.allclose(model.forward(IDS), before, atol=0.2)
+        # All tokens together: bf16 tips a router's near tie here and there.
+        assert (model.forward(IDS) - before).norm() < 0.05 * before.norm()
         assert not torch.equal(model.forward(IDS), before), "in bfloat16 there"
         assert not rules.preview(model).changes, "there already; the stand-in is known"
         assert {row.change for row in RuleSet.read("cpu-experts").preview(model).changes}
