@@ -8,15 +8,15 @@ can put right, 130 after Ctrl-C, 0 when the reader of a pipe has had enough.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ktlab
 from ktlab.cli import bench, chat, eval, machine, plan, predict, rules, synthesize
 from ktlab.cli.arguments import add_model, add_text, check_output, loaded, texts_of
-from ktlab.errors import KtlabError, SettingError
+from ktlab.errors import KtlabError, RuleError, SettingError
 from ktlab.model.words import EXAMPLES, settings
 
 
@@ -121,10 +121,21 @@ def _info(options: argparse.Namespace) -> int:
     model = loaded(options)
     context = min(512, model.config.context_length)
     print(model)
-    print(model.config)
+    print("\n".join(["Sizes", *_fields(model.config)]))
+    print("A stage: operations, weights read, cache moved, operations for each byte")
     print(model.cost(1, context))
     print(model.cost(context, context))
     return 0
+
+
+def _fields(sizes: Any) -> Iterator[str]:
+    """A line for each field; those of a part, such as the attention, among them."""
+    for field in fields(sizes):
+        value = getattr(sizes, field.name)
+        if is_dataclass(value):
+            yield from _fields(value)
+        else:
+            yield f"  {field.name:20} {value}"
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -190,4 +201,7 @@ def _one_line(error: BaseException) -> str:
         return f"the text is not UTF-8: {error.reason} at byte {error.start}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+    said = str(error)
+    if isinstance(error, RuleError):
+        said = said.replace("\n", ": ", 1)  # what is wrong begins in a line of its own
+    return " ".join(said.split())
