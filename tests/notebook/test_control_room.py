@@ -333,7 +333,7 @@ def test_a_rule_is_predicted_with_the_experts_it_took(room, model):
     room.wait(WAIT_S)
     choice, results = room.state.choice, room.results
     mean = taken(choice, results)
-    assert 1 <= mean < choice.top_k
+    assert mean is not None and 1 <= mean < choice.top_k
     shown = elsewhere(model, results, choice, "2x6454s+4090d", "deepseek-v3")
     assert f"{round(mean)} experts a token (the rule took {mean:.1f} here)" in shown
     waiting = elsewhere(model, None, choice, "2x6454s+4090d", "deepseek-v3")
