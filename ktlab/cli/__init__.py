@@ -77,10 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--top-k", type=int, metavar="K", help="routed experts a token")
     generate.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=EXAMPLES)
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="X")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="default: 1, all tokens"
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
     compare = command("compare", _compare, "what setting b costs and buys against setting a")
     add_model(compare)
@@ -89,8 +93,12 @@ def _parser() -> argparse.ArgumentParser:
             f"--{side}", nargs="+", default=[], metavar="NAME=VALUE", help=EXAMPLES
         )
     add_text(compare)
-    compare.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="in all")
-    compare.add_argument("--window", type=int, default=256, metavar="N", help="tokens of context")
+    compare.add_argument(
+        "--max-tokens", type=int, default=8192, metavar="N", help="in all; default: 8192"
+    )
+    compare.add_argument(
+        "--window", type=int, default=256, metavar="N", help="tokens; default: 256"
+    )
     compare.add_argument("--no-speed", action="store_true", help="measure quality only")
     compare.add_argument("--json", action="store_true", help="print JSON")
 
@@ -99,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     add_text(trace)
     trace.add_argument("--out", required=True, type=Path, metavar="FILE.npz")
     trace.add_argument("--names", nargs="+", metavar="GLOB", help='such as "layers.3.*"')
-    trace.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="in all")
+    trace.add_argument(
+        "--max-tokens", type=int, default=8192, metavar="N", help="in all; default: 8192"
+    )
 
     chat.add_arguments(command("chat", chat.run, "talk to a model; /help lists commands"))
     eval.add_arguments(command("eval", eval.run, "perplexity of a text, and KL against a baseline"))

@@ -105,6 +105,13 @@ def test_offload_view_masks_what_it_says(view):
 
 
 @pytest.mark.parametrize("view", [QuantizationView], indirect=True)
+def test_one_token_is_too_few_for_a_loss(view):
+    view.source.set("x")
+    view.wait(60)
+    assert "expected at least 3" in view.error
+
+
+@pytest.mark.parametrize("view", [QuantizationView], indirect=True)
 def test_quantization_view_keeps_every_point(view, model):
     view.set({"attention": "q4_0"})
     view.wait(60)
