@@ -324,7 +324,8 @@ def test_the_baseline_is_in_the_plane_before_anything_is_measured():
     base = Choice(top_k=8)
     (point,) = points([], base, "decode", base)
     assert (point.speed.value, point.kl.value, point.label) == (1, 0, "k=8")
-    assert point.current and point.on_front
+    assert point.on_front
+    assert points([], base.with_(top_k=6), "decode", base) == (point,), "a press draws nothing anew"
     assert ">k=8<" in plane.plane([point], "decode")
 
 
