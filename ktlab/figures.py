@@ -116,6 +116,12 @@ def coactivation_heatmap(
         "experts %{y} and %{x}: 2^%{z:.2f} times what their loads explain",
         title=title, height=height, colorscale=DIVERGING, zmin=-limit, zmax=limit,
     )  # fmt: skip
+    ends = np.arange(-limit, limit + 1)
+    cut = {-limit: f"≤ {-limit:g}", limit: f"≥ {limit:g}"}
+    fig.update_traces(
+        colorbar_tickvals=ends, colorbar_ticktext=[cut.get(end, f"{end:g}") for end in ends]
+    )
+    fig.update_xaxes(dtick=8).update_yaxes(dtick=8)
     return fig.update_layout(xaxis_title_text="expert", yaxis_title_text="expert")
 
 

@@ -1,6 +1,7 @@
 """The command line: what it prints, where, and how it fails."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,8 @@ def text(tmp_path: Path) -> str:
 def test_info(gguf, capsys):
     assert cli.main(["info", gguf]) == 0
     out = capsys.readouterr().out
-    assert "52 tensors, f32 " in out and "Cost of 1 token at" in out and "kv_lora_rank=32" in out
+    assert "52 tensors, f32 " in out and "Cost of 1 token at" in out and "weights read" in out
+    assert re.search(r"^  kv_lora_rank +32$", out, re.M) and max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,7 @@ def test_doctor(capsys):
         (["trace", "nope", "--out", "/nowhere/x.npz"], "there is no folder /nowhere"),
         (["trace", "nope", "--out", "x.bin"], "expected a name that ends in .npz, found .bin"),
         (["trace", "nope", "--out", "x.npz", "--max-tokens", "-5"], "--max-tokens -5: expected 1"),
+        (["info", "deepseek-v3"], "see ktlab plan deepseek-v3"),
         (["synthesize", "deepseek-v2-lite", "--out", "x.bin"], "ends in .gguf, found .bin"),
     ],
 )

@@ -108,6 +108,8 @@ def test_coactivation_is_logarithmic_and_cut() -> None:
     lift = np.array([[np.nan, 2.0], [0.0, 64.0]])
     shown = figures.coactivation_heatmap(lift, limit=3).data[0].z
     np.testing.assert_array_equal(shown, [[np.nan, 1], [-3, 3]])
+    bar = figures.coactivation_heatmap(lift).data[0].colorbar
+    assert list(bar.ticktext) == ["≤ -2", "-1", "0", "1", "≥ 2"], "what is cut says so"
 
 
 def test_pareto_marks_front_and_current() -> None:

@@ -8,15 +8,15 @@ can put right, 130 after Ctrl-C, 0 when the reader of a pipe has had enough.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ktlab
 from ktlab.cli import bench, chat, eval, machine, plan, predict, rules, synthesize
 from ktlab.cli.arguments import add_model, add_text, check_output, loaded, texts_of
-from ktlab.errors import KtlabError, SettingError
+from ktlab.errors import KtlabError, RuleError, SettingError
 from ktlab.model.words import EXAMPLES, settings
 
 
@@ -77,10 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--top-k", type=int, metavar="K", help="routed experts a token")
     generate.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=EXAMPLES)
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="X")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="default: 1, all tokens"
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
     compare = command("compare", _compare, "what setting b costs and buys against setting a")
     add_model(compare)
@@ -89,8 +93,12 @@ def _parser() -> argparse.ArgumentParser:
             f"--{side}", nargs="+", default=[], metavar="NAME=VALUE", help=EXAMPLES
         )
     add_text(compare)
-    compare.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="in all")
-    compare.add_argument("--window", type=int, default=256, metavar="N", help="tokens of context")
+    compare.add_argument(
+        "--max-tokens", type=int, default=8192, metavar="N", help="in all; default: 8192"
+    )
+    compare.add_argument(
+        "--window", type=int, default=256, metavar="N", help="tokens; default: 256"
+    )
     compare.add_argument("--no-speed", action="store_true", help="measure quality only")
     compare.add_argument("--json", action="store_true", help="print JSON")
 
@@ -99,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     add_text(trace)
     trace.add_argument("--out", required=True, type=Path, metavar="FILE.npz")
     trace.add_argument("--names", nargs="+", metavar="GLOB", help='such as "layers.3.*"')
-    trace.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="in all")
+    trace.add_argument(
+        "--max-tokens", type=int, default=8192, metavar="N", help="in all; default: 8192"
+    )
 
     chat.add_arguments(command("chat", chat.run, "talk to a model; /help lists commands"))
     eval.add_arguments(command("eval", eval.run, "perplexity of a text, and KL against a baseline"))
@@ -122,10 +132,21 @@ def _info(options: argparse.Namespace) -> int:
     context = min(512, model.config.context_length)
     print(model)
     print(model.checkpoint)
-    print(model.config)
+    print("\n".join(["Sizes", *_fields(model.config)]))
+    print("A stage: operations, weights read, cache moved, operations for each byte")
     print(model.cost(1, context))
     print(model.cost(context, context))
     return 0
+
+
+def _fields(sizes: Any) -> Iterator[str]:
+    """A line for each field; those of a part, such as the attention, among them."""
+    for field in fields(sizes):
+        value = getattr(sizes, field.name)
+        if is_dataclass(value):
+            yield from _fields(value)
+        else:
+            yield f"  {field.name:20} {value}"
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -191,4 +212,7 @@ def _one_line(error: BaseException) -> str:
         return f"the text is not UTF-8: {error.reason} at byte {error.start}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+    said = str(error)
+    if isinstance(error, RuleError):
+        said = said.replace("\n", ": ", 1)  # what is wrong begins in a line of its own
+    return " ".join(said.split())

@@ -25,6 +25,14 @@ def add_model(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 def loaded(options: argparse.Namespace) -> "Model":
     """The model that was asked for; a bar shows how far quantizing is."""
+    from ktlab.checkpoint.published import published_models
+
+    name = options.model
+    if name.lower() in published_models() and not Path(name).exists():
+        raise SettingError(
+            f"{name} is a published shape, which has no weights to load: see ktlab plan {name} and "
+            f"ktlab predict {name}, or make a file of it with ktlab synthesize {name}"
+        )
     return ktlab.load(options.model, quantize=_quantization(options.quantize))
 
 

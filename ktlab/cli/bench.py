@@ -5,6 +5,7 @@ import sys
 from functools import partial
 from typing import Any
 
+from ktlab import html
 from ktlab.cli.arguments import add_model, loaded
 from ktlab.errors import SettingError
 from ktlab.model.words import EXAMPLES, settings
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"without {name}: {why}", file=sys.stderr)
     else:
         print(result)
-    print(result.provenance, file=sys.stderr)
+    print(html.wrapped(str(result.provenance)), file=sys.stderr)
     return 0
 
 

@@ -88,11 +88,6 @@ class KernelCase(Record):
         """The best round."""
         return min(self.samples_s, default=self.median_s)
 
-    @property
-    def scatter(self) -> str:
-        """How far apart the rounds lie, or how few they are."""
-        return scatter(self.spread, len(self.samples_s))
-
     def row(self) -> tuple[str, ...]:
         """For printing."""
         return (
@@ -100,7 +95,7 @@ class KernelCase(Record):
             self.backend,
             self.isa,
             f"{self.format}, {self.layout}",
-            f"{1e3 * self.median_s:,.4g} ms {self.scatter}",
+            f"{1e3 * self.median_s:,.4g} ms {scatter(self.spread, len(self.samples_s))}",
             f"{self.gflops:.4g}",
             f"{self.gb_s:.3g}",
             f"{100 * self.ceiling_share:.0f} % of {self.ceiling}",
@@ -113,6 +108,8 @@ HEADERS = (
     "tokens", "backend", "isa", "format, layout", "median", "GFLOP/s", "GB/s", "ceiling", "error",
     "kernel",
 )  # fmt: skip
+NARROW = 5
+"""Columns of a terminal's table; the others stand in a line below, for which 80 are too few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +125,20 @@ class ExpertBench(Record):
     provenance: Provenance
 
     def __str__(self) -> str:
-        rows = [HEADERS, *(case.row() for case in self.cases)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
+        rows = [case.row() for case in self.cases]
+        first = [HEADERS[:NARROW], *(row[:NARROW] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*first, strict=True)]
+        head, *lines = (
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        lines += [f"without {name}: {why}" for name, why in self.skipped.items()]
-        return "\n".join([*lines, self.method])
+            for row in first
+        )
+        more = (
+            f"    {flops} GFLOP/s, {bytes} GB/s, {share}, the ceiling; error {error}; {kernel}"
+            for flops, bytes, share, error, kernel in (row[NARROW:] for row in rows)
+        )
+        said = [head, *(line for pair in zip(lines, more, strict=True) for line in pair)]
+        said += [f"without {name}: {why}" for name, why in self.skipped.items()]
+        return html.wrapped("\n".join([*said, self.method]))
 
     __repr__ = __str__
 

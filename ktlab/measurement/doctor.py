@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 from ktlab import html
@@ -9,8 +10,19 @@ from ktlab.measurement import checks
 from ktlab.measurement.checks import Check
 from ktlab.record import Record
 
-MARKS = {"ok": "✓", "warn": "!", "missing": "✗"}
-TONES = {"ok": "ok", "warn": "warn", "missing": "bad"}
+ABSENT = "absent"
+MARKS = {"ok": "✓", ABSENT: "–", "warn": "!", "missing": "✗"}
+TONES = {"ok": "ok", ABSENT: "", "warn": "warn", "missing": "bad"}
+NOT_HERE = ("no", "none", "not on this processor")
+"""What checks find that nothing is wrong with, where a machine has no such part."""
+WIDTH = 80
+
+
+def mark(check: Check) -> str:
+    """The verdict; a part that this machine does not have, and need not have, is neither good nor
+    bad."""
+    lacking = check.found in NOT_HERE and check.group != "memory"  # no swap is no part that lacks
+    return ABSENT if check.verdict == "ok" and lacking else check.verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +49,13 @@ class Doctor(Record):
     @property
     def summary(self) -> str:
         """One line."""
-        counts = {v: sum(c.verdict == v for c in self.checks) for v in MARKS}
+        counts = {v: sum(mark(c) == v for c in self.checks) for v in MARKS}
         state = "ktlab can run here" if self.ok else "ktlab cannot run here"
-        return f"{state}: {counts['ok']} ok, {counts['warn']} to note, {counts['missing']} missing"
+        absent = f"{counts[ABSENT]} not on this machine, " if counts[ABSENT] else ""
+        return (
+            f"{state}: {counts['ok']} ok, {absent}{counts['warn']} to note, "
+            f"{counts['missing']} missing"
+        )
 
     def __str__(self) -> str:
         width = max(len(check.name) for check in self.checks)
@@ -48,9 +64,12 @@ class Doctor(Record):
             if check.group != group:
                 group = check.group
                 lines += ["", group]
-            lines.append(f"  {MARKS[check.verdict]} {check.name:{width}}  {check.found}")
-            lines += [f"    {'':{width}}  {note}" for note in (check.why,) if note]
-            lines += [f"    {'':{width}}  → {note}" for note in (check.do,) if note]
+            below = " " * (width + 6)
+            do = f"→ {check.do}" if check.do else ""
+            head = f"  {MARKS[mark(check)]} {check.name:{width}}  "
+            for first, said in ((head, check.found), (below, check.why), (below, do)):
+                if said or first is head:
+                    lines.append(_hanging(first, below, said))
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -59,7 +78,7 @@ class Doctor(Record):
         """One row a check."""
         rows = [
             (
-                html.badge(check.verdict, TONES[check.verdict]),
+                html.badge(mark(check), TONES[mark(check)]),
                 check.name,
                 check.found,
                 " → ".join(part for part in (check.why, check.do) if part),
@@ -70,6 +89,14 @@ class Doctor(Record):
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         return html.mimebundle(str(self), self.to_html())
+
+
+def _hanging(first: str, below: str, said: str) -> str:
+    """Text beside `first`, and where it is too long for a terminal under its own beginning."""
+    return fill(
+        said, WIDTH, initial_indent=first, subsequent_indent=below, break_long_words=False,
+        break_on_hyphens=False,
+    ) or first.rstrip()  # fmt: skip
 
 
 def doctor() -> Doctor:

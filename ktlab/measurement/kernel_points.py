@@ -22,7 +22,7 @@ from ktlab.kernels.threads import default_threads
 from ktlab.measurement.bench import SAMPLE_TOKENS, KernelCase, _case
 from ktlab.measurement.contenders import FLOAT_BYTES, Contender, OwnKernel, PeerKernel
 from ktlab.measurement.peers import client
-from ktlab.measurement.rounds import LOADING, Progress, take_turns
+from ktlab.measurement.rounds import LOADING, Progress, scatter, take_turns
 from ktlab.measurement.synthetic import SyntheticExperts, expert_bytes, formats_of, get_shape
 from ktlab.measurement.twin import Cancelled, SmallRates
 from ktlab.record import Record
@@ -44,6 +44,10 @@ WEIGHT_BYTES = 224 << 20
 COPY_BYTES = 600 << 20
 """No kernel may make a larger copy of them."""
 PEERS = ("llama.cpp/cpu", "kt-kernel/llamafile")
+CEILINGS = (
+    "per cent: of the ceiling's median in that point's own rounds; lines of the figure: the best "
+    "of all rounds; above 100 % the rounds disagree, or caches helped"
+)
 ERROR = (
     f"error: norm of the difference of the first {SAMPLE_TOKENS} tokens' outputs (of all, where "
     "there are fewer) from float64 products of the same weights, over the norm of those"
@@ -106,7 +110,7 @@ class KernelRoofline(Record):
             (
                 str(c.tokens),
                 _name(c),
-                f"{1e3 * c.median_s:,.4g} ms {c.scatter}",
+                f"{1e3 * c.median_s:,.4g} ms {scatter(c.spread, self.rounds)}",
                 f"{c.gflops:,.0f}",
                 f"{c.gb_s:.3g}",
                 f"{100 * c.ceiling_share:.0f} % of {c.ceiling}",
@@ -125,7 +129,9 @@ class KernelRoofline(Record):
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         headers = ("tokens", "kernel", "median", "GFLOP/s", "GB/s", "ceiling", "error")
         missing = html.pairs(self.left_out) if self.left_out else html.Raw("")
-        note = html.Raw(f'<div class="s">{html.text(self.what)}. {html.text(ERROR)}</div>')
+        note = html.Raw(
+            f'<div class="s">{html.text(self.what)}. {html.text(f"{CEILINGS}. {ERROR}")}</div>'
+        )
         body = html.card("kernels under the roofline", html.table(self.rows(), headers), note)
         return html.mimebundle(str(self), body + html.card("not measured", missing))
 

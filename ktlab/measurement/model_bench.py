@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ktlab import hardware
+from ktlab import hardware, html
 from ktlab.errors import ContextError, SettingError
 from ktlab.kernels import ceilings, native
 from ktlab.kernels.threads import default_threads
@@ -123,7 +123,8 @@ class ModelBench(Record):
             f"the decoding speed of {who}"
             for who, ratio in self.ratios.items()
         ]
-        return "\n".join([*lines, *(f"  without {n}: {w}" for n, w in self.skipped.items())])
+        lines += [f"  without {name}: {why}" for name, why in self.skipped.items()]
+        return html.wrapped("\n".join(lines))
 
 
 def bench_model(

@@ -131,9 +131,8 @@ class SpeedComparison(Record):
             "setting",
             "median",
             "against the first",
-            "MAD a token",
             "of the ceiling",
-        )
+        )  # without the deviations of a token, for which a narrow page has no room
         meant = {_named(name, one.label): name for name, one in self.speeds.items()}
         rows = [
             (
@@ -141,10 +140,9 @@ class SpeedComparison(Record):
                 meant[setting],
                 median,
                 "–" if ratio == "baseline" else ratio,
-                spread,
                 bound.replace(" of the ceiling", ""),
             )
-            for phase, setting, median, ratio, spread, bound in self.rows()
+            for phase, setting, median, ratio, _, bound in self.rows()
         ]
         notes = [said for said, name in meant.items() if said != name] + [self.method]
         below = (html.Raw(f'<div class="s">{html.text(note)}</div>') for note in notes)

@@ -26,7 +26,7 @@ from ktlab.kernels.request import BLOCKS, PACKED, Request
 from ktlab.measurement import intervals
 from ktlab.measurement.bench import SAMPLE_TOKENS, KernelCase, _case
 from ktlab.measurement.contenders import FLOAT_BYTES, OwnKernel
-from ktlab.measurement.rounds import Progress, Rates, take_turns
+from ktlab.measurement.rounds import Progress, Rates, scatter, take_turns
 from ktlab.measurement.synthetic import (
     MoeShape,
     SyntheticExperts,
@@ -107,7 +107,7 @@ class Twin(Record):
                     (
                         f"{phase}, {case.tokens} token{'s' * (case.tokens > 1)}",
                         label,
-                        f"{1e3 * case.median_s:.3g} ms {case.scatter}",
+                        f"{1e3 * case.median_s:.3g} ms {scatter(case.spread, self.rounds)}",
                         "baseline" if cases is self.a else f"×{ratio}",
                         f"{case.gflops:,.0f} GFLOP/s, {case.gb_s:.3g} GB/s",
                         f"{100 * case.ceiling_share:.0f} % of {case.ceiling}",

@@ -261,7 +261,8 @@ def points(
             speed=speed,
             kl=kl,
             on_front=bool(best),
-            current=choice == current,
+            # The baseline alone looks alike whatever is chosen: a press need not draw it again.
+            current=choice == current and len(found) > 1,
         )
         for (choice, (speed, kl)), best in zip(found.items(), front, strict=True)
     )

@@ -2,6 +2,7 @@
 
 from ktlab import html
 from ktlab.html import Raw, text
+from ktlab.measurement.rounds import scatter
 from ktlab.measurement.twin import PHASES, Twin
 from ktlab.notebook.control_room_html import EMPTY, number, panel_title, tile
 from ktlab.notebook.control_room_kernels import OFF
@@ -62,7 +63,7 @@ def _tile(found: Twin, phase: str, doing: str) -> str:
         (
             label,
             f"{1e3 * case.median_s:.3g} ms",
-            case.scatter,
+            scatter(case.spread, found.rounds),
             f"{100 * case.ceiling_share:.0f} % of {case.ceiling}",
             f"error {100 * case.relative_error:.2g} %",
         )

@@ -156,6 +156,7 @@ class Instrument:
             style("instrument") + style("token_view") + f'<div class="kt-title">{self.title}</div>'
         )
         self.body = widgets.VBox()
+        self.body.add_class("kt-body")
         self.box = widgets.VBox([head, self.status, self.body])
         self.box.add_class("kt-view")
         self.worker = Worker(on_error=self._on_error, on_busy=self._on_busy)
@@ -194,6 +195,8 @@ class Instrument:
         self.error = str(error) if known else f"{type(error).__name__}: {error}"
 
     def _on_busy(self, busy: bool) -> None:
+        # Beside an error stand the numbers of what was asked before: grey.
+        (self.box.add_class if self.error else self.box.remove_class)("kt-failed")
         if self.error:
             self.status.value = f'<span class="kt-error">{escape(self.error)}</span>'
         elif busy:

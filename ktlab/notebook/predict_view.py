@@ -166,7 +166,7 @@ class PredictView(Instrument):
             said.append(f"GPU layers change nothing: {found.engine} uses no GPU here")
         self.note = "; ".join([*said, *found.notes])
         self.summary.value = numbers(self.figures())
-        self.beside.value = beside_html(same)
+        self.beside.value = beside_html(same, found.fits)
         _redraw(self.bars, stage_bars(found))
         _redraw(self.line, lanes(found))
         self.table.value = tables_html(found)
@@ -213,9 +213,10 @@ class PredictView(Instrument):
             if self.prediction is not None:
                 title += f" {prediction_view.title(self.prediction)}"
             table = "" if self.prediction is None else tables_html(self.prediction)
+            fits = None if self.prediction is None else self.prediction.fits
             return html.card(
                 title, html.Raw(style("instrument") + numbers(self.figures())),
-                html.Raw(beside_html(self.published)), html.Raw(table),
+                html.Raw(beside_html(self.published, fits)), html.Raw(table),
                 html.Raw(f'<div class="s">{html.text(self.note)}</div>'),
             )  # fmt: skip
 
@@ -309,16 +310,18 @@ def _line(engine: str) -> str:
     return engine.removesuffix(".0") if engine.count(".") == 2 else engine
 
 
-def beside_html(same: tuple[Speed, ...]) -> str:
-    """What was published for exactly this."""
-    if not same:
-        return '<div class="s">our table has no published figure for this setting</div>'
-    said = []
-    for phase in PHASES:
-        found = [f"{one.published:.4g}" for one in same if one.phase == phase]
-        said += [f"{phase} {' and '.join(found)} tokens/s"] if found else []
-    setting = f"this setting, {same[0].generate:,} tokens of answer"
-    return f'<div class="s">published for {setting}: {html.text("; ".join(said))}</div>'
+def beside_html(same: tuple[Speed, ...], fits: bool | None) -> str:
+    """What was published for exactly this; and whether the model fits at all."""
+    pill = "" if fits is not False else html.badge("does not fit", "bad")
+    said = "our table has no published figure for this setting"
+    if same:
+        speeds = []
+        for phase in PHASES:
+            found = [f"{one.published:.4g}" for one in same if one.phase == phase]
+            speeds += [f"{phase} {' and '.join(found)} tokens/s"] if found else []
+        setting = f"this setting, {same[0].generate:,} tokens of answer"
+        said = f"published for {setting}: {'; '.join(speeds)}"
+    return f'<div class="ktlab">{pill}<span class="s">{html.text(said)}</span></div>'
 
 
 def tables_html(found: Prediction) -> str:

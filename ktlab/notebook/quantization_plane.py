@@ -91,5 +91,5 @@ def empty_plane(loaded_bytes: int) -> "Figure":
         x=loaded_bytes / 2**20, line={"color": figures.INK, "dash": "dot", "width": 1},
         annotation={"text": "as loaded", "font": {"color": figures.INK, "size": 11}},
     )  # fmt: skip
-    fig.update_yaxes(type="log", exponentformat="power")
+    fig.update_yaxes(type="log", exponentformat="power", dtick="D2")
     return fig.update_layout(showlegend=False)

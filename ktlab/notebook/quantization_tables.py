@@ -23,6 +23,9 @@ DB_PER_BIT = 6.02
 
 PLOT_PX, POINT_PX = (560, 280), (9, 9)
 """The area between the outermost points, as on a narrow page, and one point."""
+CROWD, LINE_SAMPLES = 3, 20
+"""So many points at the same bits have their names in one stack; points that stand for a line."""
+LEADER_PX = np.array((36, -34))
 SIDES = {"middle right": (1, 0), "middle left": (-1, 0), "top center": (0, 1),
          "bottom center": (0, -1), "top right": (1, 1), "bottom left": (-1, -1),
          "top left": (-1, 1), "bottom right": (1, -1)}  # fmt: skip
@@ -46,10 +49,10 @@ def formats_frame() -> "pd.DataFrame":
 
 
 def component_frame(model: "Model") -> "pd.DataFrame":
-    """Weights and bytes of each component that can be requantized."""
+    """Weights and bytes of each component that can be requantized, and of the rest."""
     import pandas as pd
 
-    rows = []
+    rows: list[dict[str, object]] = []
     for component, found in component_tensors(model).items():
         tensors = [tensor for _, tensor in found]
         stored = sum(tensor.nbytes for tensor in tensors)
@@ -60,6 +63,18 @@ def component_frame(model: "Model") -> "pd.DataFrame":
                 "MiB as loaded": f"{stored / 2**20:.2f}",
                 "share": f"{stored / model.nbytes:.1%}",
                 "formats": ", ".join(sorted({tensor.format.name for tensor in tensors})),
+            }
+        )
+    if rest := model.nbytes - sum(
+        tensor.nbytes for found in component_tensors(model).values() for _, tensor in found
+    ):
+        rows.append(
+            {
+                "component": "embedding, norms",
+                "weights": "",
+                "MiB as loaded": f"{rest / 2**20:.2f}",
+                "share": f"{rest / model.nbytes:.1%}",
+                "formats": "stay as they are",
             }
         )
     return pd.DataFrame(rows).set_index("component")
@@ -81,38 +96,81 @@ def snr_plot(tensor: QTensor) -> "Figure":
     fig = figures.figure(title, x="bits per weight", y="signal to noise, dB", height=380)
     best = max(found, key=lambda e: e.snr_db - DB_PER_BIT * e.bits_per_weight)
     ends = [found[0].bits_per_weight - 0.2, found[-1].bits_per_weight + 0.4]
+
+    def slope(bits: float) -> float:
+        return float(best.snr_db + DB_PER_BIT * (bits - best.bits_per_weight))
+
     fig.add_scatter(
-        x=ends, y=[best.snr_db + DB_PER_BIT * (bits - best.bits_per_weight) for bits in ends],
-        mode="lines", line={"dash": "dot", "color": figures.INK, "width": 1}, hoverinfo="skip",
+        x=ends, y=[slope(bits) for bits in ends], mode="lines", hoverinfo="skip",
+        line={"dash": "dot", "color": figures.INK, "width": 1},
     )  # fmt: skip
-    sides = label_sides([(e.bits_per_weight, e.snr_db) for e in found], [e.format for e in found])
+    stacks = crowds([e.bits_per_weight for e in found])
+    stacked = {number for stack in stacks for number in stack}
+    alone = [number for number in range(len(found)) if number not in stacked]
+    places = [(e.bits_per_weight, e.snr_db) for e in found]
+    line = [(bits, slope(bits)) for bits in np.linspace(ends[0], ends[1], LINE_SAMPLES)]
+    unit = np.ptp(places, axis=0) / PLOT_PX
+    for stack in stacks:  # the thin line from the lowest point to the names
+        foot = np.asarray(min(places[n] for n in stack))
+        line += [tuple(foot + unit * (LEADER_PX * t)) for t in np.linspace(0, 1, LINE_SAMPLES // 2)]
+    sides = dict(zip(alone, label_sides(
+        [places[n] for n in alone], [found[n].format for n in alone],
+        taken=[*line, *(places[n] for n in sorted(stacked))],
+    ), strict=True))  # fmt: skip
+    for stack in stacks:
+        names = [found[n].format for n in sorted(stack, key=lambda n: -found[n].snr_db)]
+        bits, lowest = min(places[n] for n in stack)
+        fig.add_annotation(
+            x=bits, y=lowest, ax=LEADER_PX[0], ay=-LEADER_PX[1], text="<br>".join(names),
+            align="left", xanchor="left",
+            yanchor="top", showarrow=True, arrowhead=0, arrowwidth=0.8, arrowcolor=figures.INK,
+            font={"color": figures.INK, "size": 11},
+        )  # fmt: skip
     fig.add_scatter(
         x=[e.bits_per_weight for e in found], y=[e.snr_db for e in found],
-        text=[f" {e.format} " for e in found], mode="markers+text", textposition=sides,
+        text=["" if n in stacked else f" {e.format} " for n, e in enumerate(found)],
+        customdata=[e.format for e in found], mode="markers+text",
+        textposition=[sides.get(n, "middle right") for n in range(len(found))],
         marker={"size": 9, "color": figures.BLUE}, textfont={"color": figures.INK},
-        hovertemplate="%{text}: %{x:.4g} bits, %{y:.1f} dB<extra></extra>",
+        hovertemplate="%{customdata}: %{x:.4g} bits, %{y:.1f} dB<extra></extra>",
     )  # fmt: skip
     room = 0.5  # bits, for a name beside the outermost points
     fig.update_xaxes(range=[found[0].bits_per_weight - room, found[-1].bits_per_weight + room])
     return fig.update_layout(showlegend=False)
 
 
-def label_sides(places: Sequence[tuple[float, float]], names: Sequence[str]) -> list[str]:
-    """For each point the side on which its name meets fewest points and earlier names."""
-    at = np.asarray(places, float)
+def crowds(bits: Sequence[float]) -> list[list[int]]:
+    """Numbers of the points that share their bits with so many others that names beside them
+    would meet: their names stand in one stack."""
+    alike: dict[float, list[int]] = {}
+    for number, at in enumerate(bits):
+        alike.setdefault(at, []).append(number)
+    return [stack for stack in alike.values() if len(stack) >= CROWD]
+
+
+def label_sides(
+    places: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    taken: Sequence[tuple[float, float]] = (),
+) -> list[str]:
+    """For each point the side on which its name meets fewest points, earlier names, and places
+    that are `taken`: other points, samples of a line."""
+    at = np.asarray([*places, *taken], float)
     at_px = (at - at.min(0)) / np.maximum(np.ptp(at, axis=0), 1e-9) * PLOT_PX
-    taken = [(x, y, *POINT_PX) for x, y in at_px]
+    boxes_px = [(x, y, *POINT_PX) for x, y in at_px]
     sides = []
-    for (x, y), name in zip(at_px, names, strict=True):
+    for (x, y), name in zip(at_px, names, strict=False):
         wide, high = 7 * len(name), 14
         boxes = {
             side: (x + dx * (wide / 2 + 8), y + dy * high, wide, high)
             for side, (dx, dy) in SIDES.items()
         }
         own = (x, y, *POINT_PX)
-        met = {side: sum(_meet(box, o) for o in taken if o != own) for side, box in boxes.items()}
+        met = {
+            side: sum(_meet(box, o) for o in boxes_px if o != own) for side, box in boxes.items()
+        }
         sides.append(min(met, key=lambda side: met[side]))
-        taken.append(boxes[sides[-1]])
+        boxes_px.append(boxes[sides[-1]])
     return sides
 
 

@@ -11,7 +11,7 @@ import ipywidgets as widgets
 import numpy as np
 
 from ktlab import figures, html
-from ktlab.errors import SettingError
+from ktlab.errors import ContextError, SettingError
 from ktlab.measurement.pace import pace
 from ktlab.measurement.quality import Quality, stream_quality
 from ktlab.measurement.tokens import BaselineCache
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FORMATS_SHOWN = "q8_0 q6_k q5_k q5_1 q5_0 q4_k q4_1 q4_0 iq4_nl mxfp4 q3_k q2_k tq2_0".split()
 SWEEP = "q6_k q5_0 q4_k q4_0 q3_k q2_k".split()
+LEAST_IDS = 3
 MOST_TOKENS, LEAST_TOKENS, READ_S = 1024, 128, 8.0
 """Read for a setting: as many tokens as this model reads in so many seconds."""
 
@@ -177,6 +178,11 @@ class QuantizationView(Instrument):
         size = planned_bytes(self.model, wanted)
         most = pace(self.model).read(READ_S, MOST_TOKENS, least=LEAST_TOKENS)
         ids = self.model.tokenizer.encode(text)[: most + 1]
+        if len(ids) < LEAST_IDS:
+            raise ContextError(
+                f"the text has {len(ids)} tokens with the one that opens it; expected at least "
+                f"{LEAST_IDS}, so that a prediction can be judged; type a little more"
+            )
         start = perf_counter()
         for done, count in requantize_all(self.model, wanted, cancel):
             left = duration((perf_counter() - start) / done * (count - done))

@@ -12,7 +12,7 @@ from ktlab import figures, html
 from ktlab.errors import SettingError
 from ktlab.interval import median
 from ktlab.kernels.switch_measurement import SwitchCurve
-from ktlab.measurement.kernel_points import ERROR, TOKENS, KernelRoofline, stream_points
+from ktlab.measurement.kernel_points import CEILINGS, ERROR, TOKENS, KernelRoofline, stream_points
 from ktlab.model.block import MoEBlock
 from ktlab.model.copies import passing
 from ktlab.notebook.css import style
@@ -33,6 +33,8 @@ COMPARED_WEIGHTS = 6e8
 """Of experts, which the slowest kernels compute within seconds."""
 FORMAT_WORDS = ("quantize", "format")
 """Switches that change the weights' values, and not only how they are multiplied."""
+BORDER_WORDS = 0.35
+"""Of the axis: a border nearer to its beginning has its words on the right."""
 SLOTS = 32
 """Curves that the live figure has room for: it keeps its traces."""
 
@@ -135,7 +137,7 @@ def result_table(result: KernelRoofline) -> str:
     rows = result.rows()
     first = [next(r for r in rows if r[0] == t) for t in dict.fromkeys(r[0] for r in rows)]
     parts = [html.Raw("<b>the fastest at each number of tokens</b>"), html.table(first, headers)]
-    parts.append(html.Raw(f'<div class="s">{html.text(ERROR)}</div>'))
+    parts.append(html.Raw(f'<div class="s">{html.text(CEILINGS)}. {html.text(ERROR)}</div>'))
     parts.append(html.details(f"all {len(rows)} points", html.table(rows, headers)))
     if result.left_out:
         parts.append(html.details(f"{len(result.left_out)} not measured: why",
@@ -164,9 +166,10 @@ def switch_figure(curve: SwitchCurve) -> "Figure":
     fig.layout.shapes = ()
     fig.update_layout(margin_t=58)
     largest = max(p.tokens for p in curve.points)
+    told = any(p.faster != "either" for p in curve.points)
     lines = (
         (curve.default_few, f"in force: few = {curve.default_few}", figures.VERMILION, "solid", 1),
-        (curve.few, f"measured here: few = {curve.few}", figures.INK, "dot", 0.9),
+        (told and curve.few, f"measured here: few = {curve.few}", figures.INK, "dot", 0.9),
     )
     for few, words, color, dash, height in lines:
         if few:
@@ -176,11 +179,19 @@ def switch_figure(curve: SwitchCurve) -> "Figure":
                 line={"color": color, "dash": dash, "width": 2},
             )  # fmt: skip
             # On a logarithmic axis a shape stands at the value, an annotation at its logarithm.
+            left = math.log10(x) < BORDER_WORDS * math.log10(largest)
             fig.add_annotation(
                 x=math.log10(x), y=height, yref="paper", text=words, showarrow=False,
-                xanchor="right",
-                xshift=-5, yanchor="top", font={"color": color},
+                xanchor="left" if left else "right",
+                xshift=5 if left else -5, yanchor="top", font={"color": color},
             )  # fmt: skip
+    if not told:
+        fig.add_annotation(
+            x=0.5, y=1, xref="paper", yref="paper", yanchor="bottom", showarrow=False,
+            text="measured here: no border told apart", font={"color": figures.INK},
+        )  # fmt: skip
+    counts = [p.tokens for p in curve.points]
+    fig.update_xaxes(tickvals=counts, ticktext=[str(count) for count in counts])
     fig.update_xaxes(range=[-0.08, math.log10(largest) + 0.1])
     return fig
 

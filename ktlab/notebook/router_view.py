@@ -161,8 +161,8 @@ class RouterView(Instrument):
         }
         if len(self.trace) > 2:
             reuse = statistics.reuse(layer)
-            again = reuse.interval.mapped(lambda share: 100 * share, "%")
-            found["used again at the next token"] = f"{again} (chance {reuse.chance:.0%})"
+            # A share, as in the table of all texts.
+            found["used again at the next token"] = f"{reuse.interval} (chance {reuse.chance:.3f})"
         return found
 
     def _numbers_html(self) -> str:

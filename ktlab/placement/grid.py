@@ -107,16 +107,22 @@ def _background(shares: list[Share]) -> str:
     return f"{_image(upper)} top/{size},{_image(lower)} bottom/{size}"
 
 
+LEAST_PX = 3
+"""Of a cell, which has 6 or more."""
+
+
 def _stripe(shares: list[Share]) -> str:
-    """One colour, or each device's share from left to right."""
+    """One colour, or each device's share from left to right, a small one still a line to see."""
     ordered = sorted(shares, key=lambda s: by_kind(x.device for x in shares).index(s.device))
     if len({share.device for share in ordered}) == 1:
         return color(ordered[0].device)
-    stops, start = [], 0.0
-    for share in ordered:
-        end = start + 100 * share.share
-        stops.append(f"{color(share.device)} {start:.0f}% {end:.0f}%")
-        start = end
+    stops, start, at = [], 0.0, "0%"
+    for number, share in enumerate(ordered, 1):
+        start += 100 * share.share
+        before, behind = LEAST_PX * number, LEAST_PX * (len(ordered) - number)
+        end = f"clamp({before}px,{start:.0f}%,calc(100% - {behind}px))" if behind else "100%"
+        stops.append(f"{color(share.device)} {at} {end}")
+        at = end
     return f"linear-gradient(90deg,{','.join(stops)})"
 
 

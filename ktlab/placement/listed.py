@@ -28,7 +28,7 @@ def listed(name: str) -> Machine:
         raise SettingError(
             f"machine={name!r}{nearest(name.lower(), names)}: expected "
             f"{', '.join(map(repr, names))}, a .json file that Machine.to_json wrote, a Machine, "
-            'or sizes such as ram="382GB", vram="14GB"'
+            'or for a plan sizes such as ram="382GB", vram="14GB"'
         )
     return _machine(name.lower(), known[name.lower()])
 

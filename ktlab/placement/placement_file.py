@@ -230,7 +230,8 @@ class _Reader:
         fields = self.fields(data, "", ("model", "places"))
         if fields is None or set(fields) != {"model", "places"}:
             if fields is not None:
-                self.say("", f"expected model and places, found {', '.join(map(str, fields))}")
+                said = ", ".join(map(str, fields)) or "neither"
+                self.say("", f"expected model and places, found {said}")
             return None
         shape = self.shape(fields["model"])
         places = self.fields(fields["places"], "places", PLACEABLE)

@@ -1,5 +1,6 @@
 """How published figures beside predicted ones are shown."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktlab import figures, html
@@ -19,6 +20,8 @@ NARROW = (
     "error",
 )
 """Headers of the card: model, machine and engine share a column, said once for the rows alike."""
+
+MEMORY = ("who", "model", "device", "published", "planned", "error")
 
 
 def rows(of: "Published", kind: str) -> list[tuple[str, ...]]:
@@ -90,35 +93,39 @@ def left_out(of: "Published") -> list[str]:
 
 
 def text(of: "Published") -> str:
-    """Tables in columns."""
-    widths = (12, 17, 20, 8, 7, 8, 10, 10, 8)
+    """Tables in columns; what speeds have in common is said once above them."""
+    widths = (9, 8, 9, 11, 11, 9)
     lines = [
         f"{len(of.free)} efficiencies are free: "
         + ", ".join(f"{name} {value:.3g}" for name, value in of.free.items())
     ]
+
+    def row(cells: Sequence[str]) -> str:
+        return "  " + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
     for kind in ("fitted", "held_out"):
         lines += ["", f"{summary(of, kind)}; in tokens/s"]
         lines += left_out(of) if kind == "held_out" else []
-        lines += [
-            "  " + "".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-            for row in (HEADERS, *rows(of, kind))
-        ]
+        lines.append(row(HEADERS[3:]))
+        for where, *cells in narrow_rows(of, kind):
+            lines += [f"  {where}"] if where else []
+            lines.append(row(cells))
     lines += ["", "not explained:", *(f"  {one}" for one in of.unexplained)]
-    lines += ["", "memory: published, planned"]
-    lines += ["  " + "  ".join(f"{cell:>18}" for cell in row) for row in memory_rows(of)]
-    return "\n".join(lines)
+    lines += ["", "memory", "  " + "".join(f"{cell:>11}" for cell in MEMORY[2:])]
+    for who, model, *cells in memory_rows(of):
+        lines += [f"  {who}, {model}", "  " + "".join(f"{cell:>11}" for cell in cells)]
+    return html.wrapped("\n".join(lines))
 
 
 def bundle(of: "Published") -> dict[str, Any]:
     """Text, and a card: what was fitted, and behind a click what was held out and memory."""
     beside = "".join(f'<div class="s">{html.text(line)}</div>' for line in left_out(of))
-    headers = ("who", "model", "device", "published", "planned", "error")
     parts = [
         html.Raw(f"<b>{summary(of, 'fitted')}</b>"),
         html.table(narrow_rows(of, "fitted"), NARROW),
         html.details(summary(of, "held_out"), html.table(narrow_rows(of, "held_out"), NARROW)),
         html.Raw(beside),
-        html.details("memory", html.table(memory_rows(of), headers)),
+        html.details("memory", html.table(memory_rows(of), MEMORY)),
         html.details("not explained", html.table([(one,) for one in of.unexplained])),
     ]
     return html.mimebundle(text(of), html.card("predicted beside published", *parts))

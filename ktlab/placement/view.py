@@ -110,8 +110,11 @@ HEADERS = (
     "FLOP/byte",
     "FLOP/number",
 )
-NARROW_HEADERS = (*HEADERS[:6], "B/token", "FLOP/B")
-"""Of a terminal, which has 80 columns."""
+NARROW_HEADERS = (*HEADERS[:3], *HEADERS[4:8])
+"""Of a terminal, which has 80 columns: what is made anew is said in a line below."""
+
+
+AS_STORED = "as stored"
 
 
 def _component_lines(plan: "Plan") -> list[tuple[str, ...]]:
@@ -123,7 +126,7 @@ def _component_lines(plan: "Plan") -> list[tuple[str, ...]]:
                 name,
                 "+".join(total.devices),
                 stored,
-                formats if formats != stored else "as stored",
+                formats if formats != stored else AS_STORED,
                 decimal_bytes(total.bytes),
                 html.quantity(total.flop_per_token),
                 decimal_bytes(total.bytes_per_token),
@@ -172,8 +175,16 @@ def text(plan: "Plan") -> str:
     """As a terminal shows it."""
     lines = [f"Plan of {_head(plan)}", f"  from {plan.source}", f"  on {plan.machine}"]
     lines += [f"  {_context_line(plan)}", ""]
-    components = [row[: len(NARROW_HEADERS)] for row in _component_lines(plan)]
-    lines += _columns([NARROW_HEADERS, *components], left=4) + [""]
+    components = _component_lines(plan)
+    narrow = [(*row[:3], *row[4:8]) for row in components]
+    lines += _columns([NARROW_HEADERS, *narrow], left=3)
+    anew: dict[str, list[str]] = {}
+    for name, _, _, formats, *_ in components:
+        if formats != AS_STORED:
+            anew.setdefault(formats, []).append(name)
+    said = "; ".join(f"{', '.join(names)} as {formats}" for formats, names in anew.items())
+    lines += [f"  made anew: {said}"] if said else []
+    lines.append("")
     lines += _columns(_by_kind(plan.ledgers), left=1) + [""]
     return html.wrapped("\n".join([*lines, *plan.verdict]))
 

@@ -47,6 +47,23 @@ def test_here():
         report["trorch"]
 
 
+def test_what_a_machine_has_not_is_neither_good_nor_bad():
+    def check(**words):
+        return Check(**{"group": "kernels", "name": "amx_int8", "found": "no", **words})
+
+    report = Doctor(
+        checks=(
+            check(why="the CPU lacks " + "amx_tile " * 12),
+            check(group="memory", name="swap", found="none"),
+            check(name="native", verdict="warn"),
+        )
+    )
+    assert ": 1 ok, 1 not on this machine, 1 to note, 0 missing" in report.summary
+    said = str(report)
+    assert "– amx_int8" in said and "✓ swap" in said and "! native" in said
+    assert max(map(len, said.splitlines())) <= 80 and "absent" in report.to_html()
+
+
 def test_features(cpu):
     cpu(OLD)
     found = hardware.features()

@@ -324,7 +324,8 @@ def test_the_baseline_is_in_the_plane_before_anything_is_measured():
     base = Choice(top_k=8)
     (point,) = points([], base, "decode", base)
     assert (point.speed.value, point.kl.value, point.label) == (1, 0, "k=8")
-    assert point.current and point.on_front
+    assert point.on_front
+    assert points([], base.with_(top_k=6), "decode", base) == (point,), "a press draws nothing anew"
     assert ">k=8<" in plane.plane([point], "decode")
 
 
@@ -333,8 +334,7 @@ def test_a_rule_is_predicted_with_the_experts_it_took(room, model):
     room.wait(WAIT_S)
     choice, results = room.state.choice, room.results
     mean = taken(choice, results)
-    assert mean is not None
-    assert 1 <= mean < choice.top_k
+    assert mean is not None and 1 <= mean < choice.top_k
     shown = elsewhere(model, results, choice, "2x6454s+4090d", "deepseek-v3")
     assert f"{round(mean)} experts a token (the rule took {mean:.1f} here)" in shown
     waiting = elsewhere(model, None, choice, "2x6454s+4090d", "deepseek-v3")

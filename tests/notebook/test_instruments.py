@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
@@ -28,7 +29,7 @@ from ktlab.notebook.quantization_plane import label, label_places
 from ktlab.notebook.quantization_view import QuantizationView
 from ktlab.notebook.requantizing import kind_errors, planned_bytes, requantize_all, sampled
 from ktlab.notebook.router_view import RouterView
-from ktlab.quantization import FORMATS
+from ktlab.quantization import FORMATS, QTensor
 
 TEXTS = {
     "one": "It was the best of times,\nit was the worst of times,\n" * 8,
@@ -71,10 +72,12 @@ def test_bad_input_is_said_and_what_was_shown_stays(view):
     view.source.set("   ")
     view.wait(60)
     assert "the text is empty" in view.status.value and "kt-error" in view.status.value
+    assert "kt-failed" in view.box._dom_classes, "what stands there is of another text"
     assert view.figures().keys() >= {*list(shown)[:1]}
     view.source.set("now a text <b>again</b>, and one that is long enough to be measured")
     assert view.wait(60).error == ""
     assert "kt-error" not in view.status.value and "<b>again" not in view.snapshot().html
+    assert "kt-failed" not in view.box._dom_classes
 
 
 @pytest.mark.parametrize("view", [RouterView], indirect=True)
@@ -99,6 +102,13 @@ def test_offload_view_masks_what_it_says(view):
     assert shown["taken away"].marker.color != shown["whole model"].marker.color
     view.count_slider.value = 0
     assert view.wait(60).quality.identical
+
+
+@pytest.mark.parametrize("view", [QuantizationView], indirect=True)
+def test_one_token_is_too_few_for_a_loss(view):
+    view.source.set("x")
+    view.wait(60)
+    assert "expected at least 3" in view.error
 
 
 @pytest.mark.parametrize("view", [QuantizationView], indirect=True)
@@ -255,10 +265,14 @@ def test_tables_of_the_notebooks(model):
     assert "DeepSeek-V3's sizes" in link.index.get_level_values("model")
     moved = link[["moved a token", "tokens/s at most"]].to_numpy().ravel()
     assert all("±" in said or "[" in said for said in moved)
-    assert len(quantization_tables.component_frame(model)) == 5
+    components = quantization_tables.component_frame(model)
+    assert len(components) == 6 and "embedding, norms" in components.index
+    assert sum(float(share.rstrip("%")) for share in components["share"]) == pytest.approx(
+        100, abs=0.3
+    )
     assert len(quantization_tables.formats_frame()) == len(FORMATS)
     plot = quantization_tables.snr_plot(model.moe_blocks[0].experts.gate[0])
-    assert " q4_0 " in plot.data[1].text and " q4_k " not in plot.data[1].text  # rows of 64
+    assert "q4_0" in plot.data[1].customdata and "q4_k" not in plot.data[1].customdata  # rows of 64
     assert plot.layout.xaxis.range[0] <= min(plot.data[1].x) - 0.5, "a name beside it is cut"
 
 
@@ -282,6 +296,21 @@ def test_names_of_crowded_points_meet_neither_points_nor_each_other() -> None:
     names = ["q4_0", "iq4_nl", "q4_k", "q4_1", "q5_0", "q5_k"]
     sides = quantization_tables.label_sides(places, names)
     assert sides[0] != sides[1] and sides[4] != sides[5]
+    line = [(4.51, 27.0), (4.52, 27.0), (5.0, 30.0)]
+    assert quantization_tables.label_sides([(4.5, 27.0)], ["q4_k"], line) != ["middle right"]
+    assert quantization_tables.crowds([4.5, 5.0, 4.5, 4.5, 5.0]) == [[0, 2, 3]]
+
+
+def test_names_of_formats_with_the_same_bits_stand_in_one_stack() -> None:
+    tensor = QTensor.from_array("w", np.random.default_rng(0).normal(size=(8, 256)), "f32")
+    plot = quantization_tables.snr_plot(tensor)
+    (stack,) = (note.text.split("<br>") for note in plot.layout.annotations)
+    assert {"q4_k", "q4_0", "iq4_nl"} <= set(stack)
+    points = plot.data[1]
+    assert not {f" {name} " for name in stack} & set(points.text)
+    decibels = dict(zip(points.customdata, points.y, strict=True))
+    heights = [decibels[name] for name in stack]
+    assert heights == sorted(heights, reverse=True)
 
 
 def test_a_whole_table_cuts_nothing() -> None:

@@ -1,12 +1,15 @@
 """Notebook 06's views: maps of bytes held against the packer, the walk against the product."""
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ktlab.checkpoint.synthesis import TINY_TEST_CONFIG, synthesize
 from ktlab.errors import SettingError
+from ktlab.interval import Interval
 from ktlab.kernels import packing
 from ktlab.kernels.request import Request
 from ktlab.kernels.switch_measurement import measure_switch
@@ -188,6 +191,23 @@ def test_the_switch_is_drawn_with_the_border_in_force():
     said = [a.text for a in fig.layout.annotations]
     assert f"in force: few = {curve.default_few}" in said
     assert len(fig.data) == 2
+    assert list(fig.layout.xaxis.tickvals) == [1, 8, 64]
+
+
+def test_a_border_that_the_repeats_do_not_tell_is_not_drawn():
+    curve = measure_switch(tensor("q8_0"), tokens=(1, 8, 64), repeats=3)
+
+    def drawn(ratio: float, default_few: int) -> Any:
+        told = Interval(value=ratio, low=0.9 * ratio, high=1.1 * ratio, no_change=1.0)
+        points = tuple(replace(p, ratio=told, few=p.many) for p in curve.points)
+        return switch_figure(replace(curve, points=points, default_few=default_few))
+
+    either = drawn(1.0, 2)
+    said = {a.text: a for a in either.layout.annotations}
+    assert len(either.layout.shapes) == 1 and "measured here: no border told apart" in said
+    assert said["in force: few = 2"].xanchor == "left"
+    assert drawn(1.0, 64).layout.annotations[0].xanchor == "right"
+    assert "no border" not in str(drawn(2.0, 2).layout.annotations)
 
 
 def test_errors_of_settings_against_float32(model):

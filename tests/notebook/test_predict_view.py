@@ -70,7 +70,10 @@ def test_every_control_turns_it(view: PredictView) -> None:
     view.set(machine="mine", model="deepseek-v2-lite")
     assert decode() > six
     assert view.prediction.machine == "mine" and view.experts.value == 6
-    assert "no published figure" in view.beside.value
+    assert "no published figure" in view.beside.value and "not fit" not in view.beside.value
+    view.set(model="kimi-k2", machine="laptop", engine="llama.cpp")
+    view.wait(60)
+    assert view.error == "" and "does not fit</span>" in view.beside.value
     view.set(machine="laptop", engine="ktransformers-0.3")
     view.wait(60)
     assert "amx_int8" in view.error

@@ -18,6 +18,23 @@ def test_text_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not fit" in capsys.readouterr().out
 
 
+def test_a_plan_with_a_gpu_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "deepseek-v3", "--format", "q4_k_m", "--ram", "400GB", "--vram", "24GB"]
+    assert main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    (head,) = (line for line in lines if line.startswith("  component"))
+    rows = lines[lines.index(head) + 1 :][:9]
+    assert head.endswith("FLOP/byte") and {len(row) for row in rows} == {len(head)}
+    assert any("made anew: attention as int4_group128+bf16" in line for line in lines)
+
+
+def test_published_speeds_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--published"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and "  deepseek-v3, 2x6454s+4090d, llama.cpp" in lines
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "tiny", "--machine", "this", "--context", "64", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

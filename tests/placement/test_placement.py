@@ -190,6 +190,7 @@ def test_a_file_with_many_faults_names_them_all() -> None:
         ("[1", "not YAML: line 1"),
         ("a: &x 1\nb: *x", "anchors"),
         ("model: 3", "expected model and places"),
+        ("{}", "expected model and places, found neither"),
         ("- 1", "expected model, places; found"),
         ("model: {layers: 1e9}\nplaces: {}", "missing"),
         (CPU.to_yaml().replace("output: cpu", "output: cpu\n  output: cpu"), "output is there 2"),

@@ -63,7 +63,8 @@ def test_what_is_left_out_is_said_beside_the_bound(
     assert main(["predict", "--published"]) == 0
     lines = capsys.readouterr().out.splitlines()
     bound = next(i for i, line in enumerate(lines) if line.startswith("held out: "))
-    assert words in lines[bound + 1] and "prompt's length" in lines[bound + 1]
+    beside = " ".join(" ".join(lines[bound + 1 : bound + 8]).split())
+    assert words in beside and "prompt's length" in beside
     page = table._repr_mimebundle_()["text/html"]
     assert page.count(words) == 1 and page.index(words) < page.index("<summary>memory")
     (found,) = json.loads(table.to_json())["left_out"]

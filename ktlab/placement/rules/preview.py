@@ -152,14 +152,12 @@ class Preview(Record):
         )
 
     def __repr__(self) -> str:
-        rows = [HEADERS, *((a, _cut(names), *rest) for a, names, *rest in self._cells())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADERS) - 1)]
-        lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
-            for row in rows
-        ]
+        lines: list[str] = []
+        for rule, names, stage, status, what in self._cells():
+            about = ", ".join(filter(None, (stage, status)))
+            lines += [f"{rule}  {_cut(names)}", f"    {about}: {what}"]
         lines += [*self.places, *self.notes]
-        return "\n".join([self._title(), *("  " + line for line in lines)])
+        return html.wrapped("\n".join([self._title(), *("  " + line for line in lines)]))
 
     def _repr_html_(self) -> str:
         body: list[object] = [self.table_html(), self.where_html()]
