@@ -54,7 +54,7 @@ def text(tmp_path: Path) -> str:
 def test_info(gguf, capsys):
     assert cli.main(["info", gguf]) == 0
     out = capsys.readouterr().out
-    assert "52 tensors, f32 " in out and "Cost of 1 token at" in out and "weights read" in out
+    assert "52 tensors, f32" in " ".join(out.split()) and "weights read" in out
     assert re.search(r"^  kv_lora_rank +32$", out, re.M) and max(map(len, out.splitlines())) <= 80
 
 

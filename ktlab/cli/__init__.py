@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ktlab
+from ktlab import html
 from ktlab.cli import bench, chat, eval, machine, plan, predict, rules, synthesize
 from ktlab.cli.arguments import add_model, add_text, check_output, loaded, texts_of
 from ktlab.errors import KtlabError, RuleError, SettingError
@@ -131,7 +132,7 @@ def _info(options: argparse.Namespace) -> int:
     model = loaded(options)
     context = min(512, model.config.context_length)
     print(model)
-    print(model.checkpoint)
+    print(html.wrapped(repr(model.checkpoint)))
     print("\n".join(["Sizes", *_fields(model.config)]))
     print("A stage: operations, weights read, cache moved, operations for each byte")
     print(model.cost(1, context))
