@@ -49,9 +49,14 @@ class StageError(KtlabError, AttributeError):
 
 def nearest(found: str, known: Iterable[str]) -> str:
     """'; did you mean "x"?' if a known name is close to `found`, in whatever case, else ''."""
-    names = {name.lower(): name for name in known}
-    matches = get_close_matches(str(found).lower(), names, n=1)
-    return f'; did you mean "{names[matches[0]]}"?' if matches else ""
+    names: dict[str, list[str]] = {}
+    for name in known:
+        names.setdefault(name.lower(), []).append(name)
+    if not (matches := get_close_matches(str(found).lower(), names, n=1)):
+        return ""
+    # Of names that differ in case alone, the one that is written most alike.
+    (match,) = get_close_matches(str(found), names[matches[0]], n=1, cutoff=0.0)
+    return f'; did you mean "{match}"?'
 
 
 def short(value: object, limit: int = 60) -> str:

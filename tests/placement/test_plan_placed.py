@@ -106,7 +106,9 @@ def test_the_grid() -> None:
     for shown in (moved, lite(moved)):
         found = shown._repr_mimebundle_()
         page = found["text/html"]
-        assert "layer 5, experts: " in page and "75% 100%" in page and "experts 0-15" in page
+        # 16 of 64 experts, and at least 3 px of a cell.
+        assert "layer 5, experts: " in page and "clamp(3px,75%,calc(100% - 3px)) 100%" in page
+        assert "experts 0-15" in page
         assert "upper half decode" in page and "cuda:1" in page and "prefill only" in page
         assert found["text/plain"] == repr(shown)
     assert "upper half" not in CPU._repr_mimebundle_()["text/html"]
