@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 # Before transformers or Jupyter are imported anywhere.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,12 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A shared machine's clock says nothing about a property; CI repeats the same examples.
-settings.register_profile(
-    "ktlab",
-    deadline=None,
-    derandomize=bool(os.environ.get("CI")),
-    suppress_health_check=[HealthCheck.too_slow],
-)
+settings.register_profile("ktlab", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("ktlab")
 
 BROWSER_REQUIRED = os.environ.get("KTLAB_REQUIRE_BROWSER") == "1"

@@ -2,7 +2,6 @@
 
 import gc
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import ktlab
 from ktlab.errors import ContextError, PlacementError
 from ktlab.kernels import int4, seat
 from ktlab.kernels.seat import TorchSeat
@@ -24,16 +22,6 @@ from tests.model.cuda_in_name import Event, Stream, There, cuda
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 IDS = torch.arange(3, 40)
 GPU = torch.device("cuda:0")
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Model:
-    return ktlab.load("tiny")
-
-
-@pytest.fixture
-def model(loaded: Model) -> Iterator[Model]:
-    yield loaded.clone()
 
 
 @pytest.fixture(scope="module")

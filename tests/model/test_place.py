@@ -3,7 +3,6 @@
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,16 +23,6 @@ from ktlab.probe import Recorder
 from tests.model.strict_seat import StrictSeat
 
 IDS = torch.arange(3, 40)
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Model:
-    return ktlab.load("tiny")
-
-
-@pytest.fixture
-def model(loaded: Model) -> Iterator[Model]:
-    yield loaded.clone()
 
 
 @pytest.fixture(scope="module")
