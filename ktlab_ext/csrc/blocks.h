@@ -7,10 +7,6 @@
 
 #include "internal.h"
 
-KTL_INLINE int ktl_has_dmin(int format) {
-    return format == KTL_Q2_K || format == KTL_Q4_K || format == KTL_Q5_K;
-}
-
 /* q4_k and q5_k: eight 6-bit scales and eight 6-bit minima in 12 bytes. The first four of each lie
  * in the low 6 bits of bytes 0-3 and 4-7; the others have their low 4 bits in bytes 8-11 and their
  * high 2 bits on top of bytes 0-7. */

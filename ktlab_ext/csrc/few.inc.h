@@ -8,7 +8,6 @@ enum { FEW = 4 /* tokens a pass on packed data, or on 16 rows of blocks */ };
 #include "row_avx2.inc.h"
 #define DOT_ROWS(T) dot_lines(format, T, row, cols, x, chunk_bytes, acc)
 enum { ROWS_AT_ONCE = 1 };
-#define FEW_ROWS(format) 1
 #else
 #define DOT_ROWS(T) dot_rows(format, T, row, row_bytes, cols, x, chunk_bytes, acc)
 enum { ROWS_AT_ONCE = LANES };
@@ -42,7 +41,7 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
     const ktl_format_info *f = &ktl_formats[format];
     const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
     int done = 0;
-    if (ktl_has_rows(format) && FEW_ROWS(format))
+    if (ktl_has_rows(format))
         for (; done + ROWS_AT_ONCE <= rows; done += ROWS_AT_ONCE)
             dot_lanes(format, row + done * row_bytes, row_bytes, cols, act, chunk_bytes, job, done);
     for (int64_t first = 0; first < job->n; first += TOKENS) {
@@ -55,8 +54,8 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
                 const uint8_t *x = (const uint8_t *)act + column / KTL_CHUNK * chunk_bytes;
                 int n = (int)(cols - column < KTL_CHUNK ? cols - column : KTL_CHUNK);
                 /* Rows follow each other in memory: what comes KTL_FAR bytes on is fetched meanwhile. */
-                fetch(p + bytes_of_columns(format, column) + KTL_FAR,
-                      (size_t)bytes_of_columns(format, KTL_CHUNK));
+                fetch(p + KTL_FAR, (size_t)bytes_of_columns(format, column),
+                      (size_t)bytes_of_columns(format, column + KTL_CHUNK));
                 if (ktl_is_float(format)) {
                     float line[KTL_CHUNK] KTL_ALIGNED;
                     if (n < KTL_CHUNK) memset(line, 0, sizeof line);
@@ -99,7 +98,7 @@ KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const ui
     const uint8_t *scales = p + groups * group_bytes;
     const uint8_t *mins = scales + subs * KTL_PANEL;
     float d[KTL_PANEL] KTL_ALIGNED, dmin[KTL_PANEL] KTL_ALIGNED;
-    const int share = (int)(ktl_chunk_bytes(format, KTL_CHUNK / KTL_GROUP) * KTL_GROUP / KTL_CHUNK);
+    const int share = (int)(ktl_chunk_bytes_as(format, KTL_CHUNK / KTL_GROUP) * KTL_GROUP / KTL_CHUNK);
     VF sum[FEW][VN], part[FEW]; /* part: of what shares the weights' scale */
     VI dot[FEW][VN], two[FEW];
 #pragma GCC unroll 4
@@ -111,7 +110,7 @@ KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const ui
     }
     for (int g = 0; g < groups; g++) {
         /* The memory must not idle while this is computed. */
-        fetch(far + g * share, (size_t)share);
+        fetch(far, (size_t)(g * share), (size_t)((g + 1) * share));
         if (!f->has_scale && f->d_cols && g * KTL_GROUP % f->d_cols == 0)
             F16X16(scales + 32 * (g * KTL_GROUP / f->d_cols), d);
 #pragma GCC unroll 2
@@ -173,7 +172,7 @@ KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const ui
         for (int o = 0; o < VN; o++) STOREF(acc[t] + o * (VB / 4), sum[t][o]);
 }
 
-KTL_INLINE void dot_packed_float(int format, int T, const uint8_t *chunk, int groups,
+KTL_INLINE void dot_packed_float(int format, int T, const uint8_t *chunk, int groups, const uint8_t *far,
                                  const float *const *act, float *const *acc) {
     const int size = ktl_formats[format].block_bytes;
     VF sum[2][FEW][VN]; /* even and odd columns */
@@ -186,6 +185,7 @@ KTL_INLINE void dot_packed_float(int format, int T, const uint8_t *chunk, int gr
     for (int c = 0; c < groups * KTL_GROUP; c += 2) {
         float w[2][KTL_PANEL] KTL_ALIGNED;
         const uint8_t *p = chunk + c * KTL_PANEL * size;
+        fetch(far, (size_t)(c * KTL_PANEL * size), (size_t)((c + 2) * KTL_PANEL * size));
         if (format == KTL_F32) memcpy(w, p, sizeof w);
         else pair_to_floats(format, p, w[0], w[1]);
 #pragma GCC unroll 4
@@ -219,7 +219,7 @@ KTL_INLINE void dot_packed_as(int format, const uint8_t *head, const uint8_t *ch
 #define PASS(T)                                                                                     \
     case T:                                                                                         \
         if (ktl_is_float(format))                                                                   \
-            dot_packed_float(format, T, chunk, groups, (const float *const *)a, acc);               \
+            dot_packed_float(format, T, chunk, groups, job->far, (const float *const *)a, acc);               \
         else dot_packed_int8(format, T, head, chunk, groups, job->far, (const ktl_act *const *)a,   \
                              acc);                                                                  \
         break;

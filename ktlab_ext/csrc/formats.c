@@ -25,16 +25,7 @@ int64_t ktl_row_bytes(int format, int64_t cols) {
     return cols / f->block_cols * f->block_bytes;
 }
 
-int64_t ktl_chunk_bytes(int format, int groups) {
-    const ktl_format_info *f = &ktl_formats[format];
-    if (ktl_is_float(format)) return (int64_t)groups * KTL_GROUP * KTL_PANEL * f->block_bytes;
-    int64_t bytes = (int64_t)groups * 64 * (f->base_bits + f->high_bits);
-    int subs = groups * KTL_GROUP / (f->sub > KTL_GROUP ? KTL_GROUP : f->sub);
-    bytes += (int64_t)(f->has_scale + f->has_min) * subs * KTL_PANEL;
-    if (f->d_cols) bytes += ktl_ceil((int64_t)groups * KTL_GROUP, f->d_cols) * 2 * KTL_PANEL;
-    if (ktl_has_dmin(format)) bytes += 2 * KTL_PANEL;
-    return ktl_ceil(bytes, 64) * 64;
-}
+int64_t ktl_chunk_bytes(int format, int groups) { return ktl_chunk_bytes_as(format, groups); }
 
 int64_t ktl_panel_bytes(int format, int64_t cols) {
     int64_t whole = cols / KTL_CHUNK;

@@ -205,6 +205,15 @@ typedef struct {
     int pieces, lines, line; /* `line`: the next of the first piece */
 } ktl_ahead;
 
+/* The same address, three cycles later. Requests to memory that leave in the same cycle get in each other's way:
+ * a Xeon of the sixth generation reads a sixth to a third faster if each waits for the one before. */
+KTL_INLINE const uint8_t *ktl_later(const uint8_t *p) {
+#ifdef __x86_64__
+    __asm__("imul $1, %0, %0" : "+r"(p));
+#endif
+    return p;
+}
+
 /* Lines for each of so many passes. */
 KTL_INLINE int64_t ktl_share(const ktl_ahead *a, int64_t passes) {
     return ktl_ceil((int64_t)a->lines * a->pieces, passes);
@@ -419,8 +428,23 @@ KTL_INLINE int ktl_code_value(int format, int code) {
     return ktl_formats[format].table ? ktl_iq4_table[code & 15] : code - ktl_formats[format].zero;
 }
 
-/* Bytes of a packed chunk of so many groups of 32 columns, and of a panel's head. */
+KTL_INLINE int ktl_has_dmin(int format) {
+    return format == KTL_Q2_K || format == KTL_Q4_K || format == KTL_Q5_K;
+}
+
+/* Bytes of a packed chunk of so many groups of 32 columns; where the format is a constant, so is this. */
+KTL_INLINE int64_t ktl_chunk_bytes_as(int format, int groups) {
+    const ktl_format_info *f = &ktl_formats[format];
+    if (ktl_is_float(format)) return (int64_t)groups * KTL_GROUP * KTL_PANEL * f->block_bytes;
+    int64_t bytes = (int64_t)groups * 64 * (f->base_bits + f->high_bits);
+    int subs = groups * KTL_GROUP / (f->sub > KTL_GROUP ? KTL_GROUP : f->sub);
+    bytes += (int64_t)(f->has_scale + f->has_min) * subs * KTL_PANEL;
+    if (f->d_cols) bytes += ktl_ceil((int64_t)groups * KTL_GROUP, f->d_cols) * 2 * KTL_PANEL;
+    if (ktl_has_dmin(format)) bytes += 2 * KTL_PANEL;
+    return ktl_ceil(bytes, 64) * 64;
+}
 int64_t ktl_chunk_bytes(int format, int groups);
+/* Bytes of a panel's head. */
 KTL_INLINE int64_t ktl_head_bytes(int format) { return format == KTL_INT8_CHANNEL ? 64 : 0; }
 /* Bytes of a packed panel of a matrix with `cols` columns. */
 int64_t ktl_panel_bytes(int format, int64_t cols);

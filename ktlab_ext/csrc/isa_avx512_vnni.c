@@ -76,8 +76,6 @@ KTL_INLINE __m512i lookup(__m512i codes) {
 #define LOOKUP(codes) lookup(codes)
 
 /* For rows.inc.h */
-#define FEW_ROWS(format) /* where a row's scales take longer than its products (dot_row) */ \
-    ((format) == KTL_Q4_K || (format) == KTL_Q5_K || (format) == KTL_Q6_K)
 #define ROW_WORDS(p) _mm512_inserti64x4(_mm512_castsi256_si512(two_words(p(0), p(1))), two_words(p(2), p(3)), 1)
 #define LOW32(a, b) _mm512_unpacklo_epi32(a, b)
 #define TOP32(a, b) _mm512_unpackhi_epi32(a, b)

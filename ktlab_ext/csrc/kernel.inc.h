@@ -74,9 +74,12 @@ KTL_INLINE int64_t bytes_of_columns(int format, int64_t cols) {
     return f->block_cols ? cols / f->block_cols * f->block_bytes : cols;
 }
 
-/* Into L2: L1 has too few buffers to wait for memory in. */
-KTL_INLINE void fetch(const void *p, size_t bytes) {
-    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch((const uint8_t *)p + at, 0, 2);
+/* Bytes [from, to) of what begins at p, into L2: L1 has too few buffers to wait for memory in. Of a sequence of
+ * such pieces every line is asked for once, with the piece where it begins. */
+KTL_INLINE void fetch(const uint8_t *p, size_t from, size_t to) {
+    from = (from + 63) / 64 * 64;
+    const uint8_t *end = p + to;
+    for (p += from; p < end; p = ktl_later(p + 64)) __builtin_prefetch(p, 0, 2);
 }
 
 KTL_INLINE int has_offset(int format) {

@@ -4,7 +4,7 @@
  * Each loop keeps enough independent sums in registers to cover the instruction's latency. The
  * empty asm statements make values opaque, so that the compiler neither hoists nor folds.
  */
-#include "ktl.h"
+#include "internal.h"
 
 #include <immintrin.h>
 #include <stdlib.h>
@@ -206,22 +206,19 @@ enum { FETCHED_BYTES = 8192 };
 
 #define READ(name, targets, type, zero, load, either, fold) \
     __attribute__((target(targets))) static uint64_t name(const uint8_t *data, int64_t bytes) { \
-        type sum0 = zero, sum1 = zero, sum2 = zero, sum3 = zero; \
-        for (int64_t i = 0; i < bytes; i += 4 * (int64_t)sizeof(type)) { \
-            for (int64_t at = 0; at < 4 * (int64_t)sizeof(type); at += 64) \
-                __builtin_prefetch(data + i + FETCHED_BYTES + at, 0, 2); \
-            sum0 = either(sum0, load((const void *)(data + i))); \
-            sum1 = either(sum1, load((const void *)(data + i + sizeof(type)))); \
-            sum2 = either(sum2, load((const void *)(data + i + 2 * sizeof(type)))); \
-            sum3 = either(sum3, load((const void *)(data + i + 3 * sizeof(type)))); \
+        type sum = zero; \
+        const uint8_t *far = data + FETCHED_BYTES; \
+        for (int64_t i = 0; i < bytes; i += 64, far = ktl_later(far + 64)) { \
+            __builtin_prefetch(far, 0, 2); \
+            for (int64_t at = 0; at < 64; at += (int64_t)sizeof(type)) \
+                sum = either(sum, load((const void *)(data + i + at))); \
         } \
-        sum0 = either(either(sum0, sum1), either(sum2, sum3)); \
         return (uint64_t)fold; \
     }
 READ(read_avx2, "avx2", __m256i, _mm256_setzero_si256(), _mm256_loadu_si256, _mm256_or_si256,
-     _mm256_extract_epi64(sum0, 0))
+     _mm256_extract_epi64(sum, 0))
 READ(read_avx512, "avx512f", __m512i, _mm512_setzero_si512(), _mm512_loadu_si512, _mm512_or_si512,
-     _mm512_reduce_or_epi64(sum0))
+     _mm512_reduce_or_epi64(sum))
 
 typedef struct {
     const uint8_t *buffer;

@@ -198,11 +198,12 @@ KTL_INLINE void dot_lines(int format, int T, const uint8_t *row, int64_t cols, c
     __m256 sum[4];
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) sum[t] = ZEROF();
-    for (int64_t c = 0; c < cols; c += KTL_CHUNK, row += bytes) {
+    const uint8_t *far = row + KTL_FAR;
+    for (int64_t c = 0, at = 0; c < cols; c += KTL_CHUNK, row += bytes, at += bytes) {
         const ktl_act *act[4];
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) act[t] = (const ktl_act *)(x[t] + c / KTL_CHUNK * chunk_bytes);
-        fetch(row + KTL_FAR, (size_t)bytes);
+        fetch(far, (size_t)at, (size_t)(at + bytes));
         if (ktl_formats[format].block_cols == KTL_CHUNK) {
             line l;
             load_line(format, row, &l);

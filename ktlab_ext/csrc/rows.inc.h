@@ -6,8 +6,7 @@
  *     CHOOSE_BITS(mask, a, b)         a where mask has ones
  *     EACH128(v) SHUFFLE8(v, by)      128 bits everywhere; bytes chosen within them
  *     ADD_WHERE(v, bits, ones, more)  more in bytes where `bits` has all of `ones`, of which there is one
- *     LOW_F16(v)                      float16 in the low halves of lanes
- *     FEW_ROWS(format)                whether few tokens take this way */
+ *     LOW_F16(v)                      float16 in the low halves of lanes */
 
 /* Every fourth row, and bytes from one to the next: an address of each row for an instruction, where 16 of
  * them would not fit the registers. */
@@ -227,24 +226,18 @@ KTL_INLINE void decode_rows(int format, const uint8_t *row, int64_t row_bytes, i
 }
 
 /* ---- few tokens ---------------------------------------------------------------------------------------- */
-/* The rows that are fetched meanwhile, a line of each with some piece: asked for all at once, they are
- * waited for. */
-enum { ROWS_AHEAD = 2 * KTL_PANEL };
-
 KTL_INLINE VI four(const ktl_act *a, int column) {
     int32_t v;
     memcpy(&v, a->q + column, 4);
     return SET1I(v);
 }
 
-/* A block of each row against T tokens; its first column in the chunk. */
-KTL_INLINE void dot_block(int format, int T, const lane_rows *r, int first, const ktl_act *const *act, VF *sum) {
+/* A block of each row, `at_byte` from where the rows begin, against T tokens; its first column in the chunk. */
+KTL_INLINE void dot_block(int format, int T, const lane_rows *r, const uint8_t *far, int64_t at_byte, int first,
+                          const ktl_act *const *act, VF *sum) {
     const ktl_format_info *info = &ktl_formats[format];
-    const int sub = info->sub, pieces = pieces_of(format), whole = info->block_cols == KTL_CHUNK;
+    const int sub = info->sub, pieces = pieces_of(format);
     const int run = run_of(format) < 4 ? run_of(format) : 4;
-    /* Lines of a row that begin with the block; of blocks of 32 columns one at most. */
-    const int before = first / KTL_GROUP * info->block_bytes;
-    const int lines = whole ? (info->block_bytes + 63) / 64 : !first || before / 64 != (before - info->block_bytes) / 64;
     VF part[4][4]; /* of each field, token: what shares the weights' scale */
     lane_block b;
     load_block(format, r, &b);
@@ -252,10 +245,8 @@ KTL_INLINE void dot_block(int format, int T, const lane_rows *r, int first, cons
     for (int i = 0; i < pieces; i++) {
         VI code[4][4];
         load_piece(format, r, &b, i, code);
-        for (int l = i * lines / pieces; l < (i + 1) * lines / pieces; l++)
-#pragma GCC unroll 16
-            for (int n = 0; n < LANES; n++)
-                __builtin_prefetch(r->fourth[n / 4] + (ROWS_AHEAD + n % 4) * r->bytes + 64 * l, 0, 2);
+        fetch(far, (size_t)(LANES * (at_byte * pieces + i * info->block_bytes) / pieces),
+              (size_t)(LANES * (at_byte * pieces + (i + 1) * info->block_bytes) / pieces));
 #pragma GCC unroll 4
         for (int f = 0; f < fields_of(format); f++) {
             const int at = column_of(format, i, f), s = at / sub, p = in_pairs(format) ? f : 0;
@@ -287,13 +278,14 @@ KTL_INLINE void dot_rows(int format, int T, const uint8_t *row, int64_t row_byte
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) sum[t] = ZEROF();
     lane_rows r = rows_at(row, row_bytes);
+    int64_t at = 0;
     for (int64_t c = 0; c < cols; c += KTL_CHUNK) {
         const int n = cols - c < KTL_CHUNK ? (int)(cols - c) : KTL_CHUNK;
         const ktl_act *act[4];
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) act[t] = (const ktl_act *)(x[t] + c / KTL_CHUNK * chunk_bytes);
-        for (int first = 0; first < n; first += info->block_cols, skip(&r, info->block_bytes))
-            dot_block(format, T, &r, first, act, sum);
+        for (int first = 0; first < n; first += info->block_cols, at += info->block_bytes, skip(&r, info->block_bytes))
+            dot_block(format, T, &r, row + LANES * row_bytes, at, first, act, sum);
     }
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) STOREF(acc[t], ADDF(LOADF(acc[t]), sum[t]));
