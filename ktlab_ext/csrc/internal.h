@@ -224,7 +224,7 @@ KTL_INLINE void ktl_fetch(ktl_ahead *a, int64_t lines) {
     while (lines > 0 && a->pieces > 0) {
         const uint8_t *p = a->data + a->line * 64;
         const int64_t rest = a->lines - a->line, n = lines < rest ? lines : rest;
-        for (int64_t i = 0; i < n; i++) __builtin_prefetch(p + i * 64, 0, 2);
+        for (int64_t i = 0; i < n; i++, p = ktl_later(p + 64)) __builtin_prefetch(p, 0, 2);
         lines -= n;
         a->line += (int)n;
         if (a->line < a->lines) return;
