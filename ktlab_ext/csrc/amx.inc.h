@@ -109,38 +109,21 @@ KTL_INLINE void int8_add(int format, const waiting *w, place at, int from, int r
     }
 }
 
-/* Asks for a token's activations of this chunk, and of the second if there is one; returns the next
- * token's. What lies beyond the last token is harmless to ask for. */
-KTL_INLINE const ktl_act *fetch_act(const ktl_act *act, int64_t second) {
-    for (int i = 0; i < (int)sizeof *act; i += 64) {
-        __builtin_prefetch((const uint8_t *)act + i);
-        if (second) __builtin_prefetch((const uint8_t *)act + second + i);
-    }
-    return act + 1;
-}
-
-KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, int groups,
-                                 const ktl_job *job) {
+/* Tokens from `first` on in blocks of `tokens`, up to 16, against all panels: a pair of them stays in L1 while all
+ * tokens pass by. */
+KTL_INLINE void int8_blocks(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job,
+                            int64_t first, int tokens, ktl_ahead *ahead, int64_t share) {
     const int cols = groups * KTL_GROUP, sub = sub_of(format), k = sub < 64 ? sub : 64;
     const int rows = sub < 64 ? 0 : 8 * k / sub; /* to add after a product; few products: after all */
-    ktl_ahead ahead = job->ahead;
     waiting sums[2];
-    place last = {0}, here = {.next = cols > KTL_CHUNK ? job->act_next : 0};
+    place last = {0}, here = {.next = cols > KTL_CHUNK ? job->act_next : 0, .tokens = tokens};
     int turn = 0;
-    const int64_t share = ktl_share(&ahead, ktl_ceil(job->n, 16) * (panels / 2) * ktl_ceil(cols, k));
     uint8_t half[2][1024] KTL_ALIGNED; /* the last 32 columns, padded to 64 */
-    const ktl_act *acts = job->act;
-    for (here.t = 0; here.t < job->n; here.t += 16) {
-        const int64_t t = here.t;
-        const int tokens = (int)(job->n - t < 16 ? job->n - t : 16);
-        here.tokens = tokens;
-        if (t == 0 || tokens < 16) {
-            tile_config config = config_for(tokens, k);
-            TILE_CONFIG(&config);
-        }
-        const int8_t *a = acts[t].q;
-        const ktl_act *next = acts + (t + 16 < job->n ? t + 16 : 0);
-        for (here.p = 0; here.p < panels; here.p += 2)
+    tile_config config = config_for(tokens, k);
+    TILE_CONFIG(&config);
+    for (here.p = 0; here.p < panels; here.p += 2)
+        for (here.t = first; here.t + tokens <= job->n; here.t += tokens) {
+            const int8_t *a = ((const ktl_act *)job->act)[here.t].q;
             for (here.s = 0; here.s * sub < cols; here.s++) {
                 const uint8_t *codes[2] = {tiles[here.p].codes, tiles[here.p + 1].codes};
                 int row = 0;
@@ -158,11 +141,10 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
                         b1 = half[1];
                     }
                     const int64_t at = c < KTL_CHUNK ? c : here.next + c - KTL_CHUNK;
-                    ktl_fetch(&ahead, share);
+                    ktl_fetch(ahead, share);
                     TWO_PRODUCTS(a + at, sizeof(ktl_act), b0, b1, TILE_DOT_S8U8, ({
                                      int8_add(format, &sums[!turn], last, row, rows, tiles, job);
                                      row += rows;
-                                     if (here.p + 2 == panels) next = fetch_act(next, here.next);
                                  }));
                 }
                 int8_add(format, &sums[!turn], last, row, 16, tiles, job);
@@ -170,8 +152,20 @@ KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, 
                 last = here;
                 turn ^= 1;
             }
-    }
+        }
     int8_add(format, &sums[!turn], last, 0, 16, tiles, job);
+}
+
+KTL_INLINE void int8_multiply_as(int format, const ktl_tile *tiles, int panels, int groups,
+                                 const ktl_job *job) {
+    const int sub = sub_of(format), k = sub < 64 ? sub : 64;
+    ktl_ahead ahead = job->ahead;
+    const int64_t passes = ktl_ceil(job->n, 16) * (panels / 2) * ktl_ceil(groups * KTL_GROUP, k);
+    const int64_t share = ktl_share(&ahead, passes), whole = job->n / 16 * 16;
+    /* A configuration waits for the tiles: one for whole blocks, and one for what is left. */
+    if (whole) int8_blocks(format, tiles, panels, groups, job, 0, 16, &ahead, share);
+    if (whole < job->n)
+        int8_blocks(format, tiles, panels, groups, job, whole, (int)(job->n - whole), &ahead, share);
     TILE_RELEASE();
 }
 
@@ -283,41 +277,37 @@ static void bf16_decode_blocks(int format, const uint8_t *row, int64_t row_bytes
     else bf16_from_tile(format, groups, &from, tile);
 }
 
-/* A pair of panels stays in L1 while all tokens pass by. Their sums are loaded into the tiles, added to
- * and stored again; meanwhile the next ones and the next tokens' activations come from L2. */
-static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int groups,
-                          const ktl_job *job) {
+/* Tokens from `first` on in blocks of `tokens`, up to 16, against all panels. A pair of panels stays in L1 while
+ * all tokens pass by; their sums are loaded into the tiles, added to and stored again. */
+KTL_INLINE void bf16_blocks(const ktl_tile *tiles, int panels, int groups, const ktl_job *job, int64_t first,
+                            int tokens, ktl_ahead *ahead, int64_t share) {
     const uint16_t *acts = job->act;
     const int64_t sums_bytes = job->acc_stride * (int64_t)sizeof(float);
-    ktl_ahead ahead = job->ahead;
-    const int64_t share = ktl_share(&ahead, ktl_ceil(job->n, 16) * (panels / 2));
-    (void)format;
+    tile_config config = config_for(tokens, 64);
+    TILE_CONFIG(&config);
     for (int p = 0; p < panels; p += 2)
-        for (int64_t t = 0; t < job->n; t += 16) {
-            const int tokens = (int)(job->n - t < 16 ? job->n - t : 16);
-            const int64_t then = t + 16 < job->n ? t + 16 : 0;
-            const uint16_t *a = acts + t * KTL_CHUNK, *next_act = acts + then * KTL_CHUNK;
+        for (int64_t t = first; t + tokens <= job->n; t += tokens) {
+            const uint16_t *a = acts + t * KTL_CHUNK;
             float *sums = job->acc + t * job->acc_stride + p * KTL_PANEL;
-            const float *next = job->acc + then * job->acc_stride + (then ? p : p + 2) * KTL_PANEL;
             const uint8_t *b0 = tiles[p].codes, *b1 = tiles[p + 1].codes;
-            if (t == 0 || tokens < 16) {
-                tile_config config = config_for(tokens, 64);
-                TILE_CONFIG(&config);
-            }
-            ktl_fetch(&ahead, share);
+            ktl_fetch(ahead, share);
             TILE_LOAD(0, sums, sums_bytes);
             TILE_LOAD(1, sums + KTL_PANEL, sums_bytes);
             for (int g = 0; g < groups; g++)
-                TWO_PRODUCTS(a + g * KTL_GROUP, KTL_CHUNK * 2, b0 + g * 1024, b1 + g * 1024,
-                             TILE_DOT_BF16, ({
-                                 for (int i = 0; i < 8; i++) __builtin_prefetch(next_act + 32 * i);
-                                 for (int i = 0; i < 2; i++) __builtin_prefetch(next + 16 * i);
-                                 next_act += 256;
-                                 next += job->acc_stride;
-                             }));
+                TWO_PRODUCTS(a + g * KTL_GROUP, KTL_CHUNK * 2, b0 + g * 1024, b1 + g * 1024, TILE_DOT_BF16,
+                             (void)0);
             TILE_STORE(0, sums, sums_bytes);
             TILE_STORE(1, sums + KTL_PANEL, sums_bytes);
         }
+}
+
+static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int groups, const ktl_job *job) {
+    ktl_ahead ahead = job->ahead;
+    const int64_t share = ktl_share(&ahead, ktl_ceil(job->n, 16) * (panels / 2)), whole = job->n / 16 * 16;
+    (void)format;
+    /* A configuration waits for the tiles: one for whole blocks, and one for what is left. */
+    if (whole) bf16_blocks(tiles, panels, groups, job, 0, 16, &ahead, share);
+    if (whole < job->n) bf16_blocks(tiles, panels, groups, job, whole, (int)(job->n - whole), &ahead, share);
     TILE_RELEASE();
 }
 
