@@ -42,6 +42,7 @@ typedef struct {
 } acts;
 
 static int64_t chunks_of(int64_t cols) { return ktl_ceil(cols, KTL_CHUNK); }
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int acts_alloc(ktl_pool *pool, int slot, acts *a, int64_t rows, int64_t cols) {
     a->term_bytes = rows * (int64_t)ktl_act_bytes(a->key.kind);
@@ -108,10 +109,26 @@ static ktl_act_key key_of(const ktl_kernels *kernels, way w, const ktl_matrix *m
     return pairs ? ktl_in_pairs(kernels->pairs, format, key) : key;
 }
 
-/* The memory of the next KTL_TILES tiles: `cols` columns from `column` on of at most `rows` rows. */
-static ktl_ahead next_tiles(const ktl_matrix *m, const uint8_t *data, int64_t row0, int64_t rows,
-                            int64_t column, int cols) {
-    if (rows > KTL_TILES * KTL_PANEL) rows = KTL_TILES * KTL_PANEL;
+/* Rows [row, row + rows) of one matrix of a stack. */
+typedef struct {
+    const ktl_matrix *m;
+    int64_t expert, row, rows;
+} part_of;
+
+/* Where they begin; in packed form the panel of the first. */
+static const uint8_t *begin_of(const part_of *part) {
+    const ktl_matrix *m = part->m;
+    return m->data + part->expert * m->expert_stride +
+           (m->layout == KTL_PACKED ? part->row / KTL_PANEL * ktl_panel_bytes(m->format, m->cols)
+                                    : part->row * ktl_row_bytes(m->format, m->cols));
+}
+
+/* The memory of KTL_TILES tiles: `cols` columns from `column` on of the part's rows from `row` on. */
+static ktl_ahead tiles_of(const part_of *part, int64_t row, int64_t column, int cols) {
+    const ktl_matrix *m = part->m;
+    const uint8_t *data = m->data + part->expert * m->expert_stride;
+    const int64_t row0 = part->row + row, left = part->rows - row;
+    const int64_t rows = left > KTL_TILES * KTL_PANEL ? KTL_TILES * KTL_PANEL : left;
     if (m->layout == KTL_PACKED) {
         const int64_t chunk = ktl_chunk_bytes(m->format, KTL_CHUNK / KTL_GROUP);
         const int64_t panel = ktl_panel_bytes(m->format, m->cols);
@@ -128,20 +145,19 @@ static ktl_ahead next_tiles(const ktl_matrix *m, const uint8_t *data, int64_t ro
                        .pieces = (int)rows, .lines = (int)((cols / unit * bytes + 47) / 64 + 1)};
 }
 
-/* Where a row of a matrix begins; in packed form its panel. */
-static const uint8_t *row_of(const ktl_matrix *m, int64_t expert, int64_t row) {
-    return m->data + expert * m->expert_stride +
-           (m->layout == KTL_PACKED ? row / KTL_PANEL * ktl_panel_bytes(m->format, m->cols)
-                                    : row * ktl_row_bytes(m->format, m->cols));
+/* Columns of packed data that `multiply` takes at a time. */
+static int span_of(const ktl_kernels *kernels, const ktl_matrix *m, const acts *a) {
+    return m->layout == KTL_PACKED && kernels->spans && a->key.group == KTL_SPAN ? KTL_SPAN : KTL_CHUNK;
 }
 
-/* job->acc += rows [row0, row0 + rows) of one matrix times the prepared activations. A chunk of 256
- * columns is decoded four panels at a time (they stay in L1) against all tokens (whose chunk stays
- * in L2 while the task's panels pass by). `then`: what will be read after these rows, or NULL. */
-static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m, int64_t expert,
-                       int64_t row0, int64_t rows, const acts *a, int64_t first_act,
-                       const ktl_job *job, ktl_tile *tiles, const uint8_t *then) {
-    const uint8_t *data = m->data + expert * m->expert_stride;
+/* job->acc += a part of a matrix times the prepared activations. A chunk of 256 columns is decoded four
+ * panels at a time (they stay in L1) against all tokens (whose chunk stays in L2 while the task's panels
+ * pass by). `then`: what will be read afterwards. */
+static void rows_times(const ktl_kernels *kernels, int fuse, part_of part_rows, const acts *a, int64_t first_act,
+                       const ktl_job *job, ktl_tile *tiles, part_of then) {
+    const ktl_matrix *m = part_rows.m;
+    const int64_t row0 = part_rows.row, rows = part_rows.rows;
+    const uint8_t *data = m->data + part_rows.expert * m->expert_stride;
     const uint8_t *act = a->base + first_act * (int64_t)ktl_act_bytes(a->key.kind);
     const int packed = m->layout == KTL_PACKED;
     const int64_t row_bytes = ktl_row_bytes(m->format, m->cols);
@@ -159,7 +175,7 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
                     const uint8_t *chunk = panel + ktl_head_bytes(m->format) + c * chunk_bytes;
                     part.act = act + c * a->chunk_bytes + term * a->term_bytes;
                     part.far = chunk + KTL_FAR;
-                    if (then && part.far >= end) part.far = then + (part.far - end);
+                    if (part.far >= end) part.far = begin_of(&then) + (part.far - end);
                     kernels->dot_packed(m->format, panel, chunk,
                                         groups < KTL_CHUNK / KTL_GROUP ? (int)groups : KTL_CHUNK / KTL_GROUP,
                                         &part);
@@ -172,7 +188,7 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
                                 a->chunk_bytes, &part);
         return;
     }
-    const int span = packed && kernels->spans && a->key.group == KTL_SPAN ? KTL_SPAN : KTL_CHUNK;
+    const int span = span_of(kernels, m, a);
     for (int64_t c = 0; c < m->cols; c += span) {
         const int cols = (int)(m->cols - c < span ? m->cols - c : span);
         const int groups = (cols + KTL_GROUP - 1) / KTL_GROUP;
@@ -201,7 +217,8 @@ static void rows_times(const ktl_kernels *kernels, int fuse, const ktl_matrix *m
                 tiles[used].codes = tiles[used].code;
             }
             const int64_t next = first + KTL_TILES * KTL_PANEL < rows ? first + KTL_TILES * KTL_PANEL : 0;
-            part.ahead = next_tiles(m, data, row0 + next, rows - next, c + !next * span, span);
+            part.ahead = next || c + span < m->cols ? tiles_of(&part_rows, next, c + !next * span, span)
+                                                    : tiles_of(&then, 0, 0, span);
             part.act_next = a->chunk_bytes;
             part.acc = job->acc + first;
             for (int term = 0; term < a->key.terms; term++) {
@@ -250,21 +267,24 @@ static void linear_prepare(void *context, int64_t row, int worker) {
     acts_fill(&l->a, row, x_row(x, l->x_type, l->x_stride, row % l->tokens), l->x_type, l->w->cols);
 }
 
+static part_of linear_part(const linear_work *l, int64_t task) {
+    const int64_t size = l->task_rows, tasks = ktl_ceil(l->w->rows, size), row = task % tasks * size;
+    return (part_of){l->w, l->first + task / tasks, row, least(l->w->rows - row, size)};
+}
+
 static void linear_rows(void *context, int64_t task, int worker) {
     linear_work *l = context;
     ktl_tile *tiles = ktl_pool_scratch(l->pool, worker, 0);
     float *acc = (float *)(tiles + KTL_TILES);
-    const int64_t size = l->task_rows, tasks = ktl_ceil(l->w->rows, size);
-    const int64_t head = task / tasks, row0 = task % tasks * size;
-    const int64_t rows = l->w->rows - row0 < size ? l->w->rows - row0 : size;
+    const int64_t size = l->task_rows, tasks = ktl_ceil(l->w->rows, size), head = task / tasks;
     const int64_t stride = size + SPREAD;
     memset(acc, 0, (size_t)(l->tokens * stride) * sizeof(float));
     ktl_job job = {.acc = acc, .acc_stride = stride, .n = l->tokens};
-    rows_times(l->kernels, l->way == FUSED, l->w, l->first + head, row0, rows, &l->a, head * l->tokens, &job,
-               tiles, NULL);
-    float *y = l->y + head * l->y_head + row0;
+    const part_of part = linear_part(l, task), then = linear_part(l, task + 1 < l->heads * tasks ? task + 1 : task);
+    rows_times(l->kernels, l->way == FUSED, part, &l->a, head * l->tokens, &job, tiles, then);
+    float *y = l->y + head * l->y_head + part.row;
     for (int64_t t = 0; t < l->tokens; t++)
-        memcpy(y + t * l->y_stride, acc + t * stride, (size_t)rows * sizeof(float));
+        memcpy(y + t * l->y_stride, acc + t * stride, (size_t)part.rows * sizeof(float));
 }
 
 int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t first, int64_t heads,
@@ -403,12 +423,20 @@ static void moe_gather(void *context, int64_t slot, int worker) {
     }
 }
 
+/* A task's rows of gate or up. */
+static part_of moe_inner_part(const moe_work *m, int64_t task, const ktl_matrix *matrix) {
+    const int64_t size = m->inner_rows, blocks = ktl_ceil(matrix->rows, size), row = task % blocks * size;
+    return (part_of){matrix, m->group[task / blocks].expert, row, least(matrix->rows - row, size)};
+}
+
 static void moe_gate_up(void *context, int64_t task, int worker) {
     moe_work *m = context;
     const int64_t width = m->gate->rows, size = m->inner_rows, blocks = ktl_ceil(width, size);
     const group *g = &m->group[task / blocks];
-    const int64_t row0 = task % blocks * size, rows = width - row0 < size ? width - row0 : size;
     const int64_t stride = size + SPREAD;
+    const int64_t after = task + 1 < m->groups * blocks ? task + 1 : task; /* mostly this worker's */
+    const part_of parts[3] = {moe_inner_part(m, task, m->gate), moe_inner_part(m, task, m->up),
+                              moe_inner_part(m, after, m->gate)};
     const ktl_kernels *kernels = m->kernels[g->way];
     const int fuse = g->way == FUSED;
     ktl_tile *tiles = ktl_pool_scratch(m->pool, worker, 0);
@@ -418,15 +446,12 @@ static void moe_gate_up(void *context, int64_t task, int worker) {
         const int list = m->inner_acts[g->way][i];
         ktl_job job = {.act_index = fuse ? m->token + g->first : NULL, .acc = sums[i],
                        .acc_stride = stride, .n = g->n};
-        const int64_t after = task + 1 < m->groups * blocks ? task + 1 : task; /* mostly this worker's */
-        rows_times(kernels, fuse, i ? m->up : m->gate, g->expert, row0, rows,
-                   fuse ? &m->list[list] : &m->gathered[list], fuse ? 0 : g->first, &job, tiles,
-                   i ? row_of(m->gate, m->group[after / blocks].expert, after % blocks * size)
-                     : row_of(m->up, g->expert, row0));
+        rows_times(kernels, fuse, parts[i], fuse ? &m->list[list] : &m->gathered[list], fuse ? 0 : g->first, &job,
+                   tiles, parts[i + 1]);
     }
     for (int64_t i = 0; i < g->n; i++) /* down is linear: the routing weight goes on its narrow side */
-        kernels->silu_mul(m->hidden + (g->first + i) * width + row0, sums[0] + i * stride, sums[1] + i * stride,
-                          m->weight[g->first + i], rows);
+        kernels->silu_mul(m->hidden + (g->first + i) * width + parts[0].row, sums[0] + i * stride,
+                          sums[1] + i * stride, m->weight[g->first + i], parts[0].rows);
 }
 
 static void moe_prepare_hidden(void *context, int64_t slot, int worker) {
@@ -454,10 +479,11 @@ static void moe_down(void *context, int64_t task, int worker) {
             job.acc_index = NULL;
             memset(job.acc, 0, (size_t)(g->n * stride) * sizeof(float));
         }
-        const int last = i + 1 == m->groups;
-        rows_times(m->kernels[g->way], fuse, m->down, g->expert, row0, rows,
-                   &m->hidden_acts[g->way], g->first, &job, tiles,
-                   row_of(m->down, m->group[last ? 0 : i + 1].expert, last ? row0 + rows : row0));
+        const part_of part = {m->down, g->expert, row0, rows};
+        part_of then = part;
+        if (i + 1 < m->groups) then.expert = m->group[i + 1].expert;
+        else if (row0 + rows < hidden) then = (part_of){m->down, m->group[0].expert, row0 + rows, least(hidden - row0 - rows, size)};
+        rows_times(m->kernels[g->way], fuse, part, &m->hidden_acts[g->way], g->first, &job, tiles, then);
         for (int64_t t = 0; !fuse && t < g->n; t++)
             m->kernels[g->way]->add_row(acc + token[t] * stride, job.acc + t * stride, rows);
     }
