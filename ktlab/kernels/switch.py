@@ -113,9 +113,9 @@ THRESHOLDS = (
 
 Where the two paths took the same time, medians of 5 on 2 threads of a Sapphire Rapids Xeon, one
 matrix of 8192 x 7168 (`measure_switch`): avx512_vnni 4 to 8 tokens an expert, packed with long
-scales at once; amx_bf16 on blocks 24 (q8_0) to 48 (q4_k, q5_0), packed 4 (q8_0) to 32, floats 0
-to 4; amx_int8 4 to 12 with long scales, beyond 48 without. On a Xeon of the sixth generation,
-8192 x 7168: amx_bf16 24 to 32 with 256 a block, 32 else (q8_0 14); amx_int8 with long scales packed 5 to
+scales at once; amx_bf16 on blocks 24 (q8_0) to 48 (q4_k, q5_0), packed 4 (q8_0) to 32, floats 0 to
+4; amx_int8 4 to 12 with long scales, beyond 48 without. On a Xeon of the sixth generation, 8192 x
+7168: amx_bf16 24 to 32 with 256 a block, 32 else (q8_0 14); amx_int8 with long scales packed 5 to
 8, on blocks 16 to 20. q8_0 under amx_bf16 stays with the path for few up to 64 all the same: its
 activations have 16 bits there.
 

@@ -8,8 +8,9 @@ logits of each last token. Contenders take turns, round by round, after a round 
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -204,7 +205,7 @@ def bench_model(
             stack.callback(peer.close)
             contenders[method.label] = lambda peer=peer: peer.generate(*parts)  # type: ignore[misc]
             descriptions[method.label] = peer.description["version"]
-        rates = _Rates(model, threads)
+        rates, peak = _Rates(model, threads), 0
         found: dict[str, list[Generated]] = {who: [] for who in contenders}
         for turn in range(rounds + 1):
             for who, contender in contenders.items():
@@ -215,13 +216,15 @@ def bench_model(
                     found[who].append(contender())
                 except client.PeerError as error:
                     skipped[who] = str(error)
+            peak = max(peak, _peak_bytes())
             rates.measure()
+            _begin_peak()
         samples = {who: runs[1:] for who, runs in found.items() if who not in skipped}
         say("stages")
         placed = None if on_cpu is None else placed_run(model, parts[0], on_cpu)
         stages = _watched(model, *parts, context)
         glue_s = _glue(model, *parts, context)
-        peak = _peak_bytes()
+        peak = max(peak, _peak_bytes())
     cases = [_case(who, descriptions[who], samples, prompt) for who in samples]
     own, prefill_s, decode_s = cases[0], *_seconds(samples["ktlab"])
     prefill_ceiling = rates.bound(model, prompt, min(CHUNK, prompt), context + prompt)
@@ -299,13 +302,14 @@ class _Rates:
         wanted = max(LEAST_BUFFER, CACHES * (hardware.cache_bytes() or 0))
         # A model that fits the cache is read from there.
         size = min(wanted, LARGEST_BUFFER, max(1 << 20, model.nbytes))
-        self._buffer = np.ones(size, np.uint8)
+        self._buffer_bytes = size
         self.read = self.operations = 0.0
 
     def measure(self) -> None:
         if native.unavailable():
             return
-        self.read = max(self.read, ceilings.reading(self._buffer, self.threads))
+        buffer = np.ones(self._buffer_bytes, np.uint8)  # not kept: it is no memory of the model's
+        self.read = max(self.read, ceilings.reading(buffer, self.threads))
         if self.isa and ceilings.usable(self.isa):
             rate = ceilings.operations(self.isa, self.threads)
         else:
@@ -396,9 +400,15 @@ def _glue(model: "Model", prompt: Sequence[int], following: Sequence[int], conte
 
 
 def _peak_bytes() -> int:
-    """Largest resident size of this process so far."""
+    """Largest resident size of this process so far, or since `_begin_peak`."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _begin_peak() -> None:
+    """Counts the largest size anew from here on, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _stages(seconds: Mapping[str, float]) -> str:

@@ -67,7 +67,7 @@ class RecordedModel(Record):
 
 
 def _short(processor: str) -> str:
-    return processor.replace("(R)", "").removesuffix(" Processor")
+    return processor.replace("(R)", "").replace(" Processor", "")
 
 
 def recorded_models() -> tuple[RecordedModel, ...]:
