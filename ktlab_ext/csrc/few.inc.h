@@ -219,7 +219,7 @@ KTL_INLINE void dot_packed_as(int format, const uint8_t *head, const uint8_t *ch
 #define PASS(T)                                                                                     \
     case T:                                                                                         \
         if (ktl_is_float(format))                                                                   \
-            dot_packed_float(format, T, chunk, groups, job->far, (const float *const *)a, acc);               \
+            dot_packed_float(format, T, chunk, groups, job->far, (const float *const *)a, acc);     \
         else dot_packed_int8(format, T, head, chunk, groups, job->far, (const ktl_act *const *)a,   \
                              acc);                                                                  \
         break;

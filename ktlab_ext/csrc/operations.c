@@ -145,11 +145,6 @@ static ktl_ahead tiles_of(const part_of *part, int64_t row, int64_t column, int 
                        .pieces = (int)rows, .lines = (int)((cols / unit * bytes + 47) / 64 + 1)};
 }
 
-/* Columns of packed data that `multiply` takes at a time. */
-static int span_of(const ktl_kernels *kernels, const ktl_matrix *m, const acts *a) {
-    return m->layout == KTL_PACKED && kernels->spans && a->key.group == KTL_SPAN ? KTL_SPAN : KTL_CHUNK;
-}
-
 /* job->acc += a part of a matrix times the prepared activations. A chunk of 256 columns is decoded four
  * panels at a time (they stay in L1) against all tokens (whose chunk stays in L2 while the task's panels
  * pass by). `then`: what will be read afterwards. */
@@ -188,7 +183,7 @@ static void rows_times(const ktl_kernels *kernels, int fuse, part_of part_rows, 
                                 a->chunk_bytes, &part);
         return;
     }
-    const int span = span_of(kernels, m, a);
+    const int span = packed && kernels->spans && a->key.group == KTL_SPAN ? KTL_SPAN : KTL_CHUNK;
     for (int64_t c = 0; c < m->cols; c += span) {
         const int cols = (int)(m->cols - c < span ? m->cols - c : span);
         const int groups = (cols + KTL_GROUP - 1) / KTL_GROUP;
@@ -280,7 +275,8 @@ static void linear_rows(void *context, int64_t task, int worker) {
     const int64_t stride = size + SPREAD;
     memset(acc, 0, (size_t)(l->tokens * stride) * sizeof(float));
     ktl_job job = {.acc = acc, .acc_stride = stride, .n = l->tokens};
-    const part_of part = linear_part(l, task), then = linear_part(l, task + 1 < l->heads * tasks ? task + 1 : task);
+    const int64_t after = task + 1 < l->heads * tasks ? task + 1 : task; /* mostly this worker's */
+    const part_of part = linear_part(l, task), then = linear_part(l, after);
     rows_times(l->kernels, l->way == FUSED, part, &l->a, head * l->tokens, &job, tiles, then);
     float *y = l->y + head * l->y_head + part.row;
     for (int64_t t = 0; t < l->tokens; t++)
@@ -482,7 +478,8 @@ static void moe_down(void *context, int64_t task, int worker) {
         const part_of part = {m->down, g->expert, row0, rows};
         part_of then = part;
         if (i + 1 < m->groups) then.expert = m->group[i + 1].expert;
-        else if (row0 + rows < hidden) then = (part_of){m->down, m->group[0].expert, row0 + rows, least(hidden - row0 - rows, size)};
+        else if (row0 + rows < hidden)
+            then = (part_of){m->down, m->group[0].expert, row0 + rows, least(hidden - row0 - rows, size)};
         rows_times(m->kernels[g->way], fuse, part, &m->hidden_acts[g->way], g->first, &job, tiles, then);
         for (int64_t t = 0; !fuse && t < g->n; t++)
             m->kernels[g->way]->add_row(acc + token[t] * stride, job.acc + t * stride, rows);
