@@ -46,7 +46,7 @@ def in_words(isa: str, formats: Sequence[str]) -> bool:
 def in_pairs(isa: str, formats: Sequence[str]) -> bool:
     """Whether one of `PAIRS` may scale many tokens' sums of some of these matrices (gate, up, down;
     or one) two by two: those with a scale for 16 or 32 weights. q8_0 keeps its activations' second
-    term instead, in `down` only behind q8_0 (key_of in ktlab_ext's operations.c); avx2 takes codes
+    term instead, in `down` only behind q8_0 (key_of in ktlab_ext's tasks.h); avx2 takes codes
     of 8 bits, as the iq4 formats' levels are, in words."""
     *before, last = formats
     wide = WORDS.get(isa, ("q8_0",))
