@@ -246,13 +246,8 @@ static void key_tiles(const ktl_attend_part *a, int64_t first, int64_t cols, uin
         uint16_t *row = rows + i * cols;
         const int64_t count = first + i < a->n ? a->cols : 0;
         const uint8_t *far = (const uint8_t *)(key + 32 * a->stride);
-        for (int64_t c = 0; c < count; c += 32) {
-            __builtin_prefetch(far, 0, 2);
-            far = ktl_later(far + 64);
-            __builtin_prefetch(far, 0, 2);
-            far = ktl_later(far + 64);
-            bf16_row(key + c, count - c < 32 ? count - c : 32, row + c);
-        }
+        for (int64_t c = 0; c < count; c += 16, far = ktl_later(far + 64)) __builtin_prefetch(far, 0, 2);
+        bf16_row(key, count, row);
         memset(row + count, 0, (size_t)(cols - count) * 2);
     }
     for (int64_t c = 0; c < cols; c += PART) {

@@ -232,7 +232,8 @@ KTL_INLINE VI four(const ktl_act *a, int column) {
     return SET1I(v);
 }
 
-/* A block of each row, `at_byte` from where the rows begin, against T tokens; its first column in the chunk. */
+/* A block of each row, `at_byte` from where the rows begin, against T tokens; its first column in the chunk.
+ * far: the rows that come next, fetched in the order of memory as these are read. */
 KTL_INLINE void dot_block(int format, int T, const lane_rows *r, const uint8_t *far, int64_t at_byte, int first,
                           const ktl_act *const *act, VF *sum) {
     const ktl_format_info *info = &ktl_formats[format];

@@ -135,6 +135,21 @@ def test_a_context_is_noise_in_the_cache_that_decoding_attends_to(form: str) -> 
 
 
 @pytest.mark.skipif(bool(native.unavailable()), reason="no native kernels here")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux sets its high-water mark back")
+def test_the_buffer_that_a_ceiling_reads_is_no_memory_of_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read_a_lot(self: object) -> None:
+        assert np.ones(600 << 20, np.uint8)[-1]
+
+    monkeypatch.setattr(model_bench._Rates, "measure", read_a_lot)
+    model = ktlab.load("tiny")
+    model_bench._begin_peak()
+    before = model_bench._peak_bytes()
+    found = bench_model(lambda: model, prompt=8, generate=2, rounds=1, threads=1)
+    assert found.peak_resident_bytes < before + 300e6
+
+
 def test_idle_kernels_compute_nothing_and_come_back() -> None:
     bank = Model(synthesize(TINY_TEST_CONFIG)).moe_blocks[0].experts
     call = (torch.ones(1, 64), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
