@@ -113,6 +113,8 @@ def start_server(folder: Path, private: Path) -> Iterator[Server]:
         try:
             _wait_until_up(server, process)
             server.configure("apputils-extension:notification", fetchNews="false")
+            # A saved view has no model behind it: the next to open the notebook would complain.
+            server.configure("docmanager-extension:plugin", autosave=False)
             yield server
         finally:
             process.terminate()
