@@ -28,14 +28,19 @@ typedef struct {
     float *y;
 } attend_work;
 
+/* out = out * old + add * more, by the instruction set at hand; `add` is spent. */
+static void add_scaled(const ktl_kernels *kernels, float *out, float old, float *add, float more, int64_t count) {
+    if (old != 1.0f) kernels->scale_row(out, old, count);
+    if (more != 1.0f) kernels->scale_row(add, more, count);
+    kernels->add_row(out, add, count);
+}
+
 /* One more block's result to those before it. */
-static void join(const ktl_attend_part *to, const ktl_attend_part *from) {
+static void join(const ktl_kernels *kernels, const ktl_attend_part *to, const ktl_attend_part *from) {
     for (int64_t h = 0; h < to->heads; h++) {
         const float most = from->most[h] > to->most[h] ? from->most[h] : to->most[h];
         const float old = ktl_exp(to->most[h] - most), more = ktl_exp(from->most[h] - most);
-        float *out = to->out + h * to->values;
-        const float *add = from->out + h * to->values;
-        for (int64_t v = 0; v < to->values; v++) out[v] = out[v] * old + add[v] * more;
+        add_scaled(kernels, to->out + h * to->values, old, from->out + h * to->values, more, to->values);
         to->total[h] = to->total[h] * old + from->total[h] * more;
         to->most[h] = most;
     }
@@ -44,7 +49,7 @@ static void join(const ktl_attend_part *to, const ktl_attend_part *from) {
 /* Floats of a kernel's scratch, then of a block's result. */
 static size_t kernel_floats(const attend_work *w) {
     const ktl_tiled_sizes tiled = ktl_tiled_sizes_of(w->heads, w->cols, w->values);
-    return w->block == BLOCK ? (size_t)(w->heads * BLOCK) : ktl_tiled_floats(&tiled);
+    return w->block == BLOCK ? ktl_attend_floats(w->heads, w->cols, BLOCK) : ktl_tiled_floats(&tiled);
 }
 
 static size_t block_floats(const attend_work *w) {
@@ -68,8 +73,9 @@ static void attend_part(void *context, int64_t part, int worker) {
         ktl_attend_part *here = at == first ? &all : &block;
         here->keys = w->keys + at * w->stride;
         here->n = end - at < w->block ? end - at : w->block;
+        here->laid = at > first;
         w->kernels->attend(here);
-        if (here == &block) join(&all, &block);
+        if (here == &block) join(w->kernels, &all, &block);
     }
 }
 
@@ -85,9 +91,8 @@ static void put_together(void *context, int64_t head, int worker) {
     memset(y, 0, (size_t)w->values * sizeof(float));
     for (int64_t p = 0; p < parts; p++) {
         const float factor = ktl_exp(w->most[p * w->heads + head] - most);
-        const float *part = w->parts + (p * w->heads + head) * w->values;
         total += factor * w->total[p * w->heads + head];
-        for (int64_t v = 0; v < w->values; v++) y[v] += factor * part[v];
+        add_scaled(w->kernels, y, 1.0f, w->parts + (p * w->heads + head) * w->values, factor, w->values);
     }
     w->kernels->scale_row(y, 1.0f / total, w->values);
 }

@@ -261,9 +261,16 @@ typedef struct {
     const float *q, *keys; /* heads x cols; n rows, `stride` floats apart */
     int64_t heads, cols, values /* the first columns of keys */, stride, n;
     float scale;
-    float *weights;            /* scratch, heads x n; on tiles ktl_tiled_floats */
+    float *weights;            /* scratch: ktl_attend_floats, on tiles ktl_tiled_floats */
+    int laid;                  /* whether that holds the queries already, from a call before */
     float *out, *most, *total; /* heads x values, not yet divided by total = sum of exp(score - most) */
 } ktl_attend_part;
+
+/* Weights and queries of heads in groups of KTL_ATTEND_LANES, n positions. */
+enum { KTL_ATTEND_LANES = 16 };
+KTL_INLINE size_t ktl_attend_floats(int64_t heads, int64_t cols, int64_t n) {
+    return (size_t)(ktl_ceil(heads, KTL_ATTEND_LANES) * KTL_ATTEND_LANES * (n + cols));
+}
 
 /* ---- many queries of a head over the latent ------------------------------------------------------- */
 /* Positions whose keys and values are made at a time, and numbers from row to row of their scores: a
