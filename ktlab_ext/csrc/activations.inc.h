@@ -178,7 +178,7 @@ KTL_INLINE void sum_up(int sub, int group, ktl_act_key key, const int32_t *total
             all += total[j];
             a->init[j] = 0;
         }
-        a->init[i] = -key.zero * all;
+        a->init[i] = key.start - key.zero * all;
     }
 #pragma GCC unroll 16
     for (int s = 0; s < PARTS / sub; s++) {

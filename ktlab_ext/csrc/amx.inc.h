@@ -201,7 +201,7 @@ static void int8_decode_blocks(int format, const uint8_t *row, int64_t row_bytes
 /* ---- bf16: any format, decoded to bfloat16 in the cache, without a scale in the inner loop --------- */
 static ktl_act_key bf16_act_key(int format) {
     (void)format;
-    return (ktl_act_key){KTL_ACT_BF16, 0, 0, 0, 1, 0};
+    return (ktl_act_key){KTL_ACT_BF16, 0, 0, 0, 1, 0, 0};
 }
 
 static void bf16_prepare(ktl_act_key key, const float *x, int cols, float most, void *act) {
@@ -317,8 +317,8 @@ static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int gro
 #define INT8_KERNELS                                                                                \
     {int8_act_key, int8_prepare, int8_decode_packed, int8_decode_blocks, int8_multiply,             \
      NULL,         NULL,         1,                  0,                  0,                0,        \
-     0,            ktl_silu_mul, ktl_scale_row,      ktl_add_row,        NULL,             NULL}
+     0,            0,            ktl_silu_mul,       ktl_scale_row,      ktl_add_row,      NULL,    NULL}
 #define BF16_KERNELS                                                                                \
     {bf16_act_key, bf16_prepare, bf16_decode_packed, bf16_decode_blocks, bf16_multiply,             \
      NULL,         NULL,         0,                  0,                  0,                0,        \
-     0,            ktl_silu_mul, ktl_scale_row,      ktl_add_row,        bf16_attend,      bf16_attend_many}
+     0,            0,            ktl_silu_mul,       ktl_scale_row,      ktl_add_row,      bf16_attend, bf16_attend_many}

@@ -66,7 +66,7 @@ typedef struct {
 /* ---- activations ------------------------------------------------------------------------------ */
 /* 256 activations of one token as int8 with a scale per group of columns (ktl_act_key), which stands at
  * each KTL_FINE of them. `init`, at the first KTL_FINE columns of what shares the scales of both sides (else
- * 0): -zero * (sum of q), the starting value of the integer sums that turns unsigned codes back into
+ * 0): `start` - zero * (sum of q), from which the integer sums start, so that unsigned codes turn back into
  * signed ones. `sum`, per sub-block: the sum of scale * q.
  * For pairs.inc.h all are 16 bits: scales and sums in steps of `unit` (2^15 of them to a scale of a pair's
  * product) and `sum_unit`, of two that follow one another the second first. Where the two of a lane are halves
@@ -75,6 +75,7 @@ typedef struct {
  * KTL_FINE columns first and then of the odd ones; `line_start`: what scaled sums of KTL_GROUP start from. */
 enum { KTL_FINE = 16, KTL_PAIRS = KTL_CHUNK / KTL_FINE / 2 };
 #define KTL_START 12582912.0f /* 1.5 * 2^23: many.inc.h's integer sums start from it */
+enum { KTL_START_BITS = 0x4b400000 };
 typedef struct KTL_ALIGNED {
     int8_t q[KTL_CHUNK];
     union {
@@ -124,12 +125,13 @@ typedef struct {
     /* int8: 0; for pairs.inc.h KTL_HALVES, or 1 and the bits that sums of 16 bits drop; for row_avx2.inc.h
      * KTL_LINES, with the largest magnitude of a code as `zero` where a block has 256 columns. */
     int pairs;
+    int start; /* int8: what is in `init` beside that, 0 or KTL_START_BITS */
 } ktl_act_key;
 
 KTL_INLINE ktl_act_key ktl_act_int8(int format, int zero) {
     const int sub = ktl_formats[format].sub;
     const int group = format == KTL_INT8_CHANNEL ? KTL_SPAN : sub > KTL_GROUP ? sub : KTL_GROUP;
-    return (ktl_act_key){KTL_ACT_INT8, sub, zero, group, format == KTL_Q8_0 ? 2 : 1, 0};
+    return (ktl_act_key){KTL_ACT_INT8, sub, zero, group, format == KTL_Q8_0 ? 2 : 1, 0, 0};
 }
 
 /* The middle of the codes, where minima do not say what zero is. */
@@ -167,7 +169,7 @@ KTL_INLINE ktl_act_key ktl_in_lines(int format, ktl_act_key key) {
 
 /* The same activations for words_avx2.inc.h, where codes have 8 bits. */
 KTL_INLINE ktl_act_key ktl_in_words(int format, ktl_act_key key) {
-    const ktl_act_key words = {KTL_ACT_WORDS, 0, 0, KTL_CHUNK, 1, 0};
+    const ktl_act_key words = {KTL_ACT_WORDS, 0, 0, KTL_CHUNK, 1, 0, 0};
     return key.kind == KTL_ACT_INT8 && ktl_formats[format].zero == 128 ? words : key;
 }
 
@@ -382,6 +384,7 @@ typedef struct {
     int lines; /* whether `dot_blocks` takes one row after the other (ktl_in_lines) */
     int words; /* whether `multiply` takes codes of 8 bits in words (ktl_in_words) */
     int fine;  /* where activations have a scale every KTL_FINE columns: 1 where that costs little, 2 always */
+    int start; /* what `multiply` wants its sums of short scales to start from (ktl_act_key), but in pairs */
     /* to = silu(gate) * up * factor */
     void (*silu_mul)(float *to, const float *gate, const float *up, float factor, int64_t count);
     void (*scale_row)(float *x, float factor, int64_t count);

@@ -14,7 +14,7 @@ static void transpose16(const uint32_t *src, int stride, uint32_t *dst) {
 #include "activations.inc.h"
 
 static ktl_act_key act_key(int format) {
-    const ktl_act_key floats = {KTL_ACT_F32, 0, 0, 0, 1};
+    const ktl_act_key floats = {KTL_ACT_F32, 0, 0, 0, 1, 0, 0};
     return ktl_is_float(format) ? floats : ktl_act_int8(format, ktl_formats[format].zero);
 }
 
@@ -170,5 +170,5 @@ static void attend(const ktl_attend_part *a) {
 }
 
 const ktl_kernels ktl_kernels_serial = {act_key, prepare, decode_packed, decode_blocks, multiply,
-                                        NULL,    NULL,    0,             0,             0, 0, 2,
+                                        NULL,    NULL,    0,             0,             0, 0, 2, 0,
                                         ktl_silu_mul, ktl_scale_row, ktl_add_row, attend, NULL};

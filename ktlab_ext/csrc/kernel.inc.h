@@ -98,7 +98,7 @@ KTL_INLINE int run_of(int format) {
 }
 
 static ktl_act_key act_key(int format) {
-    const ktl_act_key floats = {KTL_ACT_F32, 0, 0, 0, 1, 0};
+    const ktl_act_key floats = {KTL_ACT_F32, 0, 0, 0, 1, 0, 0};
     return ktl_is_float(format) ? floats : ktl_act_int8(format, zero_of(format));
 }
 
@@ -298,4 +298,4 @@ static void dot_packed(int format, const uint8_t *head, const uint8_t *chunk, in
 #define KERNELS                                                                                     \
     {act_key,    prepare,    decode_packed, decode_blocks, multiply,                                \
      dot_blocks, dot_packed, 0,             PAIRS,         LINES,    CODE_WORDS,   1,                \
-     ktl_silu_mul, ktl_scale_row, ktl_add_row, attend, NULL}
+     KTL_START_BITS, ktl_silu_mul, ktl_scale_row, ktl_add_row, attend, NULL}

@@ -6,7 +6,6 @@ enum { RV = PANELS * VN }; /* vectors of one column: PANELS x 16 rows */
  * scales it and takes the start off again, exactly, because a float16 scale leaves bits to spare.
  * Two halves of 16 columns share what is taken off: between them half a unit of the second sum is
  * rounded away, 1e-4 of a product where rounding the activations costs 6e-3. */
-enum { FLOAT_START = 0x4b400000 };
 
 /* What the next pass reads lies beyond L1 and is fetched meanwhile: a line of its tokens' activations
  * for every 32 columns, and the lines of its sums. */
@@ -67,7 +66,7 @@ KTL_INLINE void multiply_short(int T, int sub, int mins, int run, int fine, cons
             const int64_t at = g * KTL_GROUP + h * unit, s = at / sub, i = at / KTL_FINE;
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
-                const VI init = mins ? SET1I(FLOAT_START) : ADDI(SET1I(act[t].init[i]), SET1I(FLOAT_START));
+                const VI init = SET1I(mins ? KTL_START_BITS : act[t].init[i]);
 #pragma GCC unroll 4
                 for (int r = 0; r < RV; r++) dot[t][r] = init;
             }

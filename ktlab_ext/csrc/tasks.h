@@ -107,7 +107,9 @@ KTL_INLINE ktl_act_key key_of(const ktl_kernels *kernels, way w, const ktl_matri
     /* A second term is for what pairs would lose. */
     const int short_scales = key.kind == KTL_ACT_INT8 && key.group <= KTL_GROUP && key.terms == 1;
     const int pairs = w == MANY && short_scales && kernels->pairs && ktl_pairs(kernels->pairs);
-    return pairs ? ktl_in_pairs(kernels->pairs, format, key) : key;
+    if (pairs) return ktl_in_pairs(kernels->pairs, format, key);
+    if (w != FUSED && key.kind == KTL_ACT_INT8 && key.group <= KTL_GROUP) key.start = kernels->start;
+    return key;
 }
 
 /* Rows [row, row + rows) of one matrix of a stack. */

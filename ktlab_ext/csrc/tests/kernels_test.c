@@ -224,7 +224,7 @@ static void attention(const run *r) {
     static const struct {
         int64_t heads, positions, cols, values;
     } sizes[] = {{1, 1, 1, 1}, {8, 70, 80, 64}, {9, 1100, 37, 37}, {13, 129, 100, 51},
-               {17, 545, 33, 17}};
+               {17, 545, 33, 17}, {41, 545, 33, 17}, {16, 40, 576 - X_GAP, 512}};
     for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
         for (int isa = 0; isa < KTL_ISAS; isa++) {
             if (*ktl_isa_reason(isa))
