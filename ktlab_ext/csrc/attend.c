@@ -10,9 +10,8 @@ enum {
     MOST_PARTS = 16,
     LEAST_POSITIONS = 64,
     BLOCK = 128,
-    /* From so many on, tiles of bfloat16 pay for making tiles of keys and values: 16 heads wait for the memory
-     * in float32 as well. */
-    TILED_HEADS = 32,
+    /* From so many on, tiles of bfloat16 pay for making tiles of keys and values. */
+    TILED_HEADS = 8,
     TILED_POSITIONS = 512,
     SLOT_PARTS = 0,
     SMALL_WORK = 1 << 16

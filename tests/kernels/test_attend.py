@@ -49,7 +49,7 @@ def test_attend_is_softmax_times_values(
         products.attend(kernel(isa), q, keys, values, 0.2),
         exact(q, keys, values, 0.2),
     )
-    if native.attends_many(isa) and heads >= 32 and positions >= 512:  # tiles of bfloat16
+    if native.attends_many(isa) and heads >= 8 and positions >= 512:  # tiles of bfloat16
         assert 1e-5 < float((found - expected).norm() / expected.norm()) < 6e-3
     else:
         torch.testing.assert_close(

@@ -67,9 +67,9 @@ def test_on_a_xeon_with_amx_recorded_experts_hold_the_floors() -> None:
 
 def test_on_a_busy_xeon_without_amx_recorded_experts_are_far_ahead_of_their_peers() -> None:
     """At 512 tokens 4 times kt-kernel on exact formats and 5 times on `int8_channel`, at 32 tokens
-    2.5 times the better peer, at one token 1.2 times. Where 3.5 times llama.cpp is missed, that is
-    more than three fifths of the peak; seven tenths are the most that exact k-quants can reach (8
-    products and 3 or 4 operations that scale them)."""
+    2.5 times the better peer, at one token 1.2 times. V3's 512 tokens miss 3.5 times llama.cpp,
+    which would be 66 % of the peak; 8 products with 3 or 4 operations that scale them leave 67 to
+    73 %. The host was busy; shares of the peak are lower than the 0.45 and 0.65 aimed at."""
     runs = [run for run in recorded_runs() if XEON_WITHOUT_AMX in run.machine]
     assert len(runs) == 4
     for run in runs:
@@ -122,7 +122,7 @@ FAR = {
 }
 """Times as fast as naive that absorbed attention decodes over 8k positions, where it is not 3:
 without AVX-512, or with a neighbour on the core, its products in float32 take longer than reading
-the cache; on the Xeon with AMX making tiles of a cache that only 16 heads share did."""
+the cache; on the Xeon with AMX making tiles of a cache that only 16 heads share does."""
 
 
 def test_far_into_a_text_absorbed_attention_is_faster_in_the_memory_that_was_planned() -> None:
