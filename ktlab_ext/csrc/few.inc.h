@@ -90,86 +90,106 @@ KTL_INLINE void dot_blocks_as(int format, const uint8_t *row, int64_t row_bytes,
 }
 
 /* ---- few tokens on packed data: codes go from memory to the sums without a tile in between ------------ */
+/* A chunk of 16 rows: where its parts are, its rows' scales, and the sums of T tokens in units of those. */
+typedef struct {
+    const uint8_t *codes, *scales, *mins, *far; /* far: NULL where a pass before has asked for it */
+    float d[KTL_PANEL] KTL_ALIGNED, dmin[KTL_PANEL] KTL_ALIGNED;
+    VF sum[FEW][VN], offset[FEW][VN], part[FEW]; /* part: of what shares the weights' scale */
+    VI dot[FEW][VN];
+} packed_chunk;
+
+/* Its g-th 32 columns. */
+KTL_INLINE void dot_group(int format, int T, size_t g, size_t groups, const ktl_act *const *act,
+                          packed_chunk *c) {
+    const ktl_format_info *f = &ktl_formats[format];
+    const size_t sub = (size_t)f->sub, step = sub > KTL_GROUP ? KTL_GROUP : KTL_FINE;
+    const size_t share = (size_t)(ktl_chunk_bytes_as(format, KTL_CHUNK / KTL_GROUP) * KTL_GROUP / KTL_CHUNK);
+    const int run = run_of(format) < (int)step / 4 ? run_of(format) : (int)step / 4;
+    (void)run;
+    /* The memory must not idle while this is computed. */
+    if (T == 1 || c->far) fetch(c->far, g * share, (g + 1) * share);
+    if (!f->has_scale && f->d_cols && g * KTL_GROUP % (size_t)f->d_cols == 0)
+        F16X16(c->scales + 32 * (g * KTL_GROUP / (size_t)f->d_cols), c->d);
+#pragma GCC unroll 2
+    for (int o = 0; o < VN; o++) {
+        const int at = o * LANES;
+        VI w[8], two[FEW];
+        (void)two;
+        unpack_in_registers(format, c->codes + g * 64 * (size_t)(f->base_bits + f->high_bits), o, w);
+#pragma GCC unroll 2
+        for (size_t h = 0; h < KTL_GROUP; h += step) {
+            const size_t column = g * KTL_GROUP + h, s = column / sub;
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+                if (step == KTL_FINE || column % sub == 0) c->dot[t][o] = SET1I(act[t]->init[column / KTL_FINE]);
+#pragma GCC unroll 8
+                for (size_t v = h / 4; v < (h + step) / 4; v++)
+                    c->dot[t][o] = DOT_AT(c->dot[t][o], two[t], v, run, w[v], act[t]->q + g * KTL_GROUP + 4 * v);
+            }
+            if (sub > KTL_GROUP && (g + 1) * KTL_GROUP % sub && g + 1 < groups) continue;
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+                const VF one = TO_FLOAT(c->dot[t][o]), by = SET1F(act[t]->scale[column / KTL_FINE]);
+                c->part[t] = step == KTL_FINE && column % sub ? FMA(one, by, c->part[t]) : MULF(one, by);
+            }
+            if (step == KTL_FINE && (column + step) % sub) continue;
+            if (!f->has_scale) { /* int8_channel's only at the end */
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++)
+                    c->sum[t][o] = f->d_cols ? FMA(c->part[t], LOADF(c->d + at), c->sum[t][o])
+                                             : ADDF(c->part[t], c->sum[t][o]);
+                continue;
+            }
+            const uint8_t *b = c->scales + s * KTL_PANEL + at;
+            const VI lanes = format == KTL_Q2_K ? ANDI(U8_LANES(b), SET1I(15))
+                             : f->has_min       ? U8_LANES(b)
+                                                : I8_LANES(b);
+            const VF scale = TO_FLOAT(lanes);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) c->sum[t][o] = FMA(c->part[t], scale, c->sum[t][o]);
+            if (!has_offset(format)) continue;
+            const VF min = TO_FLOAT(format == KTL_Q2_K ? DOWNI(U8_LANES(b), 4)
+                                                       : U8_LANES(c->mins + s * KTL_PANEL + at));
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) c->offset[t][o] = FMA(min, SET1F(act[t]->sum[s]), c->offset[t][o]);
+        }
+    }
+}
+
 KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const uint8_t *p, int groups,
                                 const uint8_t *far, const ktl_act *const *act, float *const *acc) {
     const ktl_format_info *f = &ktl_formats[format];
-    const int sub = f->sub, step = sub > KTL_GROUP ? KTL_GROUP : KTL_FINE;
-    const int group_bytes = 64 * (f->base_bits + f->high_bits), subs = KTL_CHUNK / sub;
-    const uint8_t *scales = p + groups * group_bytes;
-    const uint8_t *mins = scales + subs * KTL_PANEL;
-    float d[KTL_PANEL] KTL_ALIGNED, dmin[KTL_PANEL] KTL_ALIGNED;
-    const int share = (int)(ktl_chunk_bytes_as(format, KTL_CHUNK / KTL_GROUP) * KTL_GROUP / KTL_CHUNK);
-    VF sum[FEW][VN], part[FEW]; /* part: of what shares the weights' scale */
-    VI dot[FEW][VN], two[FEW];
+    const int subs = KTL_CHUNK / f->sub;
+    packed_chunk c = {.codes = p, .scales = p + groups * 64 * (f->base_bits + f->high_bits), .far = far};
+    c.mins = c.scales + subs * KTL_PANEL;
+    if (f->has_scale) {
+        F16X16(c.scales + subs * KTL_PANEL * (1 + f->has_min), c.d);
+        if (ktl_has_dmin(format)) F16X16(c.scales + subs * KTL_PANEL * (1 + f->has_min) + 32, c.dmin);
+    }
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++)
-        for (int o = 0; o < VN; o++) sum[t][o] = LOADF(acc[t] + o * (VB / 4));
-    if (f->has_scale) {
-        F16X16(scales + subs * KTL_PANEL * (1 + f->has_min), d);
-        if (ktl_has_dmin(format)) F16X16(scales + subs * KTL_PANEL * (1 + f->has_min) + 32, dmin);
+#pragma GCC unroll 2
+        for (int o = 0; o < VN; o++) c.sum[t][o] = c.offset[t][o] = ZEROF();
+    /* Where a token is alone, what addresses and counters take would be a third of all instructions. */
+    if (T == 1 && groups == KTL_CHUNK / KTL_GROUP) {
+#pragma GCC unroll 8
+        for (size_t g = 0; g < KTL_CHUNK / KTL_GROUP; g++)
+            dot_group(format, T, g, KTL_CHUNK / KTL_GROUP, act, &c);
+    } else {
+        for (size_t g = 0; g < (size_t)groups; g++) dot_group(format, T, g, (size_t)groups, act, &c);
     }
-    for (int g = 0; g < groups; g++) {
-        /* The memory must not idle while this is computed. */
-        fetch(far, (size_t)(g * share), (size_t)((g + 1) * share));
-        if (!f->has_scale && f->d_cols && g * KTL_GROUP % f->d_cols == 0)
-            F16X16(scales + 32 * (g * KTL_GROUP / f->d_cols), d);
+    const float *d = format == KTL_INT8_CHANNEL ? (const float *)head : c.d;
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) /* one by one: a token's second term has its sums too */
 #pragma GCC unroll 2
         for (int o = 0; o < VN; o++) {
-            const int at = o * (VB / 4);
-            VI w[8];
-            unpack_in_registers(format, p + g * group_bytes, o, w);
-#pragma GCC unroll 2
-            for (int h = 0; h < KTL_GROUP; h += step) {
-                const int column = g * KTL_GROUP + h, s = column / sub;
-                const int run = run_of(format) < step / 4 ? run_of(format) : step / 4;
-#pragma GCC unroll 4
-                for (int t = 0; t < T; t++) {
-                    const ktl_act *a = act[t];
-                    if (step == KTL_FINE || column % sub == 0) dot[t][o] = SET1I(a->init[column / KTL_FINE]);
-#pragma GCC unroll 8
-                    for (int v = h / 4; v < (h + step) / 4; v++) {
-                        int32_t four;
-                        memcpy(&four, a->q + g * KTL_GROUP + 4 * v, 4);
-                        dot[t][o] = run ? DOT_RUN(dot[t][o], two[t], v, run, w[v], SET1I(four))
-                                        : DOT_WIDE(dot[t][o], w[v], SET1I(four));
-                    }
-                }
-                if (sub > KTL_GROUP && (g + 1) * KTL_GROUP % sub && g + 1 < groups) continue;
-#pragma GCC unroll 4
-                for (int t = 0; t < T; t++) {
-                    const VF one = TO_FLOAT(dot[t][o]), by = SET1F(act[t]->scale[column / KTL_FINE]);
-                    part[t] = step == KTL_FINE && column % sub ? FMA(one, by, part[t]) : MULF(one, by);
-                }
-                if (step == KTL_FINE && (column + step) % sub) continue;
-                VF scale, offset;
-                if (format == KTL_INT8_CHANNEL) {
-                    scale = LOADF((const float *)head + at);
-                } else if (!f->has_scale) {
-                    scale = LOADF(d + at);
-                } else {
-                    const uint8_t *b = scales + s * KTL_PANEL + at;
-                    VI lanes = format == KTL_Q2_K ? ANDI(U8_LANES(b), SET1I(15))
-                               : f->has_min       ? U8_LANES(b)
-                                                  : I8_LANES(b);
-                    scale = MULF(LOADF(d + at), TO_FLOAT(lanes));
-                    if (has_offset(format)) {
-                        VI m = format == KTL_Q2_K ? DOWNI(U8_LANES(b), 4)
-                                                  : U8_LANES(mins + s * KTL_PANEL + at);
-                        offset = MULF(LOADF(dmin + at), TO_FLOAT(m));
-                    }
-                }
-#pragma GCC unroll 4
-                for (int t = 0; t < T; t++) {
-                    sum[t][o] = FMA(part[t], scale, sum[t][o]);
-                    if (has_offset(format))
-                        sum[t][o] = FNMA(offset, SET1F(act[t]->sum[s]), sum[t][o]);
-                }
-            }
+            const int at = o * LANES;
+            VF sum = LOADF(acc[t] + at);
+            if (f->has_scale || format == KTL_INT8_CHANNEL) sum = FMA(c.sum[t][o], LOADF(d + at), sum);
+            else sum = ADDF(c.sum[t][o], sum);
+            if (has_offset(format)) sum = FNMA(c.offset[t][o], LOADF(c.dmin + at), sum);
+            STOREF(acc[t] + at, sum);
         }
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++)
-        for (int o = 0; o < VN; o++) STOREF(acc[t] + o * (VB / 4), sum[t][o]);
 }
 
 KTL_INLINE void dot_packed_float(int format, int T, const uint8_t *chunk, int groups, const uint8_t *far,
@@ -185,7 +205,7 @@ KTL_INLINE void dot_packed_float(int format, int T, const uint8_t *chunk, int gr
     for (int c = 0; c < groups * KTL_GROUP; c += 2) {
         float w[2][KTL_PANEL] KTL_ALIGNED;
         const uint8_t *p = chunk + c * KTL_PANEL * size;
-        fetch(far, (size_t)(c * KTL_PANEL * size), (size_t)((c + 2) * KTL_PANEL * size));
+        if (far) fetch(far, (size_t)(c * KTL_PANEL * size), (size_t)((c + 2) * KTL_PANEL * size));
         if (format == KTL_F32) memcpy(w, p, sizeof w);
         else pair_to_floats(format, p, w[0], w[1]);
 #pragma GCC unroll 4
@@ -203,27 +223,36 @@ KTL_INLINE void dot_packed_float(int format, int T, const uint8_t *chunk, int gr
         for (int o = 0; o < VN; o++) STOREF(acc[t] + o * (VB / 4), ADDF(sum[0][t][o], sum[1][t][o]));
 }
 
-KTL_INLINE void dot_packed_as(int format, const uint8_t *head, const uint8_t *chunk, int groups,
-                              const ktl_job *job) {
-    const size_t act_bytes = ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
-    const void *a[FEW];
-    float *acc[FEW];
-    for (int64_t first = 0; first < job->n; first += FEW) {
-        const int T = (int)(job->n - first < FEW ? job->n - first : FEW);
-        for (int t = 0; t < T; t++) {
-            int64_t x = job->act_index ? job->act_index[first + t] : first + t;
-            int64_t y = job->acc_index ? job->acc_index[first + t] : first + t;
-            a[t] = (const uint8_t *)job->act + (size_t)x * act_bytes;
-            acc[t] = job->acc + y * job->acc_stride;
-        }
-#define PASS(T)                                                                                     \
-    case T:                                                                                         \
-        if (ktl_is_float(format))                                                                   \
-            dot_packed_float(format, T, chunk, groups, job->far, (const float *const *)a, acc);     \
-        else dot_packed_int8(format, T, head, chunk, groups, job->far, (const ktl_act *const *)a,   \
-                             acc);                                                                  \
+KTL_INLINE void dot_packed_as(int format, const uint8_t *panel, int64_t cols, const uint8_t *act,
+                              int64_t act_chunk, const ktl_job *job) {
+    const int64_t act_bytes = (int64_t)ktl_act_bytes(ktl_is_float(format) ? KTL_ACT_F32 : KTL_ACT_INT8);
+    const int64_t all = job->n * job->terms; /* a token's second term is one more token with its sums */
+    const int64_t each = ktl_ceil(all, ktl_ceil(all, FEW)); /* 5 tokens are 3 and 2 */
+    const uint8_t *chunk = panel + ktl_head_bytes(format);
+    for (int64_t column = 0; column < cols; column += KTL_CHUNK, act += act_chunk) {
+        const int whole = KTL_CHUNK / KTL_GROUP;
+        const int groups = cols - column < KTL_CHUNK ? (int)ktl_ceil(cols - column, KTL_GROUP) : whole;
+        const uint8_t *far = chunk + KTL_FAR;
+        if (far >= job->end) far = job->then + (far - job->end);
+        for (int64_t first = 0; first < all; first += each, far = NULL) {
+            const void *a[FEW];
+            float *acc[FEW];
+            const int T = (int)(all - first < each ? all - first : each);
+            for (int t = 0; t < T; t++) {
+                int64_t token = first + t, at = 0;
+                if (job->terms > 1) at = token % job->terms * job->term_bytes, token /= job->terms;
+                a[t] = act + (job->act_index ? job->act_index[token] : token) * act_bytes + at;
+                acc[t] = ktl_sums(job, token);
+            }
+#define PASS(T)                                                                                             \
+    case T:                                                                                                 \
+        if (ktl_is_float(format))                                                                           \
+            dot_packed_float(format, T, chunk, groups, far, (const float *const *)a, acc);                  \
+        else dot_packed_int8(format, T, panel, chunk, groups, far, (const ktl_act *const *)a, acc);         \
         break;
-        switch (T) { PASS(1) PASS(2) PASS(3) PASS(4) }
+            switch (T) { PASS(1) PASS(2) PASS(3) PASS(4) }
 #undef PASS
+        }
+        chunk += ktl_chunk_bytes_as(format, whole);
     }
 }

@@ -249,8 +249,8 @@ typedef struct {
     const int32_t *acc_index;
     int64_t n;
     ktl_ahead ahead; /* for `multiply` to fetch on the way */
-    const uint8_t *far; /* for `dot_packed` to fetch on the way: as many bytes as the chunk has */
-    int terms; /* for `dot_blocks`: of a token's activations, and bytes from one to the next */
+    const uint8_t *end, *then; /* for `dot_packed`: where the part ends, and what will be read after it */
+    int terms; /* for few tokens: of a token's activations, and bytes from one to the next */
     int64_t term_bytes;
 } ktl_job;
 
@@ -376,8 +376,8 @@ typedef struct {
      * act is [chunk][token row]; chunk_bytes apart. NULL: none, tiles do. */
     void (*dot_blocks)(int format, const uint8_t *row, int64_t row_bytes, int rows, int64_t cols,
                        const void *act, int64_t chunk_bytes, const ktl_job *job);
-    /* Few tokens on a packed chunk of 16 rows: sums[i * stride + 0..15] +=. NULL: none, tiles do. */
-    void (*dot_packed)(int format, const uint8_t *head, const uint8_t *chunk, int groups,
+    /* The same on a packed panel: sums[i * stride + 0..15] +=. NULL: none, tiles do. */
+    void (*dot_packed)(int format, const uint8_t *panel, int64_t cols, const void *act, int64_t chunk_bytes,
                        const ktl_job *job);
     int spans; /* whether `multiply` takes packed int8_channel by two chunks, `groups` up to 16 */
     int pairs; /* the instruction set in whose way `multiply` takes sums in pairs, or 0 */

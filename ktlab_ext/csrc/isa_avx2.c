@@ -100,6 +100,14 @@ KTL_INLINE __m256i dot_wide(__m256i sum, __m256i code, __m256i s) {
     return DOT(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(s, w));
 }
 
+#define DOT_AT(sum, two, n, run, u, p) dot_at(sum, &(two), n, run, u, p)
+KTL_INLINE __m256i dot_at(__m256i sum, __m256i *two, int n, int run, __m256i u, const int8_t *p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    const __m256i s = _mm256_set1_epi32(four);
+    return run ? dot_run(sum, two, n, run, u, s) : dot_wide(sum, u, s);
+}
+
 KTL_INLINE void f16x16(const uint8_t *src, float *dst) {
     _mm256_storeu_ps(dst, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)src)));
     _mm256_storeu_ps(dst + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(src + 16))));

@@ -29,6 +29,12 @@ KTL_INLINE __m512i dot4(__m512i sum, __m512i u, __m512i s) {
 #define DOT(sum, u, s) dot4(sum, u, s)
 #define DOT_WIDE(sum, u, s) dot4(sum, u, s)
 #define DOT_RUN(sum, two, n, run, u, s) ((void)(two), dot4(sum, u, s))
+KTL_INLINE __m512i dot4_at(__m512i sum, __m512i u, const int8_t *p) {
+    typedef int32_t four __attribute__((may_alias));
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*(const four *)p));
+    return sum;
+}
+#define DOT_AT(sum, two, n, run, u, p) ((void)(two), (void)(run), dot4_at(sum, u, p))
 #define WIDE_ZERO 128
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define FNMA(a, b, c) _mm512_fnmadd_ps(a, b, c)

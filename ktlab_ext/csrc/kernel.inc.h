@@ -14,6 +14,7 @@
  *     DOT_RUN(sum, two, n, run, u, s)   the same, the n-th: into `two`, and from there to the
  *                          sums after `run` of them
  *     DOT_WIDE(sum, u, s)  the same where u exceeds 127 (may want `u` and `s` both signed: WIDE_ZERO)
+ *     DOT_AT(sum, two, n, run, u, p)    DOT_RUN, or DOT_WIDE where `run` is 0, by four bytes at p for all lanes
  *     WIDE_ZERO    the zero that codes have in DOT_WIDE: 128 (unsigned) or 0 (it flips the sign bit)
  *     FMA(a, b, c) FNMA(a, b, c)      a * b + c, c - a * b, rounded once
  *     SET1F SET1I LOADI LOADF STOREF ZEROF TO_FLOAT AS_FLOAT (the bits) ADDF SUBF
@@ -286,10 +287,10 @@ static void dot_blocks(int format, const uint8_t *row, int64_t row_bytes, int ro
     }
 }
 
-static void dot_packed(int format, const uint8_t *head, const uint8_t *chunk, int groups,
+static void dot_packed(int format, const uint8_t *panel, int64_t cols, const void *act, int64_t chunk_bytes,
                        const ktl_job *job) {
     switch (format) {
-#define X(F) case F: dot_packed_as(F, head, chunk, groups, job); break;
+#define X(F) case F: dot_packed_as(F, panel, cols, act, chunk_bytes, job); break;
         EACH_FORMAT(X)
 #undef X
     }

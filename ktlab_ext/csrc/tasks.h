@@ -163,27 +163,20 @@ static void rows_times(const ktl_kernels *kernels, int fuse, part_of part_rows, 
     const int64_t chunk_bytes = ktl_chunk_bytes(m->format, KTL_CHUNK / KTL_GROUP);
     if (fuse) { /* the weights are read once, in the order of memory */
         ktl_job part = *job;
-        const uint8_t *end = data + ktl_ceil(row0 + rows, KTL_PANEL) * panel_bytes;
-        for (int64_t r = 0; packed && r < rows; r += KTL_PANEL) {
-            const uint8_t *panel = data + (row0 + r) / KTL_PANEL * panel_bytes;
-            part.acc = job->acc + r;
-            for (int64_t c = 0; c < chunks_of(m->cols); c++)
-                for (int term = 0; term < a->key.terms; term++) {
-                    const int64_t groups = ktl_ceil(m->cols - c * KTL_CHUNK, KTL_GROUP);
-                    const uint8_t *chunk = panel + ktl_head_bytes(m->format) + c * chunk_bytes;
-                    part.act = act + c * a->chunk_bytes + term * a->term_bytes;
-                    part.far = chunk + KTL_FAR;
-                    if (part.far >= end) part.far = begin_of(&then) + (part.far - end);
-                    kernels->dot_packed(m->format, panel, chunk,
-                                        groups < KTL_CHUNK / KTL_GROUP ? (int)groups : KTL_CHUNK / KTL_GROUP,
-                                        &part);
-                }
-        }
         part.terms = a->key.terms;
         part.term_bytes = a->term_bytes;
-        if (!packed)
+        if (!packed) {
             kernels->dot_blocks(m->format, data + row0 * row_bytes, row_bytes, (int)rows, m->cols, act,
                                 a->chunk_bytes, &part);
+            return;
+        }
+        part.end = data + ktl_ceil(row0 + rows, KTL_PANEL) * panel_bytes;
+        part.then = begin_of(&then);
+        for (int64_t r = 0; r < rows; r += KTL_PANEL) {
+            part.acc = job->acc + r;
+            kernels->dot_packed(m->format, data + (row0 + r) / KTL_PANEL * panel_bytes, m->cols, act, a->chunk_bytes,
+                                &part);
+        }
         return;
     }
     const int span = packed && kernels->spans && a->key.group == KTL_SPAN ? KTL_SPAN : KTL_CHUNK;
