@@ -9,10 +9,10 @@
 enum {
     MOST_PARTS = 16,
     LEAST_POSITIONS = 64,
-    BLOCK = 128,
-    /* From so many on, tiles of bfloat16 pay for making tiles of keys and values. */
-    TILED_HEADS = 8,
-    TILED_POSITIONS = 512,
+    BLOCK = KTL_WORD_POSITIONS,
+    /* From so many on, products of 16 bits pay for making words or tiles of keys and values. */
+    SHORT_HEADS = 8,
+    SHORT_POSITIONS = 512,
     SLOT_PARTS = 0,
     SMALL_WORK = 1 << 16
 };
@@ -22,6 +22,7 @@ typedef struct {
     const ktl_kernels *kernels;
     const float *q, *keys;
     int64_t heads, cols, values, stride, positions, part;
+    enum { FLOATS, WORDS, TILES } as;
     int64_t block; /* positions at a time */
     float scale;
     float *parts, *most, *total; /* [part][head][value]; [part][head] */
@@ -49,7 +50,11 @@ static void join(const ktl_kernels *kernels, const ktl_attend_part *to, const kt
 /* Floats of a kernel's scratch, then of a block's result. */
 static size_t kernel_floats(const attend_work *w) {
     const ktl_tiled_sizes tiled = ktl_tiled_sizes_of(w->heads, w->cols, w->values);
-    return w->block == BLOCK ? ktl_attend_floats(w->heads, w->cols, BLOCK) : ktl_tiled_floats(&tiled);
+    switch (w->as) {
+        case TILES: return ktl_tiled_floats(&tiled);
+        case WORDS: return ktl_words_floats(w->heads, w->cols, w->values);
+        default: return ktl_attend_floats(w->heads, w->cols, BLOCK);
+    }
 }
 
 static size_t block_floats(const attend_work *w) {
@@ -74,7 +79,8 @@ static void attend_part(void *context, int64_t part, int worker) {
         here->keys = w->keys + at * w->stride;
         here->n = end - at < w->block ? end - at : w->block;
         here->laid = at > first;
-        w->kernels->attend(here);
+        if (w->as == WORDS) w->kernels->attend_words(here);
+        else w->kernels->attend(here);
         if (here == &block) join(w->kernels, &all, &block);
     }
 }
@@ -104,11 +110,13 @@ int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t c
     if (heads < 1 || cols < 1 || positions < 1 || values < 1 || values > cols) return KTL_ERR_SHAPE;
     const int64_t part = ktl_ceil(ktl_ceil(positions, MOST_PARTS), LEAST_POSITIONS) * LEAST_POSITIONS;
     const int64_t parts = ktl_ceil(positions, part);
-    const int tiled = heads >= TILED_HEADS && positions >= TILED_POSITIONS && ktl_attends_many(isa);
-    attend_work w = {.pool = pool, .kernels = ktl_kernels_of(isa, !tiled), .q = q, .keys = keys,
-                     .block = tiled ? KTL_MANY_RUN : BLOCK, .heads = heads, .cols = cols,
+    const int many = heads >= SHORT_HEADS && positions >= SHORT_POSITIONS, tiles = many && ktl_attends_many(isa);
+    attend_work w = {.pool = pool, .kernels = ktl_kernels_of(isa, !tiles), .q = q, .keys = keys,
+                     .block = tiles ? KTL_MANY_RUN : BLOCK, .heads = heads, .cols = cols,
                      .values = values, .stride = stride, .positions = positions, .part = part,
                      .scale = scale, .y = y};
+    const int fits = cols % KTL_WORD_COLS == 0 && values % KTL_WORD_VALUES == 0;
+    w.as = tiles ? TILES : many && fits && w.kernels->attend_words ? WORDS : FLOATS;
     int error = KTL_OK;
     ktl_pool_lock(pool);
     w.parts = ktl_pool_scratch(pool, ktl_pool_threads(pool) + SLOT_PARTS,

@@ -263,7 +263,7 @@ typedef struct {
     const float *q, *keys; /* heads x cols; n rows, `stride` floats apart */
     int64_t heads, cols, values /* the first columns of keys */, stride, n;
     float scale;
-    float *weights;            /* scratch: ktl_attend_floats, on tiles ktl_tiled_floats */
+    float *weights;            /* scratch: ktl_attend_floats, in words ktl_words_floats, on tiles ktl_tiled_floats */
     int laid;                  /* whether that holds the queries already, from a call before */
     float *out, *most, *total; /* heads x values, not yet divided by total = sum of exp(score - most) */
 } ktl_attend_part;
@@ -272,6 +272,33 @@ typedef struct {
 enum { KTL_ATTEND_LANES = 16 };
 KTL_INLINE size_t ktl_attend_floats(int64_t heads, int64_t cols, int64_t n) {
     return (size_t)(ktl_ceil(heads, KTL_ATTEND_LANES) * KTL_ATTEND_LANES * (n + cols));
+}
+
+/* The same in integers of 16 bits, two to a word (attend_words.inc.h): up to KTL_WORD_POSITIONS positions, columns in
+ * multiples of 32, values of 16. */
+enum { KTL_WORD_POSITIONS = 128, KTL_WORD_COLS = 32, KTL_WORD_VALUES = 16 };
+typedef struct {
+    int32_t *q, *keys, *values, *weights; /* [group][pair][16]; [position][pair]; [pair][value]; [group][pair][16] */
+    float *q_step, *key_step, *step, *scores; /* what an integer is; [group][position][16] */
+} ktl_words_room;
+
+KTL_INLINE ktl_words_room ktl_words_room_in(int64_t heads, int64_t cols, int64_t values, float *scratch) {
+    const int64_t lanes = ktl_ceil(heads, KTL_ATTEND_LANES) * KTL_ATTEND_LANES;
+    ktl_words_room r;
+    r.q = (int32_t *)scratch;
+    r.keys = r.q + lanes * cols / 2;
+    r.values = r.keys + KTL_WORD_POSITIONS * cols / 2;
+    r.weights = r.values + KTL_WORD_POSITIONS / 2 * values;
+    r.q_step = (float *)(r.weights + lanes * KTL_WORD_POSITIONS / 2);
+    r.key_step = r.q_step + lanes;
+    r.step = r.key_step + KTL_WORD_POSITIONS;
+    r.scores = r.step + lanes;
+    return r;
+}
+
+KTL_INLINE size_t ktl_words_floats(int64_t heads, int64_t cols, int64_t values) {
+    const int64_t lanes = ktl_ceil(heads, KTL_ATTEND_LANES) * KTL_ATTEND_LANES, pairs = KTL_WORD_POSITIONS / 2;
+    return (size_t)(lanes * (cols / 2 + 3 * pairs + 2) + pairs * (cols + values + 2));
 }
 
 /* ---- many queries of a head over the latent ------------------------------------------------------- */
@@ -390,6 +417,7 @@ typedef struct {
     void (*scale_row)(float *x, float factor, int64_t count);
     void (*add_row)(float *x, const float *more, int64_t count);
     void (*attend)(const ktl_attend_part *part);
+    void (*attend_words)(const ktl_attend_part *part); /* NULL: none */
     void (*attend_many)(const ktl_many_head *head); /* NULL: none */
 } ktl_kernels;
 

@@ -26,14 +26,24 @@ KTL_INLINE __m512i dot4(__m512i sum, __m512i u, __m512i s) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
     return sum;
 }
+KTL_INLINE __m512i products16(__m512i sum, __m512i a, __m512i b) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+/* By four bytes for all lanes. */
+typedef int32_t one_lane __attribute__((may_alias));
+KTL_INLINE __m512i dot4_at(__m512i sum, __m512i u, const void *p) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*(const one_lane *)p));
+    return sum;
+}
+KTL_INLINE __m512i products16_at(__m512i sum, __m512i a, const void *p) {
+    __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*(const one_lane *)p));
+    return sum;
+}
+KTL_INLINE __m512i low_to_top(void) { return _mm512_set4_epi32(0x0d0c0000, 0x09080000, 0x05040000, 0x01000000); }
 #define DOT(sum, u, s) dot4(sum, u, s)
 #define DOT_WIDE(sum, u, s) dot4(sum, u, s)
 #define DOT_RUN(sum, two, n, run, u, s) ((void)(two), dot4(sum, u, s))
-KTL_INLINE __m512i dot4_at(__m512i sum, __m512i u, const int8_t *p) {
-    typedef int32_t four __attribute__((may_alias));
-    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*(const four *)p));
-    return sum;
-}
 #define DOT_AT(sum, two, n, run, u, p) ((void)(two), (void)(run), dot4_at(sum, u, p))
 #define WIDE_ZERO 128
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
@@ -62,7 +72,9 @@ KTL_INLINE __m512i dot4_at(__m512i sum, __m512i u, const int8_t *p) {
 #define WHERE_MORE(a, b, yes, no) _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), yes)
 #define WHERE_MOST(a, b, yes, no) _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), yes)
 #define TOP_HALVES(top, low) _mm512_mask_blend_epi16(0xaaaaaaaa, low, top)
-#define ADD_PRODUCTS16(sum, a, b) _mm512_dpwssd_epi32(sum, a, b)
+#define ADD_PRODUCTS16(sum, a, b) products16(sum, a, b)
+#define ADD_PRODUCTS16_AT(sum, a, p) products16_at(sum, a, p)
+#define LOW_HALVES(top, low) _mm512_mask_shuffle_epi8(low, 0xccccccccccccccccull, top, low_to_top())
 #define STOREI(p, v) _mm512_storeu_si512(p, v)
 #define STOREF(p, v) _mm512_storeu_ps(p, v)
 #define ZEROF() _mm512_setzero_ps()

@@ -171,4 +171,4 @@ static void attend(const ktl_attend_part *a) {
 
 const ktl_kernels ktl_kernels_serial = {act_key, prepare, decode_packed, decode_blocks, multiply,
                                         NULL,    NULL,    0,             0,             0, 0, 2, 0,
-                                        ktl_silu_mul, ktl_scale_row, ktl_add_row, attend, NULL};
+                                        ktl_silu_mul, ktl_scale_row, ktl_add_row, attend, NULL, NULL};

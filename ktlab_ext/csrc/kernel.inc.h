@@ -254,6 +254,11 @@ static void prepare(ktl_act_key key, const float *x, int cols, float most, void 
 #include "few.inc.h"
 #include "many.inc.h"
 #include "attend.inc.h"
+#ifdef ADD_PRODUCTS16_AT
+#include "attend_words.inc.h"
+#else /* a product and an addition for what is one instruction there: no gain over float32 (avx2) */
+#define attend_words NULL
+#endif
 
 /* ---- one copy of each per format, chosen by a constant ------------------------------------------------- */
 #define EACH_FORMAT(X) X(KTL_F32) X(KTL_F16) X(KTL_BF16) X(KTL_Q8_0) X(KTL_Q4_0) X(KTL_Q5_0) \
@@ -299,4 +304,4 @@ static void dot_packed(int format, const uint8_t *panel, int64_t cols, const voi
 #define KERNELS                                                                                     \
     {act_key,    prepare,    decode_packed, decode_blocks, multiply,                                \
      dot_blocks, dot_packed, 0,             PAIRS,         LINES,    CODE_WORDS,   1,                \
-     KTL_START_BITS, ktl_silu_mul, ktl_scale_row, ktl_add_row, attend, NULL}
+     KTL_START_BITS, ktl_silu_mul, ktl_scale_row, ktl_add_row, attend, attend_words, NULL}

@@ -124,8 +124,9 @@ int ktl_linear(ktl_pool *pool, int isa, int few, const ktl_matrix *w, int64_t fi
                float *y, int64_t y_stride, int64_t y_head);
 
 /* y (heads x values) = softmax(scale q K^T) V: one query a head, q (heads x cols), `positions` keys of
- * `cols`, `stride` floats apart, of which the first `values` columns are the values. In float32; on tiles
- * of bfloat16 (ktl_attends_many) from 8 heads and 512 positions on, which loses 0.2 to 0.3 %. */
+ * `cols`, `stride` floats apart, of which the first `values` columns are the values. In float32; from 8 heads and
+ * 512 positions on, on tiles of bfloat16 (ktl_attends_many), which loses 0.2 to 0.3 %, or with AVX-512 in integers of
+ * 16 bits where cols and values are multiples of 32 and 16, which loses 0.03 to 0.08 %. */
 int ktl_attend(ktl_pool *pool, int isa, const float *q, int64_t heads, int64_t cols,
                const float *keys, int64_t positions, int64_t stride, int64_t values, float scale,
                float *y);

@@ -226,15 +226,9 @@ KTL_INLINE void decode_rows(int format, const uint8_t *row, int64_t row_bytes, i
 }
 
 /* ---- few tokens ---------------------------------------------------------------------------------------- */
-KTL_INLINE VI four(const ktl_act *a, int column) {
-    int32_t v;
-    memcpy(&v, a->q + column, 4);
-    return SET1I(v);
-}
-
-/* A block of each row, `at_byte` from where the rows begin, against T tokens; its first column in the chunk.
- * far: the rows that come next, fetched in the order of memory as these are read. */
-KTL_INLINE void dot_block(int format, int T, const lane_rows *r, const uint8_t *far, int64_t at_byte, int first,
+/* A block of each row against T tokens; its first column in the chunk. far: the next line to ask for; the rows that
+ * come next are fetched in the order of memory as these are read, up to `end` before this block. */
+KTL_INLINE void dot_block(int format, int T, const lane_rows *r, const uint8_t **far, const uint8_t *end, int first,
                           const ktl_act *const *act, VF *sum) {
     const ktl_format_info *info = &ktl_formats[format];
     const int sub = info->sub, pieces = pieces_of(format);
@@ -246,8 +240,8 @@ KTL_INLINE void dot_block(int format, int T, const lane_rows *r, const uint8_t *
     for (int i = 0; i < pieces; i++) {
         VI code[4][4];
         load_piece(format, r, &b, i, code);
-        fetch(far, (size_t)(LANES * (at_byte * pieces + i * info->block_bytes) / pieces),
-              (size_t)(LANES * (at_byte * pieces + (i + 1) * info->block_bytes) / pieces));
+        for (; *far < end + LANES * (i + 1) * info->block_bytes / pieces; *far = ktl_later(*far + 64))
+            __builtin_prefetch(*far, 0, 2);
 #pragma GCC unroll 4
         for (int f = 0; f < fields_of(format); f++) {
             const int at = column_of(format, i, f), s = at / sub, p = in_pairs(format) ? f : 0;
@@ -257,10 +251,8 @@ KTL_INLINE void dot_block(int format, int T, const lane_rows *r, const uint8_t *
                 const int fine = (first + at) / KTL_FINE;
                 VI two, dot = SET1I(act[t]->init[fine]);
 #pragma GCC unroll 4
-                for (int k = 0; k < 4; k++) {
-                    const VI x = four(act[t], first + at + 4 * k);
-                    dot = run ? DOT_RUN(dot, two, k, run, code[f][k], x) : DOT_WIDE(dot, code[f][k], x);
-                }
+                for (int k = 0; k < 4; k++)
+                    dot = DOT_AT(dot, two, k, run, code[f][k], act[t]->q + first + at + 4 * k);
                 const VF one = TO_FLOAT(dot), by = SET1F(act[t]->scale[fine]);
                 part[p][t] = at % sub ? FMA(one, by, part[p][t]) : MULF(one, by);
                 if ((at + KTL_FINE) % sub) continue;
@@ -279,14 +271,17 @@ KTL_INLINE void dot_rows(int format, int T, const uint8_t *row, int64_t row_byte
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) sum[t] = ZEROF();
     lane_rows r = rows_at(row, row_bytes);
-    int64_t at = 0;
+    const uint8_t *end = row + LANES * row_bytes, *far = end;
     for (int64_t c = 0; c < cols; c += KTL_CHUNK) {
         const int n = cols - c < KTL_CHUNK ? (int)(cols - c) : KTL_CHUNK;
         const ktl_act *act[4];
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) act[t] = (const ktl_act *)(x[t] + c / KTL_CHUNK * chunk_bytes);
-        for (int first = 0; first < n; first += info->block_cols, at += info->block_bytes, skip(&r, info->block_bytes))
-            dot_block(format, T, &r, row + LANES * row_bytes, at, first, act, sum);
+        for (int first = 0; first < n; first += info->block_cols) {
+            dot_block(format, T, &r, &far, end, first, act, sum);
+            end += LANES * info->block_bytes;
+            skip(&r, info->block_bytes);
+        }
     }
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) STOREF(acc[t], ADDF(LOADF(acc[t]), sum[t]));
