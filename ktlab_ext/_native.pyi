@@ -108,6 +108,7 @@ class Layer:
     parts: tuple[MLA, Router | None, Experts, Experts | None]
     def __init__(
         self,
+        isa: str,
         attention_norm: Array,
         mla: MLA,
         mlp_norm: Array,
@@ -120,8 +121,8 @@ def mla_token(
     pool: Pool, isa: str, mla: MLA, turns: Array, x: Array, keys: Array, q: Array, y: Array
 ) -> None: ...
 def route(pool: Pool, router: Router, x: Array, ids: Array, weights: Array) -> None: ...
-def layer_token(
-    pool: Pool, isa: str, layer: Layer, turns: Array, x: Array, keys: Array, y: Array
+def layers_token(
+    pool: Pool, layers: list[Layer], turns: list[Array], x: Array, keys: list[Array], y: Array
 ) -> None: ...
 def moe(
     pool: Pool,

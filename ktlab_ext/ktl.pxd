@@ -86,12 +86,17 @@ cdef extern from "ktl.h" nogil:
         const float *attention_norm
         const float *mlp_norm
         ktl_mla mla
+        int mla_isa
         ktl_router router
         int router_isa
         ktl_feed routed
         ktl_feed shared
-    int ktl_layer_token(ktl_pool *pool, int isa, const ktl_layer *l, const float *turns,
-                        const float *x, float *keys, int64_t positions, int64_t stride, float *y)
+    ctypedef struct ktl_layer_place:
+        const ktl_layer *layer
+        const float *turns
+        float *keys
+        int64_t positions, stride
+    int ktl_layers_token(ktl_pool *pool, const ktl_layer_place *at, int64_t count, const float *x, float *y)
     int ktl_moe(ktl_pool *pool, int isa, int few, const ktl_matrix *gate, const ktl_matrix *up,
                 const ktl_matrix *down, const void *x, int x_type, int64_t tokens,
                 int64_t x_stride, const int64_t *ids, const float *weights, int64_t top_k,

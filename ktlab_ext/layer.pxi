@@ -1,4 +1,4 @@
-"""One token through a layer, which _native.pyx includes: objects that hold a layer's matrices and
+"""One token through layers, which _native.pyx includes: objects that hold a layer's matrices and
 numbers, checked once, and the calls that take them.
 
 Letters: D hidden, H heads, N nope, R rope, C the latent, Q the compressed query, E experts.
@@ -122,19 +122,21 @@ cdef class Experts:
 
 
 cdef class Layer:
-    """Norms, latent attention and experts of a layer. Without a router `routed` is a dense network,
-    which has one expert; `shared` may be None."""
+    """Norms, latent attention (by the instruction set `isa`) and experts of a layer. Without a router
+    `routed` is a dense network, which has one expert; `shared` may be None."""
 
     cdef ktl_layer l
     cdef readonly tuple parts
     cdef tuple norms
 
-    def __cinit__(self, attention_norm, MLA mla not None, mlp_norm, Router router,
+    def __cinit__(self, str isa not None, attention_norm, MLA mla not None, mlp_norm, Router router,
                   Experts routed not None, Experts shared):
         cdef int64_t hidden = mla.m.output.rows, experts = routed.f.gate.experts
         cdef Held first = Held(attention_norm, "attention_norm", hidden)
         cdef Held second = Held(mlp_norm, "mlp_norm", hidden)
         cdef Matrix part
+        self.l.mla_isa = isa_of(isa)
+        computable("Layer", self.l.mla_isa, isa, mla.matrices)
         self.norms = (first, second)
         self.l.attention_norm, self.l.mlp_norm = first.data, second.data
         self.l.mla = mla.m
@@ -224,28 +226,47 @@ def route(Pool pool not None, Router router not None, x, ids, weights):
             PyBuffer_Release(&v[i])
 
 
-def layer_token(Pool pool not None, str isa not None, Layer layer not None, turns, x, keys, y):
-    """One token x (D) through a layer to y (D); isa: of the attention. turns, keys: as in mla_token."""
-    cdef Py_buffer v[4]
-    cdef MLA mla = layer.parts[0]
-    cdef const float *at_turns
-    cdef float *at[3]
-    cdef int64_t stride, hidden = mla.m.output.rows
-    cdef int code, i, isa_number = isa_of(isa)
-    memset(v, 0, sizeof(v))
-    computable("layer_token", isa_number, isa, mla.matrices)
+def layers_token(Pool pool not None, list layers not None, list turns not None, x, list keys not None, y):
+    """One token x (D) through the layers, one after the other, to y (D). turns, keys: one a layer, as in
+    mla_token."""
+    cdef Py_ssize_t i, count = len(layers), taken = 0
+    cdef ktl_layer_place *at
+    cdef Py_buffer *v
+    cdef Layer layer
+    cdef MLA mla
+    cdef float *from_x
+    cdef float *to_y
+    cdef int64_t hidden
+    cdef int code
+    if count < 1 or len(turns) != count or len(keys) != count:
+        raise ValueError(f"expected layers, and turns and keys for each, found {count} layers, "
+                         f"{len(turns)} turns and {len(keys)} keys")
+    at = <ktl_layer_place *>calloc(<size_t>count, sizeof(ktl_layer_place))
+    v = <Py_buffer *>calloc(<size_t>(2 * count + 2), sizeof(Py_buffer))
     try:
-        at_turns = numbers(turns, &v[0], "turns", mla.m.kv_a.rows - mla.m.k_b.rows, False)
-        at[0] = numbers(x, &v[1], "x", hidden, False)
-        at[1] = take_keys(keys, &v[2], &mla.m, &stride)
-        at[2] = numbers(y, &v[3], "y", hidden, True)
-        for i in (1, 2):
-            apart(&v[i], &v[3])
+        if at == NULL or v == NULL:
+            raise MemoryError()
+        hidden = (<MLA>(<Layer?>layers[0]).parts[0]).m.output.rows
+        from_x = numbers(x, &v[0], "x", hidden, False)
+        to_y = numbers(y, &v[1], "y", hidden, True)
+        apart(&v[0], &v[1])
+        for i in range(count):
+            layer = <Layer?>layers[i]
+            mla = layer.parts[0]
+            if mla.m.output.rows != hidden:
+                raise ValueError(f"layer {i}: expected {hidden} rows of output, found {mla.m.output.rows}")
+            at[i].layer = &layer.l
+            at[i].turns = numbers(turns[i], &v[2 + 2 * i], "turns", mla.m.kv_a.rows - mla.m.k_b.rows, False)
+            at[i].keys = take_keys(keys[i], &v[3 + 2 * i], &mla.m, &at[i].stride)
+            at[i].positions = v[3 + 2 * i].shape[0]
+            apart(&v[3 + 2 * i], &v[1])
         with nogil:
-            code = ktl_layer_token(pool.pool, isa_number, &layer.l, at_turns, at[0], at[1],
-                                   v[2].shape[0], stride, at[2])
+            code = ktl_layers_token(pool.pool, at, count, from_x, to_y)
         if code != KTL_OK:
-            fail(code, "layer_token", mla.matrices[1], isa)
+            fail(code, "layers_token", mla.matrices[1], "")
     finally:
-        for i in range(4):
-            PyBuffer_Release(&v[i])
+        for i in range(2 * count + 2):
+            if v != NULL:
+                PyBuffer_Release(&v[i])
+        free(v)
+        free(at)

@@ -45,7 +45,7 @@ class _Idle:
     def linear(self, *_: Any) -> None:
         pass
 
-    moe = linear_by_head = attend = attend_many = mla_token = layer_token = linear
+    moe = linear_by_head = attend = attend_many = mla_token = layers_token = linear
 
 
 @contextmanager
@@ -225,18 +225,18 @@ def mla_token(
     return y_D, q
 
 
-def layer_token(kernel: Kernel, layer: Any, turns: Tensor, x_D: Tensor, keys_SC: Tensor) -> Tensor:
-    """One token through a layer, (D) to (D), with the core's `Layer`; the rest as in `mla_token`.
-
-    `kernel` is the attention's."""
+def layers_token(
+    kernel: Kernel, layers: list[Any], turns: list[Tensor], x_D: Tensor, keys_SC: list[Tensor]
+) -> Tensor:
+    """One token through layers of the core's `Layer`, one after the other, (D) to (D); turns and
+    keys, one a layer, as in `mla_token`. On the threads of `kernel`."""
     y_D = torch.empty_like(x_D)
-    _native().layer_token(
+    _native().layers_token(
         pool(kernel.threads, kernel.numa),
-        kernel.isa,
-        layer,
-        torch.view_as_real(turns).reshape(-1).numpy(),
+        layers,
+        [torch.view_as_real(each).reshape(-1).numpy() for each in turns],
         x_D.numpy(),
-        keys_SC.numpy(),
+        [keys.numpy() for keys in keys_SC],
         y_D.numpy(),
     )
     return y_D

@@ -70,13 +70,14 @@ class Block:
             return move(placed_forward(*given), seats.attention, HOST)
         left = None if later is None else later.take()
         defers = self.deferred > 0 and later is not None
-        if hidden_BTD.shape[:2] == (1, 1) and type(self) in PLAIN and not (probe.inside or defers):
-            self._whole = whole = WholeLayer.of(self, self._whole)
-            if whole.usable:
+        if hidden_BTD.shape[:2] == (1, 1) and not (probe.inside or defers):
+            if (whole := self.whole()) is not None:
                 self.attention.check_cache(cache)
                 with probe.stage(f"layers.{self.index}"):
-                    hidden_BTD = whole.forward(hidden_BTD, cache, positions_BT)
-                return hidden_BTD if left is None else hidden_BTD + left(HOST).view_as(hidden_BTD)
+                    given_1 = ([whole], [cache], hidden_BTD, positions_BT)
+                    passed = WholeLayer.through(*given_1)
+                assert passed is not None
+                return passed if left is None else passed + left(HOST).view_as(passed)
         eps = self.config.rms_eps
         with probe.stage(f"layers.{self.index}.attention"):
             normed = rms_norm(hidden_BTD, self.attention_norm_D, eps)
@@ -92,6 +93,13 @@ class Block:
 
     def feed_forward(self, hidden_TD: Tensor, probe: Probe, later: Later | None = None) -> Tensor:
         raise NotImplementedError
+
+    def whole(self) -> WholeLayer | None:
+        """What takes a decoded token through all of it at once; None where stages do."""
+        if type(self) not in PLAIN:
+            return None
+        self._whole = found = WholeLayer.of(self, self._whole)
+        return found if found.usable else None
 
     def let_go(self) -> None:
         """Keep no matrix alive for decoding; the next token finds them again."""

@@ -46,6 +46,7 @@ from ktlab.model.placed_block import move, on_seat, placed_forward
 from ktlab.model.residency import Residency, residency
 from ktlab.model.settings import SWITCHES, Change, Settings, apply, current
 from ktlab.model.trace import ModelIdentity, Trace
+from ktlab.model.whole_layer import WholeLayer
 from ktlab.probe import NO_PROBE, Probe, Recorder
 from ktlab.quantization import QTensor
 
@@ -260,6 +261,10 @@ class Model:
         self, hidden_BTD: Tensor, cache: Cache, positions_BT: Tensor, probe: Probe
     ) -> Tensor:
         """From host memory to host memory; between layers on one device it stays there."""
+        if hidden_BTD.shape[:2] == (1, 1) and probe is NO_PROBE:
+            passed = self._at_once(hidden_BTD, cache, positions_BT)
+            if passed is not None:
+                return passed
         here: Seat = HOST
         later = Later()
         for index, block in enumerate(self.layers):
@@ -272,6 +277,21 @@ class Model:
             given = (block, seats, hidden_BTD, here, layer_cache, positions_BT, probe, later)
             hidden_BTD, here = placed_forward(*given), seats.attention
         return move(hidden_BTD, here, HOST)
+
+    def _at_once(self, hidden_11D: Tensor, cache: Cache, positions_11: Tensor) -> Tensor | None:
+        """A decoded token through all layers in one native call; None where one of them is placed
+        elsewhere, defers experts, or is not the C core's."""
+        layers = []
+        for block in self.layers:
+            whole = None if block.moved or block.deferred else block.whole()
+            if whole is None:
+                return None
+            layers.append(whole)
+        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
+            if layer_cache.seat is not HOST:
+                return None
+            block.attention.check_cache(layer_cache)
+        return WholeLayer.through(layers, cache.layers, hidden_11D, positions_11)
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         if self.embedding_table is not None:

@@ -1,10 +1,12 @@
-"""A decoded token through a whole layer in one native call: nothing of Python between its stages.
+"""A decoded token through whole layers in one native call: nothing of Python between their stages.
 
-For a small model what lies between the operations takes more time than they do. What happens is
-the same as stage by stage (`Block.forward`), which is also what runs whenever somebody watches the
-stages, or a stage, a rule or a kernel is not one that the C core knows.
+For a small model what lies between the operations takes more time than they do, and a large model's
+weights push Python's own data out of the cache, so that what lies between two layers takes 0.3 ms.
+What happens is the same as stage by stage (`Block.forward`), which is also what runs whenever
+somebody watches the stages, or a stage, a rule or a kernel is not one that the C core knows.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -42,6 +44,7 @@ class WholeLayer:
         if native.together([*token.kernels, *kernels]):
             self._token = token
             self._operand = native.core().Layer(
+                token.kernel.isa,
                 block.attention_norm_D.numpy(),
                 token.operand,
                 block.mlp_norm_D.numpy(),
@@ -63,12 +66,26 @@ class WholeLayer:
         """Whether one call can do the layer's work."""
         return self._operand is not None
 
-    def forward(self, hidden_11D: Tensor, cache: LayerCache, positions_11: Tensor) -> Tensor:
-        """(1, 1, D) to (1, 1, D); writes the cache."""
-        assert self._token is not None
-        keys_SC, turns = self._token.place(cache, positions_11)
-        x_D = hidden_11D.reshape(-1)
-        y_D = native.layer_token(self._token.kernel, self._operand, turns, x_D, keys_SC)
+    @staticmethod
+    def through(
+        layers: "Sequence[WholeLayer]",
+        caches: Sequence[LayerCache],
+        hidden_11D: Tensor,
+        positions_11: Tensor,
+    ) -> Tensor | None:
+        """(1, 1, D) to (1, 1, D) through usable layers; writes their caches. None, and nothing is
+        done, if one call cannot do the work of all."""
+        tokens = [layer._token for layer in layers if layer._token is not None]
+        if not native.together([token.kernel for token in tokens]):
+            return None
+        places = [token.place(c, positions_11) for token, c in zip(tokens, caches, strict=True)]
+        y_D = native.layers_token(
+            tokens[0].kernel,
+            [layer._operand for layer in layers],
+            [turns for _, turns in places],
+            hidden_11D.reshape(-1),
+            [keys_SC for keys_SC, _ in places],
+        )
         return y_D.view(1, 1, -1)
 
 

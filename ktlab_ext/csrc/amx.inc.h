@@ -314,11 +314,12 @@ static void bf16_multiply(int format, const ktl_tile *tiles, int panels, int gro
 
 #include "attend_many.inc.h"
 
-#define INT8_KERNELS                                                                                \
-    {int8_act_key, int8_prepare, int8_decode_packed, int8_decode_blocks, int8_multiply,             \
-     NULL,         NULL,         1,                  0,                  0,                0,        \
-     0,            0,            ktl_silu_mul,       ktl_scale_row,      ktl_add_row,      NULL,    NULL}
-#define BF16_KERNELS                                                                                \
-    {bf16_act_key, bf16_prepare, bf16_decode_packed, bf16_decode_blocks, bf16_multiply,             \
-     NULL,         NULL,         0,                  0,                  0,                0,        \
-     0,            0,            ktl_silu_mul,       ktl_scale_row,      ktl_add_row,      bf16_attend, bf16_attend_many}
+#define INT8_KERNELS                                                                                        \
+    {.act_key = int8_act_key, .prepare = int8_prepare, .decode_packed = int8_decode_packed,                 \
+     .decode_blocks = int8_decode_blocks, .multiply = int8_multiply, .spans = 1, .silu_mul = ktl_silu_mul,  \
+     .scale_row = ktl_scale_row, .add_row = ktl_add_row}
+#define BF16_KERNELS                                                                                        \
+    {.act_key = bf16_act_key, .prepare = bf16_prepare, .decode_packed = bf16_decode_packed,                 \
+     .decode_blocks = bf16_decode_blocks, .multiply = bf16_multiply, .silu_mul = ktl_silu_mul,              \
+     .scale_row = ktl_scale_row, .add_row = ktl_add_row, .attend = bf16_attend,                             \
+     .attend_many = bf16_attend_many}

@@ -169,6 +169,7 @@ static void attend(const ktl_attend_part *a) {
         }
 }
 
-const ktl_kernels ktl_kernels_serial = {act_key, prepare, decode_packed, decode_blocks, multiply,
-                                        NULL,    NULL,    0,             0,             0, 0, 2, 0,
-                                        ktl_silu_mul, ktl_scale_row, ktl_add_row, attend, NULL, NULL};
+const ktl_kernels ktl_kernels_serial = {
+    .act_key = act_key, .prepare = prepare, .decode_packed = decode_packed, .decode_blocks = decode_blocks,
+    .multiply = multiply, .fine = 2, .silu_mul = ktl_silu_mul, .scale_row = ktl_scale_row, .add_row = ktl_add_row,
+    .attend = attend};

@@ -256,8 +256,9 @@ static void prepare(ktl_act_key key, const float *x, int cols, float most, void 
 #include "attend.inc.h"
 #ifdef ADD_PRODUCTS16_AT
 #include "attend_words.inc.h"
+#define ATTEND_WORDS attend_words
 #else /* a product and an addition for what is one instruction there: no gain over float32 (avx2) */
-#define attend_words NULL
+#define ATTEND_WORDS NULL
 #endif
 
 /* ---- one copy of each per format, chosen by a constant ------------------------------------------------- */
@@ -302,6 +303,8 @@ static void dot_packed(int format, const uint8_t *panel, int64_t cols, const voi
 }
 
 #define KERNELS                                                                                     \
-    {act_key,    prepare,    decode_packed, decode_blocks, multiply,                                \
-     dot_blocks, dot_packed, 0,             PAIRS,         LINES,    CODE_WORDS,   1,                \
-     KTL_START_BITS, ktl_silu_mul, ktl_scale_row, ktl_add_row, attend, attend_words, NULL}
+    {.act_key = act_key, .prepare = prepare, .decode_packed = decode_packed,                        \
+     .decode_blocks = decode_blocks, .multiply = multiply, .dot_blocks = dot_blocks,                \
+     .dot_packed = dot_packed, .pairs = PAIRS, .lines = LINES, .words = CODE_WORDS, .fine = 1,      \
+     .start = KTL_START_BITS, .silu_mul = ktl_silu_mul, .scale_row = ktl_scale_row,                 \
+     .add_row = ktl_add_row, .attend = attend, .attend_words = ATTEND_WORDS}

@@ -110,7 +110,7 @@ void ktl_pool_unlock(ktl_pool *pool);
 /* Grow-only, 64-byte aligned, kept by the pool. slot: 0..threads-1 private to workers,
  * threads..threads+KTL_SHARED-1 shared by a series of runs. NULL if memory is short. Needs the
  * lock; a worker may ask for its own slot inside a task. */
-enum { KTL_SHARED = 21 }; /* the last four are layer.c's */
+enum { KTL_SHARED = 22 }; /* the last five are layer.c's */
 void *ktl_pool_scratch(ktl_pool *pool, int slot, size_t bytes);
 
 /* ---- operations ---------------------------------------------------------------------------------- */
@@ -195,14 +195,22 @@ typedef struct {
 typedef struct {
     const float *attention_norm, *mlp_norm;
     ktl_mla mla;       /* without turns */
+    int mla_isa;
     ktl_router router; /* no gate: `routed` is a dense network, expert 0 of one */
     int router_isa;
     ktl_feed routed, shared; /* shared: no gate, none */
 } ktl_layer;
 
-/* y (D) of one token x (D); keys as in ktl_mla_token. x and y are apart. */
-int ktl_layer_token(ktl_pool *pool, int isa, const ktl_layer *l, const float *turns, const float *x,
-                    float *keys, int64_t positions, int64_t stride, float *y);
+/* Where a token stands in a layer: its turns, and the keys as in ktl_mla_token. */
+typedef struct {
+    const ktl_layer *layer;
+    const float *turns;
+    float *keys;
+    int64_t positions, stride;
+} ktl_layer_place;
+
+/* y (D) of one token x (D) through `count` layers, one after the other. x and y are apart. */
+int ktl_layers_token(ktl_pool *pool, const ktl_layer_place *at, int64_t count, const float *x, float *y);
 
 /* y (T x D) = sum over k of weights[t,k] * down(silu(gate(x)) * up(x)) of expert ids[t,k]; id -1 is
  * nobody; an id may repeat within a token. gate, up: E x (F x D), down: E x (D x F). `few` counts

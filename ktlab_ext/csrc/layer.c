@@ -1,4 +1,4 @@
-/* A decoded token through a whole layer in one call: norms, latent attention, router, experts.
+/* A decoded token through whole layers in one call: norms, latent attention, router, experts.
  *
  * The same operations as one by one, in the same order; what is saved is what lies between them, which
  * for a small model is more than the operations. */
@@ -7,7 +7,7 @@
 #include <math.h>
 
 /* Shared scratch slots, counted from ktl_pool_threads(): what is called in between has the others. */
-enum { SLOT_TOKEN = KTL_SHARED - 4, SLOT_LAYER, SLOT_IDS, SLOT_ROUTER };
+enum { SLOT_STREAM = KTL_SHARED - 5, SLOT_TOKEN, SLOT_LAYER, SLOT_IDS, SLOT_ROUTER };
 
 static float *floats(ktl_pool *pool, int slot, int64_t count) {
     return ktl_pool_scratch(pool, ktl_pool_threads(pool) + slot, (size_t)count * sizeof(float));
@@ -158,10 +158,10 @@ static int feed(ktl_pool *pool, const ktl_feed *f, const float *x, const int64_t
                    weights, top_k, y, f->down->rows);
 }
 
-int ktl_layer_token(ktl_pool *pool, int isa, const ktl_layer *l, const float *turns, const float *x,
-                    float *keys, int64_t positions, int64_t stride, float *y) {
+static int layer_token(ktl_pool *pool, const ktl_layer_place *at, const float *x, float *y) {
     static const int64_t first = 0;
     static const float one = 1.0f;
+    const ktl_layer *l = at->layer;
     const int64_t hidden = l->mla.output->rows, queries = l->mla.q_b->rows;
     const int64_t top_k = l->router.gate ? l->router.top_k : 0;
     if (l->mla.kv_a->cols != hidden || l->routed.gate->cols != hidden ||
@@ -170,8 +170,7 @@ int ktl_layer_token(ktl_pool *pool, int isa, const ktl_layer *l, const float *tu
                             l->router.gate->rows != l->routed.gate->experts)))
         return KTL_ERR_SHAPE;
     ktl_mla mla = l->mla;
-    mla.turns = turns;
-    ktl_pool_lock(pool);
+    mla.turns = at->turns;
     float *weights = floats(pool, SLOT_LAYER, 3 * hidden + queries + top_k);
     int64_t *ids = ktl_pool_scratch(pool, ktl_pool_threads(pool) + SLOT_IDS, (size_t)top_k * 8 + 8);
     int error = weights && ids ? KTL_OK : KTL_ERR_MEMORY;
@@ -179,7 +178,7 @@ int ktl_layer_token(ktl_pool *pool, int isa, const ktl_layer *l, const float *tu
     float *q = shared + hidden;
     if (!error) {
         rms_norm(x, l->attention_norm, hidden, mla.eps, normed);
-        error = ktl_mla_token(pool, isa, &mla, normed, keys, positions, stride, q, routed);
+        error = ktl_mla_token(pool, l->mla_isa, &mla, normed, at->keys, at->positions, at->stride, q, routed);
     }
     if (!error) {
         for (int64_t i = 0; i < hidden; i++) y[i] = x[i] + routed[i];
@@ -195,6 +194,22 @@ int ktl_layer_token(ktl_pool *pool, int isa, const ktl_layer *l, const float *tu
         for (int64_t i = 0; i < hidden && !error; i++) routed[i] += shared[i];
     }
     for (int64_t i = 0; i < hidden && !error; i++) y[i] += routed[i];
+    return error;
+}
+
+int ktl_layers_token(ktl_pool *pool, const ktl_layer_place *at, int64_t count, const float *x, float *y) {
+    if (count < 1) return KTL_ERR_SHAPE;
+    const int64_t hidden = at->layer->mla.output->rows;
+    for (int64_t i = 1; i < count; i++)
+        if (at[i].layer->mla.output->rows != hidden) return KTL_ERR_SHAPE;
+    ktl_pool_lock(pool);
+    float *between = floats(pool, SLOT_STREAM, hidden);
+    int error = between ? KTL_OK : KTL_ERR_MEMORY;
+    for (int64_t i = 0; i < count && !error; i++) { /* the last one's result is y */
+        float *to = (count - i) % 2 ? y : between;
+        error = layer_token(pool, &at[i], x, to);
+        x = to;
+    }
     ktl_pool_unlock(pool);
     return error;
 }

@@ -48,18 +48,20 @@ class Parts:
 
     def layer(self, **changed: Any) -> Any:
         given = dict(
-            attention_norm=self.numbers(HIDDEN), mla=self.mla(), mlp_norm=self.numbers(HIDDEN),
+            isa="serial", attention_norm=self.numbers(HIDDEN), mla=self.mla(),
+            mlp_norm=self.numbers(HIDDEN),
             router=self.router(), routed=self.experts(), shared=self.experts(1),
         ) | changed  # fmt: skip
         return self.native.Layer(**given)
 
     def token(self, **changed: Any) -> np.ndarray:
         given = dict(
-            pool=self.pool, isa="serial", layer=changed.get("layer") or self.layer(),
-            turns=self.numbers(ROPE), x=self.numbers(HIDDEN),
-            keys=self.numbers(3, LATENT + ROPE), y=np.full(HIDDEN, np.nan, np.float32),
+            layer=changed.get("layer") or self.layer(), turns=self.numbers(ROPE),
+            x=self.numbers(HIDDEN), keys=self.numbers(3, LATENT + ROPE),
+            y=np.full(HIDDEN, np.nan, np.float32),
         ) | changed  # fmt: skip
-        self.native.layer_token(**given)
+        one_a_layer = [given["layer"]], [given["turns"]], given["x"], [given["keys"]]
+        self.native.layers_token(self.pool, *one_a_layer, given["y"])
         return given["y"]
 
 
@@ -132,6 +134,8 @@ def test_experts_and_layers_refuse_what_does_not_fit(parts: Parts) -> None:
         parts.layer(router=None)
     with pytest.raises(ValueError, match="mlp_norm: expected 32 numbers, found 31"):
         parts.layer(mlp_norm=parts.numbers(HIDDEN - 1))
+    with pytest.raises(ValueError, match="cannot be used"):
+        parts.layer(isa="amx_int8_emulated")
     with pytest.raises(TypeError):
         parts.layer(mla=None)
 
@@ -144,13 +148,40 @@ def test_experts_and_layers_refuse_what_does_not_fit(parts: Parts) -> None:
         ({"y": np.zeros(HIDDEN - 1, np.float32)}, "y: expected 32 numbers"),
         ({"keys": np.zeros((0, LATENT + ROPE), np.float32)}, "keys: expected rows of 32"),
         ({"keys": np.zeros((3, LATENT), np.float32)}, "keys: expected rows of 32"),
-        ({"isa": "amx_int8_emulated"}, "cannot be used"),
     ],
     ids=str,
 )
 def test_a_token_refuses(parts: Parts, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parts.token(**changed)
+
+
+def test_several_layers_are_one_after_the_other(parts: Parts) -> None:
+    layers = [parts.layer(), parts.layer(router=None, routed=parts.experts(1)), parts.layer()]
+    turns, x = [parts.numbers(ROPE) for _ in layers], parts.numbers(HIDDEN)
+    caches = [parts.numbers(3 + i, LATENT + ROPE) for i in range(3)]
+    one_by_one, y = [cache.copy() for cache in caches], x
+    for layer, turned, keys in zip(layers, turns, one_by_one, strict=True):
+        y = parts.token(layer=layer, turns=turned, x=y, keys=keys)
+    for count in (3, 2):
+        found = np.full(HIDDEN, np.nan, np.float32)
+        given = layers[:count], turns[:count], x, [cache.copy() for cache in caches[:count]]
+        parts.native.layers_token(parts.pool, *given, found)
+        assert (found == y).all() if count == 3 else np.isfinite(found).all()
+        assert all((a == b).all() for a, b in zip(given[3], one_by_one, strict=False))
+
+
+def test_layers_refuse_what_does_not_fit_together(parts: Parts) -> None:
+    layer, y = parts.layer(), np.full(HIDDEN, 7, np.float32)
+    turns, x, keys = parts.numbers(ROPE), parts.numbers(HIDDEN), parts.numbers(3, LATENT + ROPE)
+    for given in (([], [], []), ([layer] * 2, [turns], [keys]), ([layer], [turns], [keys] * 2)):
+        with pytest.raises(ValueError, match="expected layers, and turns and keys for each"):
+            parts.native.layers_token(parts.pool, given[0], given[1], x, given[2], y)
+    with pytest.raises(TypeError):
+        parts.native.layers_token(parts.pool, [layer, None], [turns] * 2, x, [keys] * 2, y)
+    with pytest.raises(ValueError, match="keys: expected rows of 32"):
+        parts.native.layers_token(parts.pool, [layer] * 2, [turns] * 2, x, [keys, keys[:0]], y)
+    assert (y == 7).all()
 
 
 def test_a_token_needs_an_output_of_its_own(parts: Parts) -> None:

@@ -221,3 +221,32 @@ def test_small_banks_are_packed_unless_a_layout_is_named(monkeypatch: pytest.Mon
     assert bank.use(format="q4_0", layout="auto").layout == "packed"
     monkeypatch.setattr(computed, "PACKED_BYTES", bank.nbytes - 1)
     assert bank.use(layout="auto").layout == "ggml_blocks"
+
+
+def test_all_layers_pass_in_one_call_and_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(synthesize(TINY_TEST_CONFIG))
+    calls: list[int] = []
+    layers_token = native.layers_token
+
+    def counted(kernel: Any, layers: list[Any], *given: Any) -> Tensor:
+        calls.append(len(layers))
+        return layers_token(kernel, layers, *given)
+
+    monkeypatch.setattr(native, "layers_token", counted)
+    together = decoded(model)
+    assert calls == [3] * 16
+    with model.override(threads={"attention": 3}):
+        decoded(model)  # kernels on different threads: not even one layer is one call
+    assert calls == [3] * 16
+    monkeypatch.setattr(Model, "_at_once", lambda *_: None)
+    assert torch.equal(decoded(model), together)
+    assert calls == [3] * 16 + [1] * 48
+
+
+def test_a_layer_that_defers_is_not_passed_with_the_others() -> None:
+    model = Model(synthesize(TINY_TEST_CONFIG))
+    plain = decoded(model)
+    with model.override(deferred=2):
+        deferred = decoded(model)
+    assert not torch.allclose(deferred, plain)
+    torch.testing.assert_close(decoded(model), plain)

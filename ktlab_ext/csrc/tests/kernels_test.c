@@ -337,11 +337,26 @@ static void layers(const run *r) {
             float *keys = exactly(S * (C + R) * 4), *y[2] = {exactly(D * 4), exactly(D * 4)};
             for (int i = 0; i < 2; i++) {
                 memcpy(keys, cache.data, S * (C + R) * 4);
-                int code = ktl_layer_token(i ? r->many : r->one, 0, &l, norm + D + C + Q + E,
-                                           (float *)x.data, keys, S, C + R, y[i]);
+                const ktl_layer_place at = {&l, norm + D + C + Q + E, keys, S, C + R};
+                int code = ktl_layers_token(i ? r->many : r->one, &at, 1, (float *)x.data, y[i]);
                 CHECK(code == KTL_OK, "layer %d: code %d", kind, code);
             }
             CHECK(memcmp(y[0], y[1], D * 4) == 0, "layer %d: threads changed bits", kind);
+            /* Three layers in one call, and one after the other. */
+            float *more[3] = {exactly(D * 4), exactly(D * 4), exactly(D * 4)};
+            float *copies = exactly(3 * S * (C + R) * 4);
+            ktl_layer_place at[3];
+            for (int i = 0; i < 6; i++) {
+                float *cached = copies + i % 3 * S * (C + R);
+                at[i % 3] = (ktl_layer_place){&l, norm + D + C + Q + E, cached, S, C + R};
+                memcpy(cached, cache.data, S * (C + R) * 4);
+                if (i < 3) ktl_layers_token(r->many, &at[i], 1, i ? more[i - 1] : (float *)x.data, more[i]);
+            }
+            CHECK(ktl_layers_token(r->many, at, 3, (float *)x.data, y[0]) == KTL_OK, "three layers");
+            CHECK(memcmp(y[0], more[2], D * 4) == 0, "layers %d: not as one by one", kind);
+            CHECK(ktl_layers_token(r->one, at, 0, (float *)x.data, y[0]) == KTL_ERR_SHAPE, "no layer");
+            for (int i = 0; i < 3; i++) free(more[i]);
+            free(copies);
             free(keys);
             free(y[0]);
             free(y[1]);
