@@ -85,7 +85,9 @@ def test_on_a_busy_xeon_without_amx_recorded_experts_are_far_ahead_of_their_peer
                 assert times >= (5 if case.format == "int8_channel" else 4)
             if case.tokens == 512 and case.backend == "llama.cpp":
                 assert times >= 3.5 or 3.5 / times * own[512].ceiling_share > 0.6
-        assert own[512].ceiling_share >= (0.6 if own[512].format == "int8_channel" else 0.4)
+        exact = own[1].format != "int8_channel"
+        assert own[512].ceiling_share >= (0.4 if exact else 0.6)
+        assert own[1].ceiling_share >= (0.74 if exact else 0.84)
 
 
 def test_recorded_models_ran_beside_llama_cpp_and_computed_the_same() -> None:
@@ -117,12 +119,12 @@ FAR = {
     ("AMD EPYC (family 25 model 1)", "deepseek-v2-lite"): 2.5,
     ("AMD EPYC (family 25 model 1)", "deepseek-v3"): 2.5,
     (XEON, "deepseek-v2-lite"): 2.4,
-    (XEON_WITHOUT_AMX, "deepseek-v2-lite"): 2.5,
-    (XEON_WITHOUT_AMX, "deepseek-v3"): 2.4,
+    (XEON_WITHOUT_AMX, "deepseek-v3"): 2.3,
 }
 """Times as fast as naive that absorbed attention decodes over 8k positions, where it is not 3:
-without AVX-512, or with a neighbour on the core, its products in float32 take longer than reading
-the cache; on the Xeon with AMX making tiles of a cache that only 16 heads share does."""
+without AVX-512 its products in float32 take longer than reading the cache; on the Xeon with AMX
+making tiles of a cache that only 16 heads share does; with a neighbour on the core, a slice of
+three layers spends two thirds of a token on the output matrix, dense layers and experts."""
 
 
 def test_far_into_a_text_absorbed_attention_is_faster_in_the_memory_that_was_planned() -> None:
