@@ -99,22 +99,20 @@ typedef struct {
 } packed_chunk;
 
 /* Its g-th 32 columns. */
-KTL_INLINE void dot_group(int format, int T, size_t g, size_t groups, const ktl_act *const *act,
+KTL_INLINE void dot_group(int format, int T, int fetched, size_t g, size_t groups, const ktl_act *const *act,
                           packed_chunk *c) {
     const ktl_format_info *f = &ktl_formats[format];
     const size_t sub = (size_t)f->sub, step = sub > KTL_GROUP ? KTL_GROUP : KTL_FINE;
     const size_t share = (size_t)(ktl_chunk_bytes_as(format, KTL_CHUNK / KTL_GROUP) * KTL_GROUP / KTL_CHUNK);
     const int run = run_of(format) < (int)step / 4 ? run_of(format) : (int)step / 4;
-    (void)run;
     /* The memory must not idle while this is computed. */
-    if (T == 1 || c->far) fetch(c->far, g * share, (g + 1) * share);
+    if (fetched) fetch(c->far, g * share, (g + 1) * share);
     if (!f->has_scale && f->d_cols && g * KTL_GROUP % (size_t)f->d_cols == 0)
         F16X16(c->scales + 32 * (g * KTL_GROUP / (size_t)f->d_cols), c->d);
 #pragma GCC unroll 2
     for (int o = 0; o < VN; o++) {
         const int at = o * LANES;
         VI w[8], two[FEW];
-        (void)two;
         unpack_in_registers(format, c->codes + g * 64 * (size_t)(f->base_bits + f->high_bits), o, w);
 #pragma GCC unroll 2
         for (size_t h = 0; h < KTL_GROUP; h += step) {
@@ -171,12 +169,12 @@ KTL_INLINE void dot_packed_int8(int format, int T, const uint8_t *head, const ui
 #pragma GCC unroll 2
         for (int o = 0; o < VN; o++) c.sum[t][o] = c.offset[t][o] = ZEROF();
     /* Where a token is alone, what addresses and counters take would be a third of all instructions. */
-    if (T == 1 && groups == KTL_CHUNK / KTL_GROUP) {
+    if (T == 1 && far && groups == KTL_CHUNK / KTL_GROUP) {
 #pragma GCC unroll 8
         for (size_t g = 0; g < KTL_CHUNK / KTL_GROUP; g++)
-            dot_group(format, T, g, KTL_CHUNK / KTL_GROUP, act, &c);
+            dot_group(format, T, 1, g, KTL_CHUNK / KTL_GROUP, act, &c);
     } else {
-        for (size_t g = 0; g < (size_t)groups; g++) dot_group(format, T, g, (size_t)groups, act, &c);
+        for (size_t g = 0; g < (size_t)groups; g++) dot_group(format, T, far != NULL, g, (size_t)groups, act, &c);
     }
     const float *d = format == KTL_INT8_CHANNEL ? (const float *)head : c.d;
 #pragma GCC unroll 4
