@@ -74,9 +74,7 @@ class Block:
             if (whole := self.whole()) is not None:
                 self.attention.check_cache(cache)
                 with probe.stage(f"layers.{self.index}"):
-                    given_1 = ([whole], [cache], hidden_BTD, positions_BT)
-                    passed = WholeLayer.through(*given_1)
-                assert passed is not None
+                    passed = WholeLayer.through([whole], [cache], hidden_BTD, positions_BT)
                 return passed if left is None else passed + left(HOST).view_as(passed)
         eps = self.config.rms_eps
         with probe.stage(f"layers.{self.index}.attention"):

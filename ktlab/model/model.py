@@ -287,6 +287,8 @@ class Model:
             if whole is None:
                 return None
             layers.append(whole)
+        if not WholeLayer.together(layers):
+            return None
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
             if layer_cache.seat is not HOST:
                 return None

@@ -67,17 +67,21 @@ class WholeLayer:
         return self._operand is not None
 
     @staticmethod
+    def together(layers: "Sequence[WholeLayer]") -> bool:
+        """Whether one call can do the work of all these usable layers."""
+        return native.together(
+            [layer._token.kernel for layer in layers if layer._token is not None]
+        )
+
+    @staticmethod
     def through(
         layers: "Sequence[WholeLayer]",
         caches: Sequence[LayerCache],
         hidden_11D: Tensor,
         positions_11: Tensor,
-    ) -> Tensor | None:
-        """(1, 1, D) to (1, 1, D) through usable layers; writes their caches. None, and nothing is
-        done, if one call cannot do the work of all."""
+    ) -> Tensor:
+        """(1, 1, D) to (1, 1, D) through usable layers that are `together`; writes their caches."""
         tokens = [layer._token for layer in layers if layer._token is not None]
-        if not native.together([token.kernel for token in tokens]):
-            return None
         places = [token.place(c, positions_11) for token, c in zip(tokens, caches, strict=True)]
         y_D = native.layers_token(
             tokens[0].kernel,

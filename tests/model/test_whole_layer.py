@@ -238,7 +238,8 @@ def test_all_layers_pass_in_one_call_and_each_by_itself(monkeypatch: pytest.Monk
     with model.override(threads={"attention": 3}):
         decoded(model)  # kernels on different threads: not even one layer is one call
     assert calls == [3] * 16
-    monkeypatch.setattr(Model, "_at_once", lambda *_: None)
+    # Layers on different threads: each is a call of its own.
+    monkeypatch.setattr(WholeLayer, "together", lambda _: False)
     assert torch.equal(decoded(model), together)
     assert calls == [3] * 16 + [1] * 48
 
